@@ -1,0 +1,68 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace halfbyte::cpu {
+namespace {
+
+struct Choice {
+  Isa isa = Isa::plain;
+  bool vnni = false;
+  const char* complaint = "";
+};
+
+Choice choose() {
+  Isa best = Isa::plain;
+  bool vnni = false;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    best = Isa::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      best = Isa::avx512;
+      vnni = __builtin_cpu_supports("avx512vnni");
+    }
+  }
+#endif
+  Choice choice{best, vnni, ""};
+  if (const char* wanted = std::getenv("HALFBYTE_CPU_ISA"); wanted && *wanted) {
+    if (!std::strcmp(wanted, "plain")) {
+      choice.isa = Isa::plain;
+    } else if (!std::strcmp(wanted, "avx2")) {
+      choice.isa = best < Isa::avx2 ? best : Isa::avx2;
+      if (best < Isa::avx2) choice.complaint = "HALFBYTE_CPU_ISA=avx2, but this CPU lacks AVX2, FMA or F16C";
+    } else if (!std::strcmp(wanted, "avx512")) {
+      if (best < Isa::avx512)
+        choice.complaint = "HALFBYTE_CPU_ISA=avx512, but this CPU lacks AVX-512 F, BW, DQ or VL";
+    } else {
+      choice.complaint = "HALFBYTE_CPU_ISA must be plain, avx2 or avx512";
+    }
+    if (choice.isa != Isa::avx512) choice.vnni = false;
+  }
+  return choice;
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+Isa isa() { return choice().isa; }
+bool has_vnni() { return choice().vnni; }
+const char* isa_complaint() { return choice().complaint; }
+const char* isa_name() {
+  switch (isa()) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "plain";
+  }
+}
+
+}  // namespace halfbyte::cpu

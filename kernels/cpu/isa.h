@@ -1,0 +1,18 @@
+// Which instruction set the CPU backend runs on: the best of this machine, or the one HALFBYTE_CPU_ISA names.
+#pragma once
+
+namespace halfbyte::cpu {
+
+enum class Isa { plain, avx2, avx512 };
+
+/// avx2 means AVX2 + FMA + F16C; avx512 means F + BW + DQ + VL. Decided once per process.
+Isa isa();
+const char* isa_name();
+
+/// AVX512-VNNI, only ever true when isa() is avx512.
+bool has_vnni();
+
+/// Why HALFBYTE_CPU_ISA was not obeyed, or an empty string.
+const char* isa_complaint();
+
+}  // namespace halfbyte::cpu

@@ -1,0 +1,113 @@
+// Defaults for ops whose file has not landed yet; a strong definition elsewhere wins.
+#include "cpu_backend.h"
+
+namespace halfbyte::cpu {
+__attribute__((weak)) Status CpuBackend::fill(Queue, View, double) {
+  return Status::error(Code::unsupported, "fill is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::copy(Queue, View, View) {
+  return Status::error(Code::unsupported, "copy is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::binary(Queue, View, View, View, Binary) {
+  return Status::error(Code::unsupported, "binary is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::activation(Queue, View, View, Activation) {
+  return Status::error(Code::unsupported, "activation is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::gated_activation(Queue, View, View, View, Activation) {
+  return Status::error(Code::unsupported, "gated_activation is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::gather_rows(Queue, View, View, View) {
+  return Status::error(Code::unsupported, "gather_rows is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::gather_rows_4bit(Queue, View, const Weight4&, View) {
+  return Status::error(Code::unsupported, "gather_rows_4bit is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::gather_rows_8bit(Queue, View, View, View, View) {
+  return Status::error(Code::unsupported, "gather_rows_8bit is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::mean(Queue, View, View) {
+  return Status::error(Code::unsupported, "mean is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::count_nonfinite(Queue, View, View) {
+  return Status::error(Code::unsupported, "count_nonfinite is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::rms_norm(Queue, View, View, View, View, View, float, float) {
+  return Status::error(Code::unsupported, "rms_norm is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::layer_norm(Queue, View, View, View, View, View, View, float) {
+  return Status::error(Code::unsupported, "layer_norm is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::quantize_4bit(Queue, View, View, View, QuantType, int64_t) {
+  return Status::error(Code::unsupported, "quantize_4bit is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::dequantize_4bit(Queue, View, const Weight4&) {
+  return Status::error(Code::unsupported, "dequantize_4bit is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::quantize_blockwise(Queue, View, View, View, View, int64_t) {
+  return Status::error(Code::unsupported, "quantize_blockwise is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::dequantize_blockwise(Queue, View, View, View, View, int64_t) {
+  return Status::error(Code::unsupported, "dequantize_blockwise is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::int8_quantize_rows(Queue, View, View, View, View, float, bool) {
+  return Status::error(Code::unsupported, "int8_quantize_rows is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::int8_dequantize_rows(Queue, View, View, View) {
+  return Status::error(Code::unsupported, "int8_dequantize_rows is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::int8_matmul(Queue, View, View, View) {
+  return Status::error(Code::unsupported, "int8_matmul is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::int8_matmul_dequantize(Queue, View, View, View, View, View) {
+  return Status::error(Code::unsupported, "int8_matmul_dequantize is not there yet");
+}
+__attribute__((weak)) size_t CpuBackend::linear_8bit_workspace(const View&, const View&, float) const {
+  return 0;
+}
+__attribute__((weak)) Status CpuBackend::linear_8bit(Queue, View, View, View, View, const Epilogue&, float,
+                                                     bool, View) {
+  return Status::error(Code::unsupported, "linear_8bit is not there yet");
+}
+__attribute__((weak)) size_t CpuBackend::linear_workspace(const View&, const View&) const { return 0; }
+__attribute__((weak)) Status CpuBackend::linear(Queue, View, View, View, const Epilogue&, View) {
+  return Status::error(Code::unsupported, "linear is not there yet");
+}
+__attribute__((weak)) size_t CpuBackend::linear_4bit_workspace(const View&, const Weight4&) const {
+  return 0;
+}
+__attribute__((weak)) Status CpuBackend::linear_4bit(Queue, View, View, const Weight4&, const Epilogue&,
+                                                     View) {
+  return Status::error(Code::unsupported, "linear_4bit is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::rope_tables(Queue, View, View, View, float) {
+  return Status::error(Code::unsupported, "rope_tables is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::ragged_positions(Queue, View, const RaggedBatch&) {
+  return Status::error(Code::unsupported, "ragged_positions is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::rope(Queue, View, View, View, View, View, bool) {
+  return Status::error(Code::unsupported, "rope is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::paged_write(Queue, View, View, View, View, const RaggedBatch&) {
+  return Status::error(Code::unsupported, "paged_write is not there yet");
+}
+__attribute__((weak)) size_t CpuBackend::paged_attention_workspace(const View&, const View&,
+                                                                   const RaggedBatch&) const {
+  return 0;
+}
+__attribute__((weak)) Status CpuBackend::paged_attention(Queue, View, View, View, View, const RaggedBatch&,
+                                                         const AttentionOptions&, View) {
+  return Status::error(Code::unsupported, "paged_attention is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::cross_entropy(Queue, View, View, View) {
+  return Status::error(Code::unsupported, "cross_entropy is not there yet");
+}
+__attribute__((weak)) Status CpuBackend::argmax(Queue, View, View) {
+  return Status::error(Code::unsupported, "argmax is not there yet");
+}
+__attribute__((weak)) size_t CpuBackend::sample_workspace(const View&) const { return 0; }
+__attribute__((weak)) Status CpuBackend::sample(Queue, View, View, View, View, View, View) {
+  return Status::error(Code::unsupported, "sample is not there yet");
+}
+}  // namespace halfbyte::cpu

@@ -1,0 +1,150 @@
+#include "pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace halfbyte::cpu {
+namespace {
+
+int cgroup_quota() {
+  // cgroup v2: "max 100000" or "200000 100000"
+  if (FILE* f = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    char quota[32] = "";
+    long period = 0;
+    const int fields = std::fscanf(f, "%31s %ld", quota, &period);
+    std::fclose(f);
+    if (fields == 2 && std::strcmp(quota, "max") != 0 && period > 0) {
+      return std::max(1, static_cast<int>((std::atol(quota) + period - 1) / period));
+    }
+  }
+  return 1 << 20;
+}
+
+int count_threads() {
+  if (const char* wanted = std::getenv("HALFBYTE_NUM_THREADS")) {
+    const int n = std::atoi(wanted);
+    if (n > 0) return std::min(n, 1024);
+  }
+  int affinity = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) affinity = CPU_COUNT(&set);
+#endif
+  return std::max(1, std::min(affinity, cgroup_quota()));
+}
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+thread_local bool inside_region = false;
+
+struct Region {
+  void (*body)(void*, int64_t) = nullptr;
+  void* context = nullptr;
+  int64_t chunks = 0;
+};
+
+class Pool {
+ public:
+  explicit Pool(int threads) : threads_(threads) {
+    for (int i = 1; i < threads; ++i) std::thread([this] { work(); }).detach();
+  }
+
+  int threads() const { return threads_; }
+
+  void run(const Region& region) {
+    std::lock_guard<std::mutex> one_region(region_mutex_);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      region_ = region;
+      next_.store(0, std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    inside_region = true;
+    drain(region);
+    inside_region = false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      region_ = Region{};  // a worker that comes late finds nothing to join
+    }
+    while (active_.load(std::memory_order_acquire) != 0) relax();
+  }
+
+ private:
+  void drain(const Region& region) {
+    for (;;) {
+      const int64_t chunk = next_.fetch_add(1, std::memory_order_relaxed);
+      if (chunk >= region.chunks) return;
+      region.body(region.context, chunk);
+    }
+  }
+
+  void work() {
+    inside_region = true;
+    uint64_t seen = 0;
+    for (;;) {
+      // Regions follow each other within microseconds in a forward pass: look for the next one before
+      // sleeping.
+      for (int i = 0; i < 400 && generation_.load(std::memory_order_acquire) == seen; ++i) relax();
+      Region region;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        seen = generation_.load(std::memory_order_relaxed);
+        region = region_;
+        if (!region.body) continue;
+        active_.fetch_add(1, std::memory_order_relaxed);  // run() does not return before this is back at 0
+      }
+      drain(region);
+      active_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  const int threads_;
+  std::mutex region_mutex_, mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> active_{0};
+  Region region_;
+};
+
+// Never destroyed: its threads outlive every static object.
+Pool& pool() {
+  static Pool* instance = new Pool(count_threads());
+  return *instance;
+}
+
+}  // namespace
+
+int pool_threads() { return pool().threads(); }
+
+void pool_run(int64_t chunks, void (*body)(void*, int64_t), void* context) {
+  if (chunks <= 0) return;
+  if (chunks == 1 || inside_region || pool().threads() == 1) {
+    for (int64_t i = 0; i < chunks; ++i) body(context, i);
+    return;
+  }
+  pool().run(Region{body, context, chunks});
+}
+
+}  // namespace halfbyte::cpu

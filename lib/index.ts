@@ -1,0 +1,3 @@
+export { HalfbyteError, type ErrorCode } from './errors.js'
+export * from './tensor/index.js'
+export * as ops from './tensor/ops.js'

@@ -1,0 +1,92 @@
+/** What every op uses: queueing by name, and the checks on operands. Nothing here computes. */
+import { HalfbyteError } from '../../errors.js'
+import { native } from '../../native.js'
+import { DTYPES, type DType } from '../dtype.js'
+import { rethrow } from '../rethrow.js'
+import type { Tensor } from '../tensor.js'
+
+const ids = new Map(native.ops.map((name, id) => [name, id]))
+
+type Operand = Tensor | null | undefined
+
+/** Appends an op to the compute queue of its operands' device. `null` and `undefined` stand for absent operands. */
+export function call(
+  op: string,
+  outputs: readonly Operand[],
+  inputs: readonly Operand[],
+  scalars: readonly number[] = [],
+): void {
+  const id = ids.get(op)
+  if (id === undefined) {
+    throw new HalfbyteError('ERR_HALFBYTE_UNSUPPORTED', `${op}: this build of the addon does not have the op`)
+  }
+  const { device } = outputs.find((t) => t)!
+  for (const operand of [...outputs, ...inputs]) {
+    if (operand && operand.device !== device) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_DEVICE',
+        `${op}: operands on ${device.name} and ${operand.device.name}; move them to one device with to()`,
+      )
+    }
+  }
+  const handle = (operand: Operand) => (operand ? operand.handle : null)
+  rethrow(() => device.native.run(id, outputs.map(handle), inputs.map(handle), scalars))
+}
+
+export function fail(op: string, what: string): never {
+  throw new HalfbyteError('ERR_HALFBYTE_SHAPE', `${op}: ${what}`)
+}
+
+export function show(shape: readonly number[]): string {
+  return `[${shape.join(', ')}]`
+}
+
+export function sameShape(a: readonly number[], b: readonly number[]): boolean {
+  return a.length === b.length && a.every((n, i) => n === b[i])
+}
+
+export function checkDTypes(op: string, name: string, tensor: Tensor, ...allowed: DType[]): void {
+  if (!allowed.includes(tensor.dtype)) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_DTYPE',
+      `${op}: ${name} is ${tensor.dtype}, it must be ${allowed.join(' or ')}`,
+    )
+  }
+}
+
+export function checkFloat(op: string, name: string, tensor: Tensor): void {
+  if (!DTYPES[tensor.dtype].isFloat) checkDTypes(op, name, tensor, 'float32', 'float16', 'bfloat16')
+}
+
+export function checkSameDType(op: string, a: Tensor, b: Tensor): void {
+  if (a.dtype !== b.dtype) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_DTYPE',
+      `${op}: operands of ${a.dtype} and ${b.dtype}; convert one with to()`,
+    )
+  }
+}
+
+export function checkShape(op: string, name: string, tensor: Tensor, shape: readonly number[]): void {
+  if (!sameShape(tensor.shape, shape)) fail(op, `${name} is ${show(tensor.shape)}, it must be ${show(shape)}`)
+}
+
+export function checkContiguous(op: string, name: string, tensor: Tensor): void {
+  if (!tensor.isContiguous) fail(op, `${name} ${show(tensor.shape)} is not contiguous; call contiguous()`)
+}
+
+/** Runs `body` with contiguous versions of the operands and frees the copies that had to be made. */
+export function withContiguous<T>(operands: readonly Tensor[], body: (...contiguous: Tensor[]) => T): T {
+  const made = operands.map((t) => t.contiguous())
+  try {
+    return body(...made)
+  } finally {
+    made.forEach((t, i) => t !== operands[i] && t.dispose())
+  }
+}
+
+/** [rows, cols] of a tensor seen as rows of its last dimension. */
+export function rowsAndCols(tensor: Tensor): [number, number] {
+  const cols = tensor.shape.at(-1) ?? 1
+  return [tensor.shape.slice(0, -1).reduce((a, b) => a * b, 1), cols]
+}

@@ -1,0 +1,169 @@
+import { type DType } from '../dtype.js'
+import { Tensor, type Shape } from '../tensor.js'
+import {
+  call,
+  checkDTypes,
+  checkFloat,
+  checkSameDType,
+  checkShape,
+  fail,
+  sameShape,
+  show,
+  withContiguous,
+} from './call.js'
+
+/** y[...] = value. */
+export function fillInto(y: Tensor, value: number): Tensor {
+  call('fill', [y], [], [value])
+  return y
+}
+
+/** y[...] = x[...] converted to y's dtype; one shape, any strides. */
+export function copyInto(y: Tensor, x: Tensor): Tensor {
+  if (!sameShape(y.shape, x.shape)) fail('copy', `from ${show(x.shape)} into ${show(y.shape)}`)
+  call('copy', [y], [x])
+  return y
+}
+
+function broadcastShape(op: string, a: Shape, b: Shape): number[] {
+  const ndim = Math.max(a.length, b.length)
+  return Array.from({ length: ndim }, (_, i) => {
+    const m = a[i - ndim + a.length] ?? 1
+    const n = b[i - ndim + b.length] ?? 1
+    if (m !== n && m !== 1 && n !== 1) fail(op, `${show(a)} and ${show(b)} do not broadcast`)
+    return m === 1 ? n : m
+  })
+}
+
+const BINARY = { add: 0, sub: 1, mul: 2, div: 3, min: 4, max: 5 } as const
+
+function binary(op: keyof typeof BINARY, a: Tensor, b: Tensor | number): Tensor {
+  const other = typeof b === 'number' ? Tensor.full([], b, a.dtype, a.device) : b
+  checkDTypes(op, 'a', a, 'float32', 'float16', 'bfloat16', 'int32')
+  checkSameDType(op, a, other)
+  const shape = broadcastShape(op, a.shape, other.shape)
+  const left = a.expand(...shape)
+  const right = other.expand(...shape)
+  try {
+    const y = Tensor.empty(shape, a.dtype, a.device)
+    call('binary', [y], [left, right], [BINARY[op]])
+    return y
+  } finally {
+    left.dispose()
+    right.dispose()
+    if (other !== b) other.dispose()
+  }
+}
+
+/** Elementwise with numpy's broadcasting; float or int32, both of one dtype; `b` may be a number. */
+export const add = (a: Tensor, b: Tensor | number): Tensor => binary('add', a, b)
+export const sub = (a: Tensor, b: Tensor | number): Tensor => binary('sub', a, b)
+export const mul = (a: Tensor, b: Tensor | number): Tensor => binary('mul', a, b)
+export const div = (a: Tensor, b: Tensor | number): Tensor => binary('div', a, b)
+export const minimum = (a: Tensor, b: Tensor | number): Tensor => binary('min', a, b)
+export const maximum = (a: Tensor, b: Tensor | number): Tensor => binary('max', a, b)
+
+/** a += b in place, a contiguous; for counters that live on the device. */
+export function addInto(a: Tensor, b: Tensor): Tensor {
+  checkSameDType('addInto', a, b)
+  const right = b.expand(...a.shape)
+  try {
+    call('binary', [a], [a, right], [BINARY.add])
+    return a
+  } finally {
+    right.dispose()
+  }
+}
+
+export const ACTIVATIONS = {
+  none: 0,
+  silu: 1,
+  gelu: 2,
+  gelu_tanh: 3,
+  relu: 4,
+  sigmoid: 5,
+  tanh: 6,
+  exp: 7,
+  neg: 8,
+} as const
+export type Activation = keyof typeof ACTIVATIONS
+
+/** act(x), float. */
+export function activation(x: Tensor, act: Activation): Tensor {
+  checkFloat('activation', 'x', x)
+  return withContiguous([x], (input) => {
+    const y = Tensor.empty(x.shape, x.dtype, x.device)
+    call('activation', [y], [input!], [ACTIVATIONS[act]])
+    return y
+  })
+}
+
+/** act(gate) * up, float [M, N]; the rows of gate and up may be strided (halves of one product). */
+export function gatedActivation(gate: Tensor, up: Tensor, act: Activation): Tensor {
+  checkFloat('gatedActivation', 'gate', gate)
+  checkSameDType('gatedActivation', gate, up)
+  checkShape('gatedActivation', 'up', up, gate.shape)
+  const y = Tensor.empty(gate.shape, gate.dtype, gate.device)
+  if (gate.ndim === 2 && gate.strides[1] === 1 && up.strides[1] === 1) {
+    call('gated_activation', [y], [gate, up], [ACTIVATIONS[act]])
+    return y
+  }
+  return withContiguous([gate, up], (g, u) => {
+    const rows: [number, number] = [gate.size / (gate.shape.at(-1) || 1), gate.shape.at(-1) ?? 1]
+    const [gr, ur, yr] = [g!.reshape(...rows), u!.reshape(...rows), y.reshape(...rows)]
+    call('gated_activation', [yr], [gr, ur], [ACTIVATIONS[act]])
+    for (const t of [gr, ur, yr]) t.dispose()
+    return y
+  })
+}
+
+/** Rows of a float table [V, D] by int32 or int64 ids of any shape: [...ids.shape, D]. Ids out of range give NaN. */
+export function gatherRows(table: Tensor, ids: Tensor): Tensor {
+  checkDTypes('gatherRows', 'ids', ids, 'int32', 'int64')
+  checkFloat('gatherRows', 'table', table)
+  if (table.ndim !== 2) fail('gatherRows', `the table is ${show(table.shape)}, it must be [V, D]`)
+  return withContiguous([table, ids], (t, i) => {
+    const y = Tensor.empty([...ids.shape, table.shape[1]!], table.dtype, table.device)
+    call('gather_rows', [y], [t!, i!])
+    return y
+  })
+}
+
+/** Mean of all elements of a float32 tensor, as a float32 [1]; summed in double. */
+export function mean(x: Tensor): Tensor {
+  checkDTypes('mean', 'x', x, 'float32')
+  return withContiguous([x], (input) => {
+    const y = Tensor.empty([1], 'float32', x.device)
+    call('mean', [y], [input!])
+    return y
+  })
+}
+
+/** Number of NaN and infinite elements of a float tensor, as an int32 [1]. */
+export function countNonfinite(x: Tensor): Tensor {
+  checkFloat('countNonfinite', 'x', x)
+  return withContiguous([x], (input) => {
+    const y = Tensor.empty([1], 'int32', x.device)
+    call('count_nonfinite', [y], [input!])
+    return y
+  })
+}
+
+/** Joins tensors of one dtype along a dimension. */
+export function concat(tensors: readonly Tensor[], dim = 0): Tensor {
+  const first = tensors[0] ?? fail('concat', 'no tensors')
+  const d = dim < 0 ? dim + first.ndim : dim
+  const length = tensors.reduce((sum, t) => sum + (t.shape[d] ?? 0), 0)
+  const y = Tensor.empty(first.shape.with(d, length), first.dtype as DType, first.device)
+  let at = 0
+  for (const t of tensors) {
+    checkSameDType('concat', first, t)
+    if (!sameShape(t.shape.with(d, 0), first.shape.with(d, 0))) {
+      fail('concat', `${show(t.shape)} and ${show(first.shape)} along dimension ${d}`)
+    }
+    const part = y.slice(d, at, (at += t.shape[d]!))
+    copyInto(part, t)
+    part.dispose()
+  }
+  return y
+}

@@ -1,0 +1,82 @@
+import { Tensor } from '../tensor.js'
+import {
+  call,
+  checkDTypes,
+  checkFloat,
+  checkSameDType,
+  checkShape,
+  fail,
+  show,
+  withContiguous,
+} from './call.js'
+import { packedOperands, type Packed4 } from './quantize.js'
+
+export interface LinearOptions {
+  /** float [N]. */
+  bias?: Tensor | undefined
+  /** Added to the result; its shape and dtype. */
+  residual?: Tensor | undefined
+}
+
+function run(
+  op: string,
+  x: Tensor,
+  n: number,
+  k: number,
+  o: LinearOptions,
+  weight: (Tensor | undefined)[],
+  scalars: number[],
+): Tensor {
+  checkFloat(op, 'x', x)
+  if (x.shape.at(-1) !== k)
+    fail(op, `x ${show(x.shape)} does not end in the ${k} input features of the weight [${n}, ${k}]`)
+  const shape = [...x.shape.slice(0, -1), n]
+  if (o.bias) {
+    checkFloat(op, 'bias', o.bias)
+    checkShape(op, 'bias', o.bias, [n])
+  }
+  if (o.residual) {
+    checkSameDType(op, x, o.residual)
+    checkShape(op, 'residual', o.residual, shape)
+  }
+  const operands = [x, ...(o.residual ? [o.residual] : [])]
+  return withContiguous(operands, (input, residual) => {
+    const y = Tensor.empty(shape, x.dtype, x.device)
+    call(op, [y], [input!, o.bias, residual, ...weight], scalars)
+    return y
+  })
+}
+
+/** y [..., N] = x [..., K] weight [N, K]^T + bias + residual; weight of any float dtype, y of x's. */
+export function linear(x: Tensor, weight: Tensor, options: LinearOptions = {}): Tensor {
+  checkFloat('linear', 'weight', weight)
+  if (weight.ndim !== 2) fail('linear', `the weight is ${show(weight.shape)}, it must be [N, K]`)
+  return withContiguous([weight], (w) =>
+    run('linear', x, weight.shape[0]!, weight.shape[1]!, options, [w], []),
+  )
+}
+
+/** The same with a 4-bit weight: exact to the rounding of x's dtype against the dequantised weight. */
+export function linear4bit(x: Tensor, weight: Packed4, options: LinearOptions = {}): Tensor {
+  const { inputs, scalars } = packedOperands('linear4bit', weight)
+  return run('linear_4bit', x, weight.n, weight.k, options, inputs, scalars)
+}
+
+/**
+ * The LLM.int8() forward (arXiv 2208.07339): weight int8 [N, K] with row absmax scb float32 [N]. Columns of x with an
+ * element of at least `threshold` are multiplied in x's precision; 0 turns that off. bnbExact reproduces bitsandbytes'
+ * float16 roundings.
+ */
+export function linear8bit(
+  x: Tensor,
+  weight: Tensor,
+  scb: Tensor,
+  options: LinearOptions & { threshold?: number; bnbExact?: boolean } = {},
+): Tensor {
+  checkDTypes('linear8bit', 'weight', weight, 'int8')
+  if (weight.ndim !== 2) fail('linear8bit', `the weight is ${show(weight.shape)}, it must be [N, K]`)
+  checkDTypes('linear8bit', 'scb', scb, 'float32')
+  checkShape('linear8bit', 'scb', scb, [weight.shape[0]!])
+  const scalars = [options.threshold ?? 0, options.bnbExact ? 1 : 0]
+  return run('linear_8bit', x, weight.shape[0]!, weight.shape[1]!, options, [weight, scb], scalars)
+}

@@ -1,0 +1,235 @@
+import { HalfbyteError } from '../../errors.js'
+import { type DType } from '../dtype.js'
+import { Tensor } from '../tensor.js'
+import { call, checkDTypes, checkFloat, checkShape, fail, show, withContiguous } from './call.js'
+
+export type QuantType = 'nf4' | 'fp4'
+export const QUANT_TYPES = { nf4: 0, fp4: 1 } as const
+
+/**
+ * A 4-bit weight [n, k] in bitsandbytes' layout: codes uint8 of (n k + 1) / 2 bytes, absmax float32 [blocks], or
+ * uint8 [blocks] with nestedAbsmax float32 [ceil(blocks / 256)], nestedCode float32 [256] and offset float32 [1].
+ */
+export interface Packed4 {
+  codes: Tensor
+  absmax: Tensor
+  nestedAbsmax?: Tensor | undefined
+  nestedCode?: Tensor | undefined
+  offset?: Tensor | undefined
+  quantType: QuantType
+  blocksize: number
+  n: number
+  k: number
+}
+
+/** The operands of a packed weight in the order of the addon, and its scalars. */
+export function packedOperands(
+  op: string,
+  w: Packed4,
+): { inputs: (Tensor | undefined)[]; scalars: number[] } {
+  checkBlocksize(op, w.blocksize)
+  if (!Object.hasOwn(QUANT_TYPES, w.quantType)) badQuantType(op, w.quantType)
+  const blocks = Math.ceil((w.n * w.k) / w.blocksize)
+  checkDTypes(op, 'codes', w.codes, 'uint8')
+  if (w.codes.size !== Math.ceil((w.n * w.k) / 2)) {
+    fail(
+      op,
+      `codes ${show(w.codes.shape)} do not hold [${w.n}, ${w.k}]: ${Math.ceil((w.n * w.k) / 2)} bytes are needed`,
+    )
+  }
+  if (w.absmax.size !== blocks) fail(op, `absmax has ${w.absmax.size} blocks, [${w.n}, ${w.k}] has ${blocks}`)
+  if (w.nestedAbsmax) {
+    checkDTypes(op, 'absmax', w.absmax, 'uint8')
+    checkDTypes(op, 'nestedAbsmax', w.nestedAbsmax, 'float32')
+    if (w.nestedAbsmax.size !== Math.ceil(blocks / 256)) {
+      fail(op, `nestedAbsmax has ${w.nestedAbsmax.size} entries, ${Math.ceil(blocks / 256)} are needed`)
+    }
+    if (w.nestedCode?.size !== 256 || w.offset?.size !== 1)
+      fail(op, 'a nested absmax needs nestedCode [256] and offset [1]')
+  } else {
+    checkDTypes(op, 'absmax', w.absmax, 'float32')
+  }
+  return {
+    inputs: [w.codes, w.absmax, w.nestedAbsmax, w.nestedCode, w.offset],
+    scalars: [QUANT_TYPES[w.quantType], w.blocksize, w.n, w.k],
+  }
+}
+
+function badQuantType(op: string, type: unknown): never {
+  throw new HalfbyteError(
+    'ERR_HALFBYTE_VALUE',
+    `${op}: quantType ${JSON.stringify(type)} is neither nf4 nor fp4`,
+  )
+}
+
+function checkBlocksize(op: string, blocksize: number): void {
+  if (![32, 64, 128, 256, 512, 1024, 2048, 4096].includes(blocksize)) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `${op}: blocksize ${blocksize} is not one of 32, 64, 128, 256, 512, 1024, 2048, 4096`,
+    )
+  }
+}
+
+/** x (float, any shape) to 4-bit codes uint8 [ceil(n / 2), 1] and absmax float32 [ceil(n / blocksize)]. */
+export function quantizeBlocks4(
+  x: Tensor,
+  quantType: QuantType,
+  blocksize: number,
+): { codes: Tensor; absmax: Tensor } {
+  checkFloat('quantize4bit', 'x', x)
+  checkBlocksize('quantize4bit', blocksize)
+  if (!Object.hasOwn(QUANT_TYPES, quantType)) badQuantType('quantize4bit', quantType)
+  return withContiguous([x], (input) => {
+    const codes = Tensor.empty([Math.ceil(x.size / 2), 1], 'uint8', x.device)
+    const absmax = Tensor.empty([Math.ceil(x.size / blocksize)], 'float32', x.device)
+    call('quantize_4bit', [codes, absmax], [input!], [QUANT_TYPES[quantType], blocksize])
+    return { codes, absmax }
+  })
+}
+
+/** The values of a packed weight, as a tensor of `shape` (n k elements). */
+export function dequantizeBlocks4(w: Packed4, dtype: DType, shape: readonly number[] = [w.n, w.k]): Tensor {
+  const { inputs, scalars } = packedOperands('dequantize4bit', w)
+  const y = Tensor.empty(shape, dtype, w.codes.device)
+  checkFloat('dequantize4bit', 'the result', y)
+  if (y.size !== w.n * w.k)
+    fail('dequantize4bit', `${show(shape)} does not have the ${w.n * w.k} elements of the weight`)
+  call('dequantize_4bit', [y], inputs, scalars)
+  return y
+}
+
+/** 8-bit blockwise by an ascending code float32 [256]: codes uint8 of x's shape, absmax float32 [ceil(n / blocksize)]. */
+export function quantizeBlocks8(
+  x: Tensor,
+  code: Tensor,
+  blocksize: number,
+): { codes: Tensor; absmax: Tensor } {
+  checkFloat('quantizeBlockwise', 'x', x)
+  checkDTypes('quantizeBlockwise', 'code', code, 'float32')
+  checkShape('quantizeBlockwise', 'code', code, [256])
+  if (!Number.isInteger(blocksize) || blocksize < 1)
+    fail('quantizeBlockwise', `blocksize ${blocksize} is not a positive whole number`)
+  return withContiguous([x, code], (input, table) => {
+    const codes = Tensor.empty(x.shape, 'uint8', x.device)
+    const absmax = Tensor.empty([Math.ceil(x.size / blocksize)], 'float32', x.device)
+    call('quantize_blockwise', [codes, absmax], [input!, table!], [blocksize])
+    return { codes, absmax }
+  })
+}
+
+export function dequantizeBlocks8(
+  codes: Tensor,
+  absmax: Tensor,
+  code: Tensor,
+  blocksize: number,
+  dtype: DType,
+): Tensor {
+  checkDTypes('dequantizeBlockwise', 'codes', codes, 'uint8')
+  checkDTypes('dequantizeBlockwise', 'absmax', absmax, 'float32')
+  checkShape('dequantizeBlockwise', 'code', code, [256])
+  if (absmax.size !== Math.ceil(codes.size / blocksize)) {
+    fail(
+      'dequantizeBlockwise',
+      `absmax has ${absmax.size} blocks, ${codes.size} codes in blocks of ${blocksize} need ${Math.ceil(codes.size / blocksize)}`,
+    )
+  }
+  return withContiguous([codes, absmax, code], (q, a, table) => {
+    const y = Tensor.empty(codes.shape, dtype, codes.device)
+    checkFloat('dequantizeBlockwise', 'the result', y)
+    call('dequantize_blockwise', [y], [q!, a!, table!], [blocksize])
+    return y
+  })
+}
+
+/** Rows of a 4-bit table [V, D] by int32 or int64 ids: [...ids.shape, D]. */
+export function gatherRows4(w: Packed4, ids: Tensor, dtype: DType): Tensor {
+  checkDTypes('gatherRows4bit', 'ids', ids, 'int32', 'int64')
+  const { inputs, scalars } = packedOperands('gatherRows4bit', w)
+  return withContiguous([ids], (i) => {
+    const y = Tensor.empty([...ids.shape, w.k], dtype, ids.device)
+    call('gather_rows_4bit', [y], [...inputs, i!], scalars)
+    return y
+  })
+}
+
+/** Rows of an int8 table [V, D] with row absmax scb [V] by int32 or int64 ids: [...ids.shape, D]. */
+export function gatherRows8(codes: Tensor, scb: Tensor, ids: Tensor, dtype: DType): Tensor {
+  checkDTypes('gatherRows8bit', 'ids', ids, 'int32', 'int64')
+  checkDTypes('gatherRows8bit', 'codes', codes, 'int8')
+  checkShape('gatherRows8bit', 'scb', scb, [codes.shape[0]!])
+  return withContiguous([codes, scb, ids], (q, s, i) => {
+    const y = Tensor.empty([...ids.shape, codes.shape[1]!], dtype, ids.device)
+    call('gather_rows_8bit', [y], [q!, s!, i!])
+    return y
+  })
+}
+
+export interface Int8Rows {
+  /** int8, x's shape. */
+  codes: Tensor
+  /** float32 [rows], max |x| of the row (not divided by 127). */
+  rowAbsmax: Tensor
+  /** uint8 [K], 1 for a column with an outlier; only with a threshold. */
+  outlierMask?: Tensor | undefined
+}
+
+/**
+ * LLM.int8() row-wise quantisation (arXiv 2208.07339). With threshold > 0, elements of at least that magnitude do not
+ * count for the row's absmax, and their whole columns are 0 in the codes. fp16Input rounds x to float16 first.
+ */
+export function int8QuantizeRows(x: Tensor, threshold = 0, fp16Input = false): Int8Rows {
+  checkFloat('int8QuantizeRows', 'x', x)
+  return withContiguous([x], (input) => {
+    const cols = x.shape.at(-1) ?? 1
+    const codes = Tensor.empty(x.shape, 'int8', x.device)
+    const rowAbsmax = Tensor.empty([cols === 0 ? 0 : x.size / cols], 'float32', x.device)
+    const outlierMask = threshold > 0 ? Tensor.empty([cols], 'uint8', x.device) : undefined
+    call('int8_quantize_rows', [codes, rowAbsmax, outlierMask], [input!], [threshold, fp16Input ? 1 : 0])
+    return { codes, rowAbsmax, outlierMask }
+  })
+}
+
+/** codes int8 [N, K] * scb float32 [N] / 127. */
+export function int8DequantizeRows(codes: Tensor, scb: Tensor, dtype: DType): Tensor {
+  checkDTypes('int8DequantizeRows', 'codes', codes, 'int8')
+  checkDTypes('int8DequantizeRows', 'scb', scb, 'float32')
+  checkShape('int8DequantizeRows', 'scb', scb, codes.shape.slice(0, -1))
+  return withContiguous([codes, scb], (q, s) => {
+    const y = Tensor.empty(codes.shape, dtype, codes.device)
+    checkFloat('int8DequantizeRows', 'the result', y)
+    call('int8_dequantize_rows', [y], [q!, s!])
+    return y
+  })
+}
+
+/** int32 [M, N] = a int8 [M, K] times b int8 [N, K] transposed, exact. */
+export function int8Matmul(a: Tensor, b: Tensor): Tensor {
+  checkDTypes('int8Matmul', 'a', a, 'int8')
+  checkDTypes('int8Matmul', 'b', b, 'int8')
+  if (a.ndim !== 2 || b.ndim !== 2 || a.shape[1] !== b.shape[1]) {
+    fail('int8Matmul', `a ${show(a.shape)} and b ${show(b.shape)} must be [M, K] and [N, K]`)
+  }
+  return withContiguous([a, b], (left, right) => {
+    const acc = Tensor.empty([a.shape[0]!, b.shape[0]!], 'int32', a.device)
+    call('int8_matmul', [acc], [left!, right!])
+    return acc
+  })
+}
+
+/** acc int32 [M, N] * rowAbsmax [M] * colAbsmax [N] / 127^2 + bias, in bitsandbytes' order of operations. */
+export function int8MatmulDequantize(
+  acc: Tensor,
+  rowAbsmax: Tensor,
+  colAbsmax: Tensor,
+  bias?: Tensor,
+  dtype: DType = 'float16',
+): Tensor {
+  checkDTypes('int8MatmulDequantize', 'acc', acc, 'int32')
+  checkShape('int8MatmulDequantize', 'rowAbsmax', rowAbsmax, [acc.shape[0]!])
+  checkShape('int8MatmulDequantize', 'colAbsmax', colAbsmax, [acc.shape[1]!])
+  if (bias) checkShape('int8MatmulDequantize', 'bias', bias, [acc.shape[1]!])
+  const y = Tensor.empty(acc.shape, dtype, acc.device)
+  call('int8_matmul_dequantize', [y], [acc, rowAbsmax, colAbsmax, bias])
+  return y
+}
