@@ -1,0 +1,413 @@
+/**
+ * Module: a tree of layers with named parameters.
+ *
+ * Registration   what is assigned to a property is part of the module: a Module (or an array of them) is a child, a
+ *                Parameter or a Tensor a parameter, a Buffer a buffer. The property's name is the name in paths and
+ *                state dicts. Properties that begin with '_' and #private ones are left out.
+ * Ties           one Parameter or one Tensor in two places is one: it is counted, moved and freed once, and stays tied.
+ * Loading        a model built on 'meta' (see onMeta) is filled by a loader:
+ *                  await model.loadParameter('model.layers.0.mlp.up_proj.weight', tensor)   takes the tensor over
+ *                  model.missingParameters()                                                what is still to come
+ *                  await model.checkFinite()                                                NaN and inf, by name
+ *                Quantised layers quantise what arrives in a float dtype, at once, and accept the parts of a weight
+ *                that is quantised already ('weight', 'weight.absmax', 'weight.quant_state.bitsandbytes__nf4', ...)
+ *                in any order. Only what has to be read on the host is waited for.
+ * For authors    a layer with tensors that are not plain parameters overrides the methods marked "own": they speak of
+ *                this module alone, never of its children.
+ */
+import { HalfbyteError } from '../errors.js'
+import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
+import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
+import { Tensor } from '../tensor/tensor.js'
+import { Parameter } from './parameter.js'
+import { loadStateDict, ownProblems, type LoadStateDictResult, type OwnProblems } from './state_dict.js'
+
+/** A Tensor held by a property, seen as a parameter: a new value goes back to the property. */
+class TensorProperty extends Parameter {
+  readonly #owner: Record<string, unknown>
+  readonly #name: string
+
+  constructor(owner: Record<string, unknown>, name: string, tensor: Tensor) {
+    super(tensor.shape, { dtype: tensor.dtype, device: tensor.device })
+    this.#owner = owner
+    this.#name = name
+    super.replace(tensor)
+  }
+
+  override replace(tensor: Tensor | undefined): void {
+    super.replace(tensor)
+    this.#owner[this.#name] = tensor
+  }
+}
+
+export type MoveTarget = DType | DeviceLike | { dtype?: DType; device?: DeviceLike }
+
+export abstract class Module implements Disposable {
+  /** Set by train() and eval(). */
+  training = false
+
+  /** The layer's computation. Queues work and returns, like every op. */
+  abstract forward(...inputs: never[]): unknown
+
+  // -- the tree
+
+  /** Children by name, in the order of assignment; those in an array are named like 'layers.0'. */
+  *namedChildren(): IterableIterator<[string, Module]> {
+    for (const [name, value] of this.#properties()) {
+      if (value instanceof Module) yield [name, value]
+      else if (Array.isArray(value)) {
+        for (const [i, item] of value.entries()) if (item instanceof Module) yield [`${name}.${i}`, item]
+      }
+    }
+  }
+
+  /** Puts another module in the place of a child. */
+  setChild(name: string, module: Module): void {
+    const dot = name.lastIndexOf('.')
+    const holder = this as unknown as Record<string, unknown>
+    if (dot < 0) holder[name] = module
+    else (holder[name.slice(0, dot)] as Module[])[Number(name.slice(dot + 1))] = module
+  }
+
+  children(): Module[] {
+    return [...this.namedChildren()].map(([, child]) => child)
+  }
+
+  /** This module ('') and all below it, parents first. A module in two places comes once, by its first name. */
+  *namedModules(prefix = '', seen = new Set<Module>()): IterableIterator<[string, Module]> {
+    if (seen.has(this)) return
+    seen.add(this)
+    yield [prefix, this]
+    for (const [name, child] of this.namedChildren()) yield* child.namedModules(join(prefix, name), seen)
+  }
+
+  modules(): Module[] {
+    return [...this.namedModules()].map(([, module]) => module)
+  }
+
+  /** The module at a dotted path; '' is this one. */
+  getSubmodule(path: string): Module {
+    const { module, rest } = this.#resolve(path)
+    if (rest === '') return module
+    const names = [...module.namedChildren()].map(([name]) => name)
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `getSubmodule: there is no module '${path}': ${module.constructor.name} has ` +
+        (names.length ? names.join(', ') : 'no children'),
+    )
+  }
+
+  /** Replaces the module at a dotted path. The old one is the caller's again. */
+  setSubmodule(path: string, module: Module): void {
+    this.getSubmodule(path)
+    const { parent, name } = this.#resolve(path)
+    if (!parent) throw new HalfbyteError('ERR_HALFBYTE_VALUE', "setSubmodule: '' is the model itself")
+    parent.setChild(name, module)
+  }
+
+  /** Calls `fn` on every module, children before their parents. */
+  apply(fn: (module: Module) => void): this {
+    for (const module of this.modules().reverse()) fn(module)
+    return this
+  }
+
+  train(mode = true): this {
+    for (const module of this.modules()) module.training = mode
+    return this
+  }
+
+  eval(): this {
+    return this.train(false)
+  }
+
+  // -- parameters
+
+  /** Parameters by full name, tied ones once unless removeDuplicate is false. */
+  *namedParameters(options: { removeDuplicate?: boolean } = {}): IterableIterator<[string, Parameter]> {
+    yield* this.#named('parameter', options.removeDuplicate ?? true)
+  }
+
+  *namedBuffers(options: { removeDuplicate?: boolean } = {}): IterableIterator<[string, Parameter]> {
+    yield* this.#named('buffer', options.removeDuplicate ?? true)
+  }
+
+  parameters(): Parameter[] {
+    return [...this.namedParameters()].map(([, parameter]) => parameter)
+  }
+
+  /** Number of parameters' elements, tied ones once, packed ones by what they stand for. */
+  numParameters(): number {
+    return this.parameters().reduce((sum, parameter) => sum + parameter.numel, 0)
+  }
+
+  /** The device of the first parameter that has one. */
+  get device(): Device | undefined {
+    return this.parameters().find((parameter) => parameter.device)?.device
+  }
+
+  /** Tells every parameter its full name, for messages. */
+  namePaths(): this {
+    for (const [path, parameter] of this.namedParameters({ removeDuplicate: false })) parameter.path ||= path
+    for (const [path, buffer] of this.namedBuffers({ removeDuplicate: false })) buffer.path ||= path
+    return this
+  }
+
+  /** Own parameters and buffers, by name. */
+  *ownParameters(): IterableIterator<[string, Parameter]> {
+    for (const [name, value] of this.#properties()) {
+      if (value instanceof Parameter) yield [name, value]
+      else if (value instanceof Tensor) {
+        yield [name, new TensorProperty(this as unknown as Record<string, unknown>, name, value)]
+      }
+    }
+  }
+
+  /** Own tensors besides parameters and buffers that quantisation needs (absmax, SCB, ...), by state-dict name. */
+  *ownStatistics(): IterableIterator<[string, Tensor]> {}
+
+  // -- state
+
+  /**
+   * Every tensor of the model by its name in checkpoints. The tensors share the model's memory (what had to be made
+   * for the occasion aside); disposing them leaves the model as it is. Tied ones share a storageId.
+   */
+  async stateDict(): Promise<Map<string, Tensor>> {
+    const state = new Map<string, Tensor>()
+    for (const [prefix, module] of this.#places()) {
+      for (const [name, tensor] of await module.ownState()) state.set(join(prefix, name), tensor)
+    }
+    return state
+  }
+
+  /**
+   * Takes the values of `state`. All complaints come in one ERR_HALFBYTE_STATE_DICT, before anything is changed.
+   * strict = false forgives missing and unexpected names, and returns them. Where dtype and device agree the memory is
+   * shared with `state`, not copied.
+   */
+  async loadStateDict(
+    state: ReadonlyMap<string, Tensor>,
+    options: { strict?: boolean } = {},
+  ): Promise<LoadStateDictResult> {
+    return loadStateDict(this, this.#places(), state, options.strict ?? true)
+  }
+
+  /** Own entries of the state dict. */
+  async ownState(): Promise<[string, Tensor][]> {
+    return [...this.ownParameters()]
+      .filter(([, parameter]) => parameter.persistent)
+      .map(([name, parameter]) => [name, parameter.value.share()])
+  }
+
+  /** What is wrong with `own`, the part of a state dict that is this module's. */
+  ownStateProblems(own: ReadonlyMap<string, Tensor>): OwnProblems {
+    return ownProblems(
+      new Map([...this.ownParameters()].filter(([, parameter]) => parameter.persistent)),
+      own,
+    )
+  }
+
+  /** Whether a state-dict name is one of this module's own. */
+  ownAccepts(name: string): boolean {
+    for (const [own, parameter] of this.ownParameters()) if (own === name) return parameter.persistent
+    return false
+  }
+
+  /** Own names that are still to be loaded. */
+  ownMissing(): string[] {
+    return [...this.ownParameters()]
+      .filter(([, parameter]) => parameter.persistent && !parameter.isLoaded)
+      .map(([name]) => name)
+  }
+
+  /** Takes over one tensor by its own name, which ownAccepts(). */
+  async ownLoad(name: string, tensor: Tensor): Promise<void> {
+    for (const [own, parameter] of this.ownParameters()) if (own === name) return parameter.load(tensor)
+  }
+
+  /** Whether the model has a place for a state-dict name. */
+  acceptsParameter(path: string): boolean {
+    const { module, rest } = this.#resolve(path)
+    return module.ownAccepts(rest)
+  }
+
+  /** Takes over one tensor by its full name. ERR_HALFBYTE_STATE_DICT for an unknown name or a wrong shape or dtype. */
+  async loadParameter(path: string, tensor: Tensor): Promise<void> {
+    const { module, rest } = this.#resolve(path)
+    if (!module.ownAccepts(rest)) {
+      const names = [...module.ownParameters()].map(([name]) => name)
+      tensor.dispose()
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_STATE_DICT',
+        `loadParameter: the model has no '${path}' (${module.constructor.name} has ${names.join(', ') || 'no parameters'})`,
+      )
+    }
+    for (const [name, parameter] of module.ownParameters()) {
+      parameter.path ||= rest === name ? path : path.slice(0, path.length - rest.length) + name
+    }
+    await module.ownLoad(rest, tensor)
+  }
+
+  /** Names of what has still to be loaded; one of several tied names, as any of them will do. */
+  missingParameters(): string[] {
+    const missing: string[] = []
+    const seen = new Set<object>()
+    for (const [prefix, module] of this.#places()) {
+      const own = new Map(module.ownParameters())
+      for (const name of module.ownMissing()) {
+        const place = own.get(name)
+        if (place && seen.has(place.identity)) continue
+        if (place) seen.add(place.identity)
+        missing.push(join(prefix, name))
+      }
+    }
+    return missing
+  }
+
+  /**
+   * Waits until every weight that was quantised here is known to hold no NaN and no infinity; ERR_HALFBYTE_VALUE names
+   * the modules whose weights do. Layers that are known to be bad also refuse to run.
+   */
+  async checkFinite(): Promise<void> {
+    const complaints: string[] = []
+    for (const [path, module] of this.namedModules()) {
+      const bad = await module.ownNonfinite()
+      if (bad > 0) complaints.push(`${path || module.constructor.name} (${bad})`)
+    }
+    if (complaints.length > 0) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_VALUE',
+        `NaN or infinity in the weights of ${complaints.join(', ')}: such blocks cannot be quantised. ` +
+          'Repair the weights, or leave these modules unquantised with modulesToNotConvert',
+      )
+    }
+  }
+
+  /** Number of NaN and infinite elements found in what was quantised here. */
+  async ownNonfinite(): Promise<number> {
+    return 0
+  }
+
+  // -- moving
+
+  /**
+   * Moves parameters and buffers to a device, casts float parameters to a dtype, or both. A model with quantised
+   * layers moves, but is not cast: ERR_HALFBYTE_DTYPE says why, and nothing is changed.
+   */
+  to(target: MoveTarget): this {
+    const { dtype, device } = readTarget(target)
+    if (dtype) this.#checkCast(dtype)
+    const moved = new Map<Tensor, Tensor>()
+    const everything = [...this.namedParameters({ removeDuplicate: false })].concat([
+      ...this.namedBuffers({ removeDuplicate: false }),
+    ])
+    for (const parameter of new Set(everything.map(([, parameter]) => parameter))) {
+      const cast =
+        dtype && parameter.kind === 'parameter' && DTYPES[parameter.dtype ?? dtype].isFloat
+          ? dtype
+          : undefined
+      const old = parameter.tensor
+      if (!old) {
+        parameter.retarget({ dtype: cast, device })
+        continue
+      }
+      const value = moved.get(old) ?? old.to({ ...(cast && { dtype: cast }), ...(device && { device }) })
+      moved.set(old, value)
+      if (value !== old) parameter.replace(value)
+    }
+    for (const [old, value] of moved) if (old !== value) old.dispose()
+    if (device) for (const module of this.modules()) module.ownMove(device)
+    return this
+  }
+
+  /** Moves own tensors that are neither parameters nor buffers. */
+  ownMove(_device: Device): void {}
+
+  /** Why the dtype of this module cannot be changed, or undefined when it can. */
+  ownCastRefusal(): string | undefined {
+    return undefined
+  }
+
+  #checkCast(dtype: DType): void {
+    if (!DTYPES[dtype].isFloat) {
+      throw new HalfbyteError('ERR_HALFBYTE_DTYPE', `to: a model is cast to a float dtype, not to ${dtype}`)
+    }
+    for (const [path, module] of this.namedModules()) {
+      const reason = module.ownCastRefusal()
+      if (reason) {
+        throw new HalfbyteError(
+          'ERR_HALFBYTE_DTYPE',
+          `to: the model cannot be cast to ${dtype}: ${path || 'it'} is a ${module.constructor.name}, ${reason}`,
+        )
+      }
+    }
+  }
+
+  // -- life
+
+  /** Frees every tensor of the model. */
+  dispose(): void {
+    for (const module of this.modules()) module.ownDispose()
+  }
+
+  /** Frees own tensors. */
+  ownDispose(): void {
+    for (const [, parameter] of this.ownParameters()) parameter.dispose()
+    for (const [, tensor] of this.ownStatistics()) tensor.dispose()
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  // -- walking
+
+  *#properties(): IterableIterator<[string, unknown]> {
+    for (const [name, value] of Object.entries(this)) if (!name.startsWith('_')) yield [name, value]
+  }
+
+  /** Every place of every module: one that is in two places comes twice. */
+  *#places(prefix = ''): IterableIterator<[string, Module]> {
+    yield [prefix, this]
+    for (const [name, child] of this.namedChildren()) yield* child.#places(join(prefix, name))
+  }
+
+  *#named(kind: 'parameter' | 'buffer', once: boolean): IterableIterator<[string, Parameter]> {
+    const seen = new Set<object>()
+    for (const [prefix, module] of once ? this.namedModules() : this.#places()) {
+      for (const [name, parameter] of module.ownParameters()) {
+        if (parameter.kind !== kind || (once && seen.has(parameter.identity))) continue
+        seen.add(parameter.identity)
+        yield [join(prefix, name), parameter]
+      }
+    }
+  }
+
+  /** The deepest module on the way of a path, what is left of the path, and the parent that calls it `name`. */
+  #resolve(path: string): { module: Module; rest: string; parent?: Module; name: string } {
+    let at: { module: Module; rest: string; parent?: Module; name: string } = {
+      module: this,
+      rest: path,
+      name: '',
+    }
+    for (;;) {
+      const { module, rest } = at
+      const found = [...module.namedChildren()].find(([name]) => rest === name || rest.startsWith(`${name}.`))
+      if (!found) return at
+      const [name, child] = found
+      at = { module: child, rest: rest.slice(name.length + 1), parent: module, name }
+    }
+  }
+}
+
+function join(prefix: string, name: string): string {
+  return prefix === '' ? name : name === '' ? prefix : `${prefix}.${name}`
+}
+
+function readTarget(target: MoveTarget): { dtype?: DType; device?: Device } {
+  if (typeof target === 'string' && Object.hasOwn(DTYPES, target)) return { dtype: target as DType }
+  if (typeof target === 'string' || 'native' in target) return { device: toDevice(target as DeviceLike) }
+  return {
+    ...(target.dtype && { dtype: checkDType(target.dtype, 'to') }),
+    ...(target.device && { device: toDevice(target.device) }),
+  }
+}

@@ -1,0 +1,191 @@
+/**
+ * A named place for a tensor in a module. It has a shape from the start and a value from the moment that it is
+ * initialised or loaded, so that a model can be built on no memory at all and filled tensor by tensor.
+ */
+import { HalfbyteError } from '../errors.js'
+import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
+import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
+import { sizeOf, Tensor, type Shape } from '../tensor/tensor.js'
+import { keep } from '../tensor/tidy.js'
+
+/** Where a module's tensors go: a device, or 'meta' for shapes without memory, to be loaded later. */
+export type Placement = DeviceLike | 'meta'
+
+export interface ParameterOptions {
+  /** Loaded tensors are converted to it. Unset on 'meta': the dtype that arrives. Else float32. */
+  dtype?: DType | undefined
+  device?: Placement | undefined
+  /** The first value, row-major; without it the parameter starts unloaded. */
+  init?: ((shape: Shape) => Float32Array) | undefined
+  /** Elements that it stands for, where that is not the size of its tensor (packed weights). */
+  numel?: number | undefined
+}
+
+interface MetaScope {
+  dtype?: DType | undefined
+  device?: DeviceLike | undefined
+}
+
+const scopes: MetaScope[] = []
+
+/**
+ * Runs `build` with every module in it made without memory. `dtype` and `device` say what its parameters will have
+ * once they are loaded; left out, they take those of the tensors that arrive.
+ */
+export function onMeta<T>(build: () => T, options: MetaScope = {}): T {
+  scopes.push(options)
+  try {
+    return build()
+  } finally {
+    scopes.pop()
+  }
+}
+
+export class Parameter implements Disposable {
+  readonly shape: Shape
+  readonly numel: number
+  readonly kind: 'parameter' | 'buffer' = 'parameter'
+  /** False: not part of the state dict. */
+  readonly persistent: boolean = true
+  /** Its full name in the model, once known; for messages. */
+  path = ''
+  #dtype: DType | undefined
+  #device: Device | undefined
+  #value: Tensor | undefined
+
+  constructor(shape: Shape, options: ParameterOptions = {}) {
+    this.shape = [...shape]
+    this.numel = options.numel ?? sizeOf(shape)
+    const scope = scopes.at(-1)
+    const meta = options.device === 'meta' || (scope !== undefined && options.device === undefined)
+    const dtype = options.dtype ?? scope?.dtype
+    const on = options.device === 'meta' ? scope?.device : (options.device ?? scope?.device)
+    this.#dtype = dtype === undefined ? undefined : checkDType(dtype, 'Parameter')
+    this.#device = on === undefined ? undefined : toDevice(on)
+    if (meta || !options.init) return
+    this.#dtype ??= 'float32'
+    const first = Tensor.from(options.init(this.shape), {
+      shape: this.shape,
+      ...(this.#device && { device: this.#device }),
+    })
+    this.#value = keep(first.to(this.#dtype))
+    if (this.#value !== first) first.dispose()
+    this.#device = this.#value.device
+  }
+
+  /** A parameter that holds `tensor` and owns it. */
+  static of(tensor: Tensor): Parameter {
+    const parameter = new Parameter(tensor.shape, { dtype: tensor.dtype, device: tensor.device })
+    parameter.replace(tensor)
+    return parameter
+  }
+
+  get isLoaded(): boolean {
+    return this.#value !== undefined
+  }
+
+  /** The tensor; ERR_HALFBYTE_STATE_DICT while there is none. */
+  get value(): Tensor {
+    if (this.#value) return this.#value
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_STATE_DICT',
+      `${this.path || 'A parameter'} [${this.shape.join(', ')}] is used before it is loaded; ` +
+        'load the model with loadStateDict() or fromPretrained()',
+    )
+  }
+
+  /** The tensor, or undefined while there is none. */
+  get tensor(): Tensor | undefined {
+    return this.#value
+  }
+
+  /** Of the value, else what a loaded one will have; undefined when that is left to the one that arrives. */
+  get dtype(): DType | undefined {
+    return this.#value?.dtype ?? this.#dtype
+  }
+
+  get device(): Device | undefined {
+    return this.#value?.device ?? this.#device
+  }
+
+  /** Bytes of the value, or those that it will have (float32 while the dtype is open). */
+  get nbytes(): number {
+    return sizeOf(this.shape) * DTYPES[this.dtype ?? 'float32'].bytes
+  }
+
+  /** What makes two parameters one: the same tensor, or the same unloaded place. */
+  get identity(): object {
+    return this.#value ?? this
+  }
+
+  /** Why a tensor cannot be loaded here, or undefined when it can. */
+  reject(tensor: Tensor): string | undefined {
+    const shape = tensor.shape
+    if (shape.length !== this.shape.length || shape.some((n, i) => n !== this.shape[i])) {
+      return `has shape [${shape.join(', ')}], the model has [${this.shape.join(', ')}]`
+    }
+    const wanted = this.dtype
+    if (wanted && wanted !== tensor.dtype && !(DTYPES[wanted].isFloat && DTYPES[tensor.dtype].isFloat)) {
+      return `is ${tensor.dtype}, the model has ${wanted}`
+    }
+    return undefined
+  }
+
+  /** Takes `tensor` over as the value, converted to this parameter's dtype and device. */
+  load(tensor: Tensor): void {
+    const problem = this.reject(tensor)
+    if (problem) {
+      tensor.dispose()
+      throw new HalfbyteError('ERR_HALFBYTE_STATE_DICT', `${this.path || 'parameter'} ${problem}`)
+    }
+    const dtype = this.#dtype ?? tensor.dtype
+    const converted = tensor.to({ dtype, device: this.#device ?? tensor.device })
+    if (converted !== tensor) tensor.dispose()
+    const old = this.#value
+    this.replace(converted)
+    if (old !== converted) old?.dispose()
+  }
+
+  /** Puts `tensor` (or nothing) in place without checks; the old value is the caller's again. */
+  replace(tensor: Tensor | undefined): void {
+    this.#value = tensor && keep(tensor)
+    if (!tensor) return
+    this.#dtype = tensor.dtype
+    this.#device = tensor.device
+  }
+
+  /** @internal What a value that is still to come will have. */
+  retarget(target: { dtype?: DType | undefined; device?: Device | undefined }): void {
+    this.#dtype = target.dtype ?? this.#dtype
+    this.#device = target.device ?? this.#device
+  }
+
+  dispose(): void {
+    this.#value?.dispose()
+    this.#value = undefined
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+}
+
+/**
+ * A tensor that belongs to a module and is not learnt. It moves with the module and counts in its footprint; a cast
+ * of the model leaves its dtype alone. Part of the state dict when persistent.
+ */
+export class Buffer extends Parameter {
+  override readonly kind = 'buffer'
+  override readonly persistent: boolean
+
+  constructor(shape: Shape, options: ParameterOptions & { persistent?: boolean } = {}) {
+    super(shape, options)
+    this.persistent = options.persistent ?? true
+  }
+
+  static override of(tensor: Tensor, options: { persistent?: boolean } = {}): Buffer {
+    const buffer = new Buffer(tensor.shape, { dtype: tensor.dtype, device: tensor.device, ...options })
+    buffer.replace(tensor)
+    return buffer
+  }
+}
