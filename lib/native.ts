@@ -111,6 +111,7 @@ function load(): NativeBinding {
       continue
     }
     try {
+      // eslint-disable-next-line @typescript-eslint/no-require-imports -- an addon has no other way in
       const binding = require(path) as NativeBinding
       bindingPath = path
       return binding

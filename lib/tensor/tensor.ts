@@ -359,8 +359,8 @@ export class Tensor implements Disposable {
       typeof target === 'string' && Object.hasOwn(DTYPES, target)
         ? { dtype: target as DType }
         : typeof target === 'string' || 'native' in target
-          ? { device: target as DeviceLike }
-          : (target as { dtype?: DType; device?: DeviceLike })
+          ? { device: target }
+          : target
     const dtype = checkDType(wanted.dtype ?? this.dtype, 'to')
     const on = toDevice(wanted.device ?? this.device)
     let result: Tensor = this
@@ -432,7 +432,7 @@ function fromNested(data: Nested, options: TensorOptions, target: Device): Tenso
     single.dispose()
     return converted
   }
-  const array = { int8: Int8Array, uint8: Uint8Array, int32: Int32Array }[dtype as 'int8' | 'uint8' | 'int32']
+  const array = { int8: Int8Array, uint8: Uint8Array, int32: Int32Array }[dtype]
   if (!array) checkDType(dtype, 'Tensor.from')
   return Tensor.from(new array(flat.map(Number)), { shape: final, device: target })
 }

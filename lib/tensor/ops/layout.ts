@@ -1,4 +1,3 @@
-import { type DType } from '../dtype.js'
 import { Tensor, type Shape } from '../tensor.js'
 import {
   call,
@@ -93,7 +92,7 @@ export function activation(x: Tensor, act: Activation): Tensor {
   checkFloat('activation', 'x', x)
   return withContiguous([x], (input) => {
     const y = Tensor.empty(x.shape, x.dtype, x.device)
-    call('activation', [y], [input!], [ACTIVATIONS[act]])
+    call('activation', [y], [input], [ACTIVATIONS[act]])
     return y
   })
 }
@@ -110,7 +109,7 @@ export function gatedActivation(gate: Tensor, up: Tensor, act: Activation): Tens
   }
   return withContiguous([gate, up], (g, u) => {
     const rows: [number, number] = [gate.size / (gate.shape.at(-1) || 1), gate.shape.at(-1) ?? 1]
-    const [gr, ur, yr] = [g!.reshape(...rows), u!.reshape(...rows), y.reshape(...rows)]
+    const [gr, ur, yr] = [g.reshape(...rows), u.reshape(...rows), y.reshape(...rows)]
     call('gated_activation', [yr], [gr, ur], [ACTIVATIONS[act]])
     for (const t of [gr, ur, yr]) t.dispose()
     return y
@@ -124,7 +123,7 @@ export function gatherRows(table: Tensor, ids: Tensor): Tensor {
   if (table.ndim !== 2) fail('gatherRows', `the table is ${show(table.shape)}, it must be [V, D]`)
   return withContiguous([table, ids], (t, i) => {
     const y = Tensor.empty([...ids.shape, table.shape[1]!], table.dtype, table.device)
-    call('gather_rows', [y], [t!, i!])
+    call('gather_rows', [y], [t, i])
     return y
   })
 }
@@ -134,7 +133,7 @@ export function mean(x: Tensor): Tensor {
   checkDTypes('mean', 'x', x, 'float32')
   return withContiguous([x], (input) => {
     const y = Tensor.empty([1], 'float32', x.device)
-    call('mean', [y], [input!])
+    call('mean', [y], [input])
     return y
   })
 }
@@ -144,7 +143,7 @@ export function countNonfinite(x: Tensor): Tensor {
   checkFloat('countNonfinite', 'x', x)
   return withContiguous([x], (input) => {
     const y = Tensor.empty([1], 'int32', x.device)
-    call('count_nonfinite', [y], [input!])
+    call('count_nonfinite', [y], [input])
     return y
   })
 }
@@ -154,7 +153,7 @@ export function concat(tensors: readonly Tensor[], dim = 0): Tensor {
   const first = tensors[0] ?? fail('concat', 'no tensors')
   const d = dim < 0 ? dim + first.ndim : dim
   const length = tensors.reduce((sum, t) => sum + (t.shape[d] ?? 0), 0)
-  const y = Tensor.empty(first.shape.with(d, length), first.dtype as DType, first.device)
+  const y = Tensor.empty(first.shape.with(d, length), first.dtype, first.device)
   let at = 0
   for (const t of tensors) {
     checkSameDType('concat', first, t)

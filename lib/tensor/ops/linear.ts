@@ -42,7 +42,7 @@ function run(
   const operands = [x, ...(o.residual ? [o.residual] : [])]
   return withContiguous(operands, (input, residual) => {
     const y = Tensor.empty(shape, x.dtype, x.device)
-    call(op, [y], [input!, o.bias, residual, ...weight], scalars)
+    call(op, [y], [input, o.bias, residual, ...weight], scalars)
     return y
   })
 }

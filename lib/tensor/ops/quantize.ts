@@ -83,7 +83,7 @@ export function quantizeBlocks4(
   return withContiguous([x], (input) => {
     const codes = Tensor.empty([Math.ceil(x.size / 2), 1], 'uint8', x.device)
     const absmax = Tensor.empty([Math.ceil(x.size / blocksize)], 'float32', x.device)
-    call('quantize_4bit', [codes, absmax], [input!], [QUANT_TYPES[quantType], blocksize])
+    call('quantize_4bit', [codes, absmax], [input], [QUANT_TYPES[quantType], blocksize])
     return { codes, absmax }
   })
 }
@@ -113,7 +113,7 @@ export function quantizeBlocks8(
   return withContiguous([x, code], (input, table) => {
     const codes = Tensor.empty(x.shape, 'uint8', x.device)
     const absmax = Tensor.empty([Math.ceil(x.size / blocksize)], 'float32', x.device)
-    call('quantize_blockwise', [codes, absmax], [input!, table!], [blocksize])
+    call('quantize_blockwise', [codes, absmax], [input, table], [blocksize])
     return { codes, absmax }
   })
 }
@@ -137,7 +137,7 @@ export function dequantizeBlocks8(
   return withContiguous([codes, absmax, code], (q, a, table) => {
     const y = Tensor.empty(codes.shape, dtype, codes.device)
     checkFloat('dequantizeBlockwise', 'the result', y)
-    call('dequantize_blockwise', [y], [q!, a!, table!], [blocksize])
+    call('dequantize_blockwise', [y], [q, a, table], [blocksize])
     return y
   })
 }
@@ -148,7 +148,7 @@ export function gatherRows4(w: Packed4, ids: Tensor, dtype: DType): Tensor {
   const { inputs, scalars } = packedOperands('gatherRows4bit', w)
   return withContiguous([ids], (i) => {
     const y = Tensor.empty([...ids.shape, w.k], dtype, ids.device)
-    call('gather_rows_4bit', [y], [...inputs, i!], scalars)
+    call('gather_rows_4bit', [y], [...inputs, i], scalars)
     return y
   })
 }
@@ -160,7 +160,7 @@ export function gatherRows8(codes: Tensor, scb: Tensor, ids: Tensor, dtype: DTyp
   checkShape('gatherRows8bit', 'scb', scb, [codes.shape[0]!])
   return withContiguous([codes, scb, ids], (q, s, i) => {
     const y = Tensor.empty([...ids.shape, codes.shape[1]!], dtype, ids.device)
-    call('gather_rows_8bit', [y], [q!, s!, i!])
+    call('gather_rows_8bit', [y], [q, s, i])
     return y
   })
 }
@@ -185,7 +185,7 @@ export function int8QuantizeRows(x: Tensor, threshold = 0, fp16Input = false): I
     const codes = Tensor.empty(x.shape, 'int8', x.device)
     const rowAbsmax = Tensor.empty([cols === 0 ? 0 : x.size / cols], 'float32', x.device)
     const outlierMask = threshold > 0 ? Tensor.empty([cols], 'uint8', x.device) : undefined
-    call('int8_quantize_rows', [codes, rowAbsmax, outlierMask], [input!], [threshold, fp16Input ? 1 : 0])
+    call('int8_quantize_rows', [codes, rowAbsmax, outlierMask], [input], [threshold, fp16Input ? 1 : 0])
     return { codes, rowAbsmax, outlierMask }
   })
 }
@@ -198,7 +198,7 @@ export function int8DequantizeRows(codes: Tensor, scb: Tensor, dtype: DType): Te
   return withContiguous([codes, scb], (q, s) => {
     const y = Tensor.empty(codes.shape, dtype, codes.device)
     checkFloat('int8DequantizeRows', 'the result', y)
-    call('int8_dequantize_rows', [y], [q!, s!])
+    call('int8_dequantize_rows', [y], [q, s])
     return y
   })
 }
@@ -212,7 +212,7 @@ export function int8Matmul(a: Tensor, b: Tensor): Tensor {
   }
   return withContiguous([a, b], (left, right) => {
     const acc = Tensor.empty([a.shape[0]!, b.shape[0]!], 'int32', a.device)
-    call('int8_matmul', [acc], [left!, right!])
+    call('int8_matmul', [acc], [left, right])
     return acc
   })
 }

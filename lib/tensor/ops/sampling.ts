@@ -9,7 +9,7 @@ export function crossEntropy(logits: Tensor, targets: Tensor): Tensor {
   checkShape('crossEntropy', 'targets', targets, [logits.shape[0]!])
   return withContiguous([logits, targets], (x, t) => {
     const y = Tensor.empty([logits.shape[0]!], 'float32', logits.device)
-    call('cross_entropy', [y], [x!, t!])
+    call('cross_entropy', [y], [x, t])
     return y
   })
 }
@@ -20,7 +20,7 @@ export function argmax(x: Tensor): Tensor {
   if (x.shape.at(-1) === 0) fail('argmax', `${show(x.shape)} has nothing to choose from`)
   return withContiguous([x], (input) => {
     const y = Tensor.empty(x.shape.slice(0, -1), 'int32', x.device)
-    call('argmax', [y], [input!])
+    call('argmax', [y], [input])
     return y
   })
 }
@@ -47,7 +47,7 @@ export function sample(logits: Tensor, state: SampleState): Tensor {
   if (state.seen) checkShape('sample', 'seen', state.seen, [sequences, vocabulary])
   return withContiguous([logits], (x) => {
     const tokens = Tensor.empty([sequences], 'int32', logits.device)
-    call('sample', [tokens, state.rng, state.seen], [x!, state.params])
+    call('sample', [tokens, state.rng, state.seen], [x, state.params])
     return tokens
   })
 }

@@ -1,0 +1,136 @@
+// Makes a checkout ready to run: installs the npm packages, builds the addon and compiles the TypeScript, each only
+// when it is missing or older than what it is made from. Safe to interrupt, and to run twice at once.
+//
+//   node scripts/setup.mjs            whatever is stale
+//   node scripts/setup.mjs --native   the addon alone, always; --gyp or --cmake choose the builder, --clean starts anew
+//
+// HALFBYTE_CUDA=ON|OFF|AUTO (default AUTO) says whether to build the CUDA backend; CXX names the compiler.
+import { spawnSync } from 'node:child_process'
+import { existsSync, lstatSync, readdirSync, rmSync } from 'node:fs'
+import { availableParallelism } from 'node:os'
+import { dirname, join, relative } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { acquire } from './setup/lock.mjs'
+import { checkNode, cudaSetting, findBuilder, findCompiler, hasCcache, nodeHeaders } from './setup/needs.mjs'
+import { run, SetupError, stopChildren } from './setup/run.mjs'
+import { hashOf, modulesMatch, Stamp } from './setup/stamp.mjs'
+
+const root = dirname(dirname(fileURLToPath(import.meta.url)))
+const stamps = join(root, 'build-setup')
+const options = new Set(process.argv.slice(2))
+const inModules = (path) => join(root, 'node_modules', path)
+
+async function installModules() {
+  const modules = inModules('')
+  if (existsSync(modules) && modulesMatch(root)) return
+  if (lstatSync(modules.slice(0, -1), { throwIfNoEntry: false })?.isSymbolicLink()) {
+    throw new SetupError(
+      'node_modules is a link and does not match package-lock.json: run npm ci where it points.',
+    )
+  }
+  const npm = process.env.npm_execpath
+  const args = ['ci', '--no-audit', '--no-fund', '--include=dev']
+  if (npm?.endsWith('.js')) await run('Installing packages', process.execPath, [npm, ...args], { cwd: root })
+  else await run('Installing packages', 'npm', args, { cwd: root })
+}
+
+/** Builds the addon and returns its path. */
+async function buildWith(builder, clean) {
+  const jobs = String(availableParallelism())
+  const env = { ...process.env, CXX: findCompiler() }
+  if (builder === 'cmake') {
+    if (clean) rmSync(join(root, 'build-cmake'), { recursive: true, force: true })
+    const args = [inModules('cmake-js/bin/cmake-js'), 'build', '--out', 'build-cmake', '--parallel', jobs]
+    await run('Building the addon', process.execPath, args, { cwd: root, env })
+    return join(root, 'build-cmake/Release/halfbyte.node')
+  }
+  if (hasCcache() && !env.CXX.includes('ccache')) env.CXX = `ccache ${env.CXX}`
+  const headers = nodeHeaders()
+  const args = [
+    inModules('node-gyp/bin/node-gyp.js'),
+    ...(clean ? ['clean'] : []),
+    'configure',
+    'build',
+    '--jobs',
+    jobs,
+  ]
+  if (headers) args.push(`--nodedir=${headers}`)
+  await run('Building the addon', process.execPath, args, { cwd: root, env })
+  return join(root, 'build/Release/halfbyte.node')
+}
+
+const loads = (binary) =>
+  spawnSync(process.execPath, ['-e', `require(${JSON.stringify(binary)})`], { stdio: 'ignore' }).status === 0
+
+async function buildAddon() {
+  const forced = options.has('--native')
+  const cuda = cudaSetting(root)
+  const sources = ['native', 'kernels', 'CMakeLists.txt', 'binding.gyp']
+  const hash = hashOf(root, sources, { cuda, arch: process.arch, platform: process.platform })
+  const fresh = ['build-cmake', 'build'].some(
+    (folder) => new Stamp(join(stamps, folder), join(root, folder, 'Release/halfbyte.node'), hash).fresh,
+  )
+  if (fresh && !forced) return
+
+  const builder = options.has('--gyp') ? 'gyp' : options.has('--cmake') ? 'cmake' : findBuilder()
+  const folder = builder === 'cmake' ? 'build-cmake' : 'build'
+  const stamp = new Stamp(join(stamps, folder), join(root, folder, 'Release/halfbyte.node'), hash)
+  stamp.clear()
+  const clean = options.has('--clean')
+  const binary = await buildWith(builder, clean)
+  // A build that was cut short can leave a binary that looks newer than its sources.
+  if (!loads(binary) && !clean) await buildWith(builder, true)
+  if (!loads(binary)) {
+    const why = spawnSync(process.execPath, ['-e', `require(${JSON.stringify(binary)})`], {
+      encoding: 'utf8',
+    }).stderr
+    throw new SetupError(`${why}\nThe addon was built, but does not load: ${binary}`)
+  }
+  stamp.set()
+}
+
+/** Removes from dist what has no source any more. */
+function prune(sourceFolder, outputFolder) {
+  for (const entry of readdirSync(outputFolder, { withFileTypes: true, recursive: true })) {
+    if (!entry.isFile()) continue
+    const path = join(entry.parentPath, entry.name)
+    const source = join(sourceFolder, relative(outputFolder, path)).replace(
+      /(\.d)?\.(m?)(js|ts)(\.map)?$/,
+      '.$2ts',
+    )
+    if (!existsSync(source)) rmSync(path)
+  }
+}
+
+async function compile() {
+  const sources = ['lib', 'tsconfig.json']
+  const stamp = new Stamp(join(stamps, 'dist'), join(root, 'dist/index.js'), hashOf(root, sources, {}))
+  if (stamp.fresh) return
+  stamp.clear()
+  const tsc = inModules('typescript/bin/tsc')
+  await run('Compiling', process.execPath, [tsc, '-p', 'tsconfig.json'], { cwd: root })
+  prune(join(root, 'lib'), join(root, 'dist'))
+  stamp.set()
+}
+
+let release = () => {}
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) {
+  process.on(signal, () => {
+    stopChildren('SIGTERM')
+    release()
+    process.exit(signal === 'SIGINT' ? 130 : 143)
+  })
+}
+try {
+  checkNode()
+  release = await acquire(join(stamps, 'lock'))
+  await installModules()
+  await buildAddon()
+  if (!options.has('--native')) await compile()
+} catch (error) {
+  if (!(error instanceof SetupError)) throw error
+  process.stderr.write(`${error.message}\n`)
+  process.exitCode = 1
+} finally {
+  release()
+}
