@@ -203,10 +203,11 @@ class Backend {
   /// y[...] = value, every dtype, any strides.
   virtual Status fill(Queue queue, View y, double value) = 0;
   /// y[...] = convert(x[...]): same shape, any strides on both sides (0 broadcasts x), any dtype to any
-  /// dtype. Float to integer truncates towards zero and saturates; float to float rounds to nearest even.
+  /// dtype. Float to integer truncates towards zero and saturates (NaN: 0); integer to integer keeps the low
+  /// bits; float to float rounds to nearest even.
   virtual Status copy(Queue queue, View y, View x) = 0;
   /// y = a (op) b with numpy broadcasting expressed by zero strides in a and b; all of one dtype, float or
-  /// int32.
+  /// int32. min and max give NaN when either operand is; int32 wraps and division by zero gives 0.
   virtual Status binary(Queue queue, View y, View a, View b, Binary op) = 0;
   /// y = act(x), float.
   virtual Status activation(Queue queue, View y, View x, Activation act) = 0;

@@ -2,24 +2,6 @@
 #include "cpu_backend.h"
 
 namespace halfbyte::cpu {
-__attribute__((weak)) Status CpuBackend::fill(Queue, View, double) {
-  return Status::error(Code::unsupported, "fill is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::copy(Queue, View, View) {
-  return Status::error(Code::unsupported, "copy is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::binary(Queue, View, View, View, Binary) {
-  return Status::error(Code::unsupported, "binary is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::activation(Queue, View, View, Activation) {
-  return Status::error(Code::unsupported, "activation is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::gated_activation(Queue, View, View, View, Activation) {
-  return Status::error(Code::unsupported, "gated_activation is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::gather_rows(Queue, View, View, View) {
-  return Status::error(Code::unsupported, "gather_rows is not there yet");
-}
 __attribute__((weak)) Status CpuBackend::gather_rows_4bit(Queue, View, const Weight4&, View) {
   return Status::error(Code::unsupported, "gather_rows_4bit is not there yet");
 }

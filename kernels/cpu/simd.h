@@ -48,6 +48,8 @@ static inline F fma(F a, F b, F c) { HALFBYTE_EACH(__builtin_fmaf(a.v[i], b.v[i]
 /// Second operand when either is NaN, as x86 does.
 static inline F max(F a, F b) { HALFBYTE_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 static inline F min(F a, F b) { HALFBYTE_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+/// a where it is NaN, else b.
+static inline F nan_of(F a, F b) { HALFBYTE_EACH(a.v[i] == a.v[i] ? b.v[i] : a.v[i]); }
 static inline F abs(F a) { HALFBYTE_EACH(__builtin_fabsf(a.v[i])); }
 static inline F sqrt(F a) { HALFBYTE_EACH(__builtin_sqrtf(a.v[i])); }
 static inline F round(F a) { HALFBYTE_EACH(__builtin_rintf(a.v[i])); }
@@ -98,6 +100,7 @@ static inline F div(F a, F b) { return _mm256_div_ps(a, b); }
 static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 static inline F max(F a, F b) { return _mm256_max_ps(a, b); }
 static inline F min(F a, F b) { return _mm256_min_ps(a, b); }
+static inline F nan_of(F a, F b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 static inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 static inline F sqrt(F a) { return _mm256_sqrt_ps(a); }
 static inline F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -151,6 +154,7 @@ static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 static inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+static inline F nan_of(F a, F b) { return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a); }
 static inline F abs(F a) { return _mm512_abs_ps(a); }
 static inline F sqrt(F a) { return _mm512_sqrt_ps(a); }
 static inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
