@@ -1,0 +1,67 @@
+// A native thread that runs the work of one queue, or of both queues of a device, in the order of submission.
+//
+// Every submission to a queue gets a ticket, and a queue's `Progress` says up to which ticket work has run.
+// Work that touches a storage which work of another queue touched waits for that ticket. Waits only ever
+// point to earlier submissions, so they cannot form a circle.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "work.h"
+
+namespace halfbyte {
+
+/// A place on a queue.
+struct Point {
+  Device* device;
+  Queue queue;
+  uint64_t ticket;
+};
+
+class Progress {
+ public:
+  bool reached(uint64_t ticket) const { return done_.load(std::memory_order_acquire) >= ticket; }
+  void advance(uint64_t ticket);
+  void wait(uint64_t ticket);
+
+ private:
+  std::atomic<uint64_t> done_{0};
+  std::atomic<int> waiting_{0};
+  std::mutex mutex_;
+  std::condition_variable advanced_;
+};
+
+struct Entry {
+  WorkPtr work;
+  Queue queue;
+  uint64_t ticket;
+  std::vector<Point> after;
+};
+
+class Lane {
+ public:
+  explicit Lane(Device& device) : device_(device) {}
+  /// Takes the next ticket of `queue`, whose counter is `submitted`, and appends the work. Starts the thread
+  /// on first use; throws std::system_error when there is none to be had.
+  uint64_t push(WorkPtr work, Queue queue, std::vector<Point> after, uint64_t& submitted);
+
+ private:
+  void loop();
+
+  Device& device_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<Entry> entries_;
+  std::atomic<size_t> waiting_entries_{0};
+  bool started_ = false;
+  bool asleep_ = false;
+};
+
+/// Runs one piece of work: passes failures on, allocates, calls run() and done(). Never throws.
+void perform(Work& work, Backend& backend, Queue queue);
+
+}  // namespace halfbyte

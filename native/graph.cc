@@ -1,0 +1,68 @@
+#include "graph.h"
+
+#include <unordered_map>
+
+#include "device.h"
+
+namespace halfbyte {
+namespace {
+
+/// All works of a recording, in order. Its uses only make the order: each work looks after failures by
+/// itself.
+class Replay final : public Work {
+ public:
+  explicit Replay(std::shared_ptr<const Recording> recording) : recording_(std::move(recording)) {
+    std::unordered_map<Storage*, size_t> index;
+    for (const WorkPtr& work : recording_->works) {
+      for (const Use& use : work->uses) {
+        const auto [at, fresh] = index.emplace(use.storage.get(), uses.size());
+        if (fresh) uses.push_back(Use{use.storage, false, false, false});
+        uses[at->second].writes |= use.writes;
+      }
+    }
+  }
+  const char* name() const override { return "replay"; }
+  bool passes_failures() const override { return false; }
+  Status run(Backend& backend, Queue queue) override {
+    for (const WorkPtr& work : recording_->works) perform(*work, backend, queue);
+    return {};
+  }
+
+ private:
+  std::shared_ptr<const Recording> recording_;
+};
+
+struct GraphHandle final : Handle {
+  static constexpr Kind kKind = Kind::graph;
+  GraphHandle(Device& device, WorkPtr replay) : Handle(kKind), device(device), replay(std::move(replay)) {}
+  Device& device;
+  WorkPtr replay;  // null once disposed
+};
+
+napi_value replay(Call& call) {
+  auto& graph = to_object<GraphHandle>(call.self, call.receiver);
+  if (!graph.replay) fail("ERR_HALFBYTE_DISPOSED", "replay: the graph was disposed");
+  graph.device.submit(Queue::compute, graph.replay);
+  return nullptr;
+}
+
+napi_value dispose(Call& call) {
+  to_object<GraphHandle>(call.self, call.receiver).replay.reset();
+  call.self.memory_taken(0);
+  return nullptr;
+}
+
+}  // namespace
+
+void define_graph_class(Environment& self) {
+  self.graph_class =
+      define_class(self.env, "NativeGraph", {method<replay>("replay"), method<dispose>("dispose")});
+}
+
+napi_value make_graph(Environment& self, Device& device, std::shared_ptr<Recording> recording) {
+  auto replay = std::make_shared<Replay>(std::move(recording));
+  replay->owner = self.link();
+  return make_object(self, self.graph_class, std::make_unique<GraphHandle>(device, std::move(replay)));
+}
+
+}  // namespace halfbyte

@@ -1,0 +1,182 @@
+// The NativeMappedFile class: ranges of a file as tensors.
+//
+// The ranges are read with pread, straight into the tensor's memory on a host device. A mapping would be one
+// copy as well, but a file that is truncated under a mapping, or a network disk that fails, kills the process
+// with SIGBUS; here it is an error that names the file.
+#include "mapped_file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "device_handle.h"
+#include "tensor_handle.h"
+#include "work.h"
+
+namespace halfbyte {
+namespace {
+
+// A device that is not the host is fed through a buffer of this size.
+constexpr size_t kChunk = 16 << 20;
+
+/// An open file. Work that is queued keeps it open.
+class File {
+ public:
+  explicit File(const std::string& path) : path_(path) {
+    descriptor_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (descriptor_ < 0) refuse("cannot be opened", errno);
+    struct stat info;
+    if (fstat(descriptor_, &info) != 0) {
+      const int error = errno;
+      close(descriptor_);
+      refuse("cannot be examined", error);
+    }
+    if (!S_ISREG(info.st_mode)) {
+      close(descriptor_);
+      refuse("is not a regular file", 0);
+    }
+    size_ = info.st_size;
+#if defined(POSIX_FADV_SEQUENTIAL)
+    posix_fadvise(descriptor_, 0, 0, POSIX_FADV_SEQUENTIAL);
+#endif
+  }
+  ~File() {
+    if (descriptor_ >= 0) close(descriptor_);
+  }
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
+  int64_t size() const { return size_; }
+
+  void check_range(int64_t begin, int64_t end) const {
+    if (begin <= end && end <= size_) return;
+    fail("ERR_HALFBYTE_IO", path_ + ": bytes " + std::to_string(begin) + " to " + std::to_string(end) +
+                                " are not within the file of " + std::to_string(size_) + " bytes");
+  }
+
+  /// Throws a Failure that names the file.
+  void read(void* to, size_t bytes, int64_t at) const {
+    char* out = static_cast<char*>(to);
+    while (bytes > 0) {
+      const ssize_t got = pread(descriptor_, out, std::min(bytes, size_t{1} << 30), at);
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) refuse("cannot be read at byte " + std::to_string(at), errno);
+      if (got == 0) {
+        fail("ERR_HALFBYTE_IO", path_ + ": the file ends at byte " + std::to_string(at) + ", it had " +
+                                    std::to_string(size_) + " bytes when it was opened");
+      }
+      out += got;
+      at += got;
+      bytes -= static_cast<size_t>(got);
+    }
+  }
+
+ private:
+  [[noreturn]] void refuse(const std::string& what, int error) const {
+    fail("ERR_HALFBYTE_IO", path_ + " " + what + (error ? std::string(": ") + strerror(error) : ""));
+  }
+
+  const std::string path_;
+  int descriptor_ = -1;
+  int64_t size_ = 0;
+};
+
+struct FileHandle final : Handle {
+  static constexpr Kind kKind = Kind::file;
+  explicit FileHandle(const std::string& path) : Handle(kKind), file(std::make_shared<const File>(path)) {}
+  std::shared_ptr<const File> file;  // null once closed
+};
+
+class FileWork final : public Work {
+ public:
+  FileWork(const StoragePtr& storage, std::shared_ptr<const File> file, int64_t begin)
+      : storage_(storage.get()), file_(std::move(file)), begin_(begin) {
+    uses.push_back(Use{storage, false, true, true});
+  }
+  const char* name() const override { return "openFile"; }
+  Status run(Backend& backend, Queue queue) override {
+    auto* to = static_cast<char*>(storage_->data());
+    if (backend.host_memory()) {
+      file_->read(to, storage_->bytes, begin_);
+      return {};
+    }
+    const HostBytes buffer(std::min(storage_->bytes, kChunk));
+    for (size_t at = 0; at < storage_->bytes; at += buffer.size) {
+      const size_t bytes = std::min(buffer.size, storage_->bytes - at);
+      file_->read(buffer.data, bytes, begin_ + static_cast<int64_t>(at));
+      Event event;
+      Status status = backend.upload(queue, to + at, buffer.data, bytes);
+      if (status.ok()) status = backend.record(queue, &event);
+      if (status.ok()) status = backend.synchronize(event);
+      if (!status.ok()) return status;
+    }
+    return {};
+  }
+
+ private:
+  Storage* storage_;
+  std::shared_ptr<const File> file_;
+  int64_t begin_;
+};
+
+const std::shared_ptr<const File>& this_file(Call& call) {
+  const auto& file = to_object<FileHandle>(call.self, call.receiver).file;
+  if (!file) fail("ERR_HALFBYTE_DISPOSED", "The file was closed");
+  return file;
+}
+
+napi_value size(Call& call) { return make_number(call.env, static_cast<double>(this_file(call)->size())); }
+
+napi_value bytes(Call& call) {
+  const auto& file = this_file(call);
+  const int64_t begin = to_size(call.env, call.arguments[0], "begin");
+  const int64_t end = to_size(call.env, call.arguments[1], "end");
+  file->check_range(begin, end);
+  void* data = nullptr;
+  napi_value result;
+  const napi_status status =
+      napi_create_arraybuffer(call.env, static_cast<size_t>(end - begin), &data, &result);
+  if (status != napi_ok) {
+    check(call.env, status, "bytes");
+  }
+  file->read(data, static_cast<size_t>(end - begin), begin);
+  return result;
+}
+
+napi_value tensor(Call& call) {
+  const auto& file = this_file(call);
+  Device& device = to_object<DeviceHandle>(call.self, call.arguments[0]).device;
+  size_t bytes;
+  const View view = to_contiguous_view(call.env, call.arguments[1], call.arguments[2], &bytes);
+  const int64_t begin = to_size(call.env, call.arguments[3], "byteOffset");
+  file->check_range(begin, begin + static_cast<int64_t>(bytes));
+  auto storage = std::make_shared<Storage>(&device, bytes, call.self.link());
+  if (device.backend().host_memory()) call.self.memory_taken(static_cast<int64_t>(bytes));
+  auto work = std::make_shared<FileWork>(storage, file, begin);
+  work->owner = call.self.link();
+  device.submit(Queue::copy, std::move(work));
+  return make_tensor(call.self, std::move(storage), view);
+}
+
+napi_value close_file(Call& call) {
+  to_object<FileHandle>(call.self, call.receiver).file.reset();
+  return nullptr;
+}
+
+}  // namespace
+
+void define_file_class(Environment& self) {
+  self.file_class = define_class(
+      self.env, "NativeMappedFile",
+      {getter<size>("size"), method<bytes>("bytes"), method<tensor>("tensor"), method<close_file>("close")});
+}
+
+napi_value make_file(Environment& self, const std::string& path) {
+  return make_object(self, self.file_class, std::make_unique<FileHandle>(path));
+}
+
+}  // namespace halfbyte

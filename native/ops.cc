@@ -1,0 +1,233 @@
+#include "ops.h"
+
+#include <cmath>
+#include <string>
+
+namespace halfbyte {
+namespace {
+
+using A = const Arguments&;
+
+int64_t whole(double scalar) {
+  return scalar >= -9.0e15 && scalar <= 9.0e15 ? static_cast<int64_t>(scalar) : -1;
+}
+
+/// Runs body with the enumerator, or refuses a number that is none.
+template <typename Enum, typename Body>
+Status with(double scalar, Enum last, const char* what, const Body& body) {
+  const int64_t number = whole(scalar);
+  if (number < 0 || number > static_cast<int64_t>(last)) {
+    return Status::error(Code::value, std::string(what) + " " + std::to_string(number) + " is not one");
+  }
+  return body(static_cast<Enum>(number));
+}
+
+/// Weight operands come as codes, absmax, nested absmax, nested code, offset; scalars as type, blocksize, n,
+/// k.
+Weight4 weight4(const View* in, const double* scalars) {
+  Weight4 w;
+  w.codes = in[0];
+  w.absmax = in[1];
+  w.nested_absmax = in[2];
+  w.nested_code = in[3];
+  w.offset = in[4];
+  w.type = whole(scalars[0]) == 1 ? QuantType::fp4 : QuantType::nf4;
+  w.blocksize = whole(scalars[1]);
+  w.n = whole(scalars[2]);
+  w.k = whole(scalars[3]);
+  return w;
+}
+
+/// Says why a weight's scalars cannot be.
+Status check(const Weight4& w, const double* scalars) {
+  if (whole(scalars[0]) < 0 || whole(scalars[0]) > 1) return Status::error(Code::value, "unknown 4-bit type");
+  if (!is_blocksize(w.blocksize)) return Status::error(Code::value, "unknown blocksize");
+  int64_t elements;
+  if (w.n < 0 || w.k < 0 || __builtin_mul_overflow(w.n, w.k, &elements))
+    return Status::error(Code::value, "the weight's sizes are not sizes");
+  return {};
+}
+
+template <typename Body>
+Status with_weight(const View* in, const double* scalars, const Body& body) {
+  const Weight4 w = weight4(in, scalars);
+  Status status = check(w, scalars);
+  return status.ok() ? body(w) : status;
+}
+
+RaggedBatch batch(const View* in) { return RaggedBatch{in[0], in[1], in[2]}; }
+
+float real(double scalar) { return static_cast<float>(scalar); }
+
+// ---- elementwise and layout
+
+Status fill(Backend& b, Queue q, A a, View) { return b.fill(q, a.out[0], a.scalars[0]); }
+Status copy(Backend& b, Queue q, A a, View) { return b.copy(q, a.out[0], a.in[0]); }
+Status binary(Backend& b, Queue q, A a, View) {
+  return with(a.scalars[0], Binary::max, "operation",
+              [&](Binary op) { return b.binary(q, a.out[0], a.in[0], a.in[1], op); });
+}
+Status activation(Backend& b, Queue q, A a, View) {
+  return with(a.scalars[0], Activation::neg, "activation",
+              [&](Activation act) { return b.activation(q, a.out[0], a.in[0], act); });
+}
+Status gated_activation(Backend& b, Queue q, A a, View) {
+  return with(a.scalars[0], Activation::neg, "activation",
+              [&](Activation act) { return b.gated_activation(q, a.out[0], a.in[0], a.in[1], act); });
+}
+Status gather_rows(Backend& b, Queue q, A a, View) { return b.gather_rows(q, a.out[0], a.in[0], a.in[1]); }
+Status mean(Backend& b, Queue q, A a, View) { return b.mean(q, a.out[0], a.in[0]); }
+Status count_nonfinite(Backend& b, Queue q, A a, View) { return b.count_nonfinite(q, a.out[0], a.in[0]); }
+
+// ---- norms
+
+Status rms_norm(Backend& b, Queue q, A a, View) {
+  return b.rms_norm(q, a.out[0], a.out[1], a.in[0], a.in[1], a.in[2], real(a.scalars[0]), real(a.scalars[1]));
+}
+Status layer_norm(Backend& b, Queue q, A a, View) {
+  return b.layer_norm(q, a.out[0], a.out[1], a.in[0], a.in[1], a.in[2], a.in[3], real(a.scalars[0]));
+}
+
+// ---- blockwise formats
+
+Status quantize_4bit(Backend& b, Queue q, A a, View) {
+  return with(a.scalars[0], QuantType::fp4, "4-bit type", [&](QuantType type) {
+    return b.quantize_4bit(q, a.out[0], a.out[1], a.in[0], type, whole(a.scalars[1]));
+  });
+}
+Status dequantize_4bit(Backend& b, Queue q, A a, View) {
+  return with_weight(a.in, a.scalars, [&](const Weight4& w) { return b.dequantize_4bit(q, a.out[0], w); });
+}
+Status quantize_blockwise(Backend& b, Queue q, A a, View) {
+  return b.quantize_blockwise(q, a.out[0], a.out[1], a.in[0], a.in[1], whole(a.scalars[0]));
+}
+Status dequantize_blockwise(Backend& b, Queue q, A a, View) {
+  return b.dequantize_blockwise(q, a.out[0], a.in[0], a.in[1], a.in[2], whole(a.scalars[0]));
+}
+Status gather_rows_4bit(Backend& b, Queue q, A a, View) {
+  return with_weight(a.in, a.scalars,
+                     [&](const Weight4& w) { return b.gather_rows_4bit(q, a.out[0], w, a.in[5]); });
+}
+Status gather_rows_8bit(Backend& b, Queue q, A a, View) {
+  return b.gather_rows_8bit(q, a.out[0], a.in[0], a.in[1], a.in[2]);
+}
+
+// ---- int8
+
+Status int8_quantize_rows(Backend& b, Queue q, A a, View) {
+  return b.int8_quantize_rows(q, a.out[0], a.out[1], a.out[2], a.in[0], real(a.scalars[0]),
+                              a.scalars[1] != 0);
+}
+Status int8_dequantize_rows(Backend& b, Queue q, A a, View) {
+  return b.int8_dequantize_rows(q, a.out[0], a.in[0], a.in[1]);
+}
+Status int8_matmul(Backend& b, Queue q, A a, View) { return b.int8_matmul(q, a.out[0], a.in[0], a.in[1]); }
+Status int8_matmul_dequantize(Backend& b, Queue q, A a, View) {
+  return b.int8_matmul_dequantize(q, a.out[0], a.in[0], a.in[1], a.in[2], a.in[3]);
+}
+
+// ---- linear: x, bias, residual, then the weight
+
+Epilogue epilogue(A a) { return Epilogue{a.in[1], a.in[2]}; }
+
+Status linear(Backend& b, Queue q, A a, View workspace) {
+  return b.linear(q, a.out[0], a.in[0], a.in[3], epilogue(a), workspace);
+}
+size_t linear_space(const Backend& b, A a) { return b.linear_workspace(a.in[0], a.in[3]); }
+
+Status linear_4bit(Backend& b, Queue q, A a, View workspace) {
+  return with_weight(a.in + 3, a.scalars, [&](const Weight4& w) {
+    return b.linear_4bit(q, a.out[0], a.in[0], w, epilogue(a), workspace);
+  });
+}
+size_t linear_4bit_space(const Backend& b, A a) {
+  const Weight4 w = weight4(a.in + 3, a.scalars);
+  return check(w, a.scalars).ok() ? b.linear_4bit_workspace(a.in[0], w) : 0;
+}
+
+Status linear_8bit(Backend& b, Queue q, A a, View workspace) {
+  return b.linear_8bit(q, a.out[0], a.in[0], a.in[3], a.in[4], epilogue(a), real(a.scalars[0]),
+                       a.scalars[1] != 0, workspace);
+}
+size_t linear_8bit_space(const Backend& b, A a) {
+  return b.linear_8bit_workspace(a.in[0], a.in[3], real(a.scalars[0]));
+}
+
+// ---- attention
+
+Status rope_tables(Backend& b, Queue q, A a, View) {
+  return b.rope_tables(q, a.out[0], a.out[1], a.in[0], real(a.scalars[0]));
+}
+Status ragged_positions(Backend& b, Queue q, A a, View) {
+  return b.ragged_positions(q, a.out[0], batch(a.in));
+}
+Status rope(Backend& b, Queue q, A a, View) {
+  return b.rope(q, a.out[0], a.in[0], a.in[1], a.in[2], a.in[3], a.scalars[0] != 0);
+}
+Status paged_write(Backend& b, Queue q, A a, View) {
+  return b.paged_write(q, a.out[0], a.out[1], a.in[0], a.in[1], batch(a.in + 2));
+}
+Status paged_attention(Backend& b, Queue q, A a, View workspace) {
+  AttentionOptions options;
+  options.scale = real(a.scalars[0]);
+  options.causal = a.scalars[1] != 0;
+  options.window = whole(a.scalars[2]);
+  options.softcap = real(a.scalars[3]);
+  options.alibi_slopes = a.in[6];
+  options.sinks = a.in[7];
+  if (options.window < 0) return Status::error(Code::value, "the window is not a length");
+  return b.paged_attention(q, a.out[0], a.in[0], a.in[1], a.in[2], batch(a.in + 3), options, workspace);
+}
+size_t paged_attention_space(const Backend& b, A a) {
+  return b.paged_attention_workspace(a.in[0], a.in[1], batch(a.in + 3));
+}
+
+// ---- choosing tokens
+
+Status cross_entropy(Backend& b, Queue q, A a, View) {
+  return b.cross_entropy(q, a.out[0], a.in[0], a.in[1]);
+}
+Status argmax(Backend& b, Queue q, A a, View) { return b.argmax(q, a.out[0], a.in[0]); }
+Status sample(Backend& b, Queue q, A a, View workspace) {
+  return b.sample(q, a.out[0], a.in[0], a.in[1], a.out[1], a.out[2], workspace);
+}
+size_t sample_space(const Backend& b, A a) { return b.sample_workspace(a.in[0]); }
+
+}  // namespace
+
+const Op kOps[] = {
+    {"fill", "r", "", 1, fill, nullptr},
+    {"copy", "r", "r", 0, copy, nullptr},
+    {"binary", "r", "rr", 1, binary, nullptr},
+    {"activation", "r", "r", 1, activation, nullptr},
+    {"gated_activation", "r", "rr", 1, gated_activation, nullptr},
+    {"gather_rows", "r", "rr", 0, gather_rows, nullptr},
+    {"mean", "r", "r", 0, mean, nullptr},
+    {"count_nonfinite", "r", "r", 0, count_nonfinite, nullptr},
+    {"rms_norm", "ro", "ror", 2, rms_norm, nullptr},
+    {"layer_norm", "ro", "rooo", 1, layer_norm, nullptr},
+    {"quantize_4bit", "rr", "r", 2, quantize_4bit, nullptr},
+    {"dequantize_4bit", "r", "rrooo", 4, dequantize_4bit, nullptr},
+    {"quantize_blockwise", "rr", "rr", 1, quantize_blockwise, nullptr},
+    {"dequantize_blockwise", "r", "rrr", 1, dequantize_blockwise, nullptr},
+    {"gather_rows_4bit", "r", "rrooor", 4, gather_rows_4bit, nullptr},
+    {"gather_rows_8bit", "r", "rrr", 0, gather_rows_8bit, nullptr},
+    {"int8_quantize_rows", "rro", "r", 2, int8_quantize_rows, nullptr},
+    {"int8_dequantize_rows", "r", "rr", 0, int8_dequantize_rows, nullptr},
+    {"int8_matmul", "r", "rr", 0, int8_matmul, nullptr},
+    {"int8_matmul_dequantize", "r", "rrro", 0, int8_matmul_dequantize, nullptr},
+    {"linear", "r", "roor", 0, linear, linear_space},
+    {"linear_4bit", "r", "roorrooo", 4, linear_4bit, linear_4bit_space},
+    {"linear_8bit", "r", "roorr", 2, linear_8bit, linear_8bit_space},
+    {"rope_tables", "rr", "r", 1, rope_tables, nullptr},
+    {"ragged_positions", "r", "rrr", 0, ragged_positions, nullptr},
+    {"rope", "r", "rrrr", 1, rope, nullptr},
+    {"paged_write", "RR", "rrrrr", 0, paged_write, nullptr},
+    {"paged_attention", "r", "rrrrrroo", 4, paged_attention, paged_attention_space},
+    {"cross_entropy", "r", "rr", 0, cross_entropy, nullptr},
+    {"argmax", "r", "r", 0, argmax, nullptr},
+    {"sample", "rRO", "rr", 0, sample, sample_space},
+};
+const int kOpCount = static_cast<int>(sizeof(kOps) / sizeof(kOps[0]));
+
+}  // namespace halfbyte

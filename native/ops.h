@@ -1,0 +1,35 @@
+// The table of ops: how the operands and scalars that lib/tensor/ops/ passes become a call of the backend.
+#pragma once
+
+#include "backend.h"
+
+namespace halfbyte {
+
+constexpr int kMaxOutputs = 3;
+constexpr int kMaxInputs = 9;
+constexpr int kMaxScalars = 4;
+
+struct Arguments {
+  const View* out;
+  const View* in;
+  const double* scalars;
+};
+
+/// `outputs` and `inputs` have a letter for each operand:
+///   r  required          o  optional
+///   R  required output that is also read, or written only in part
+///   O  the same, optional
+struct Op {
+  const char* name;
+  const char* outputs;
+  const char* inputs;
+  int scalars;
+  Status (*run)(Backend&, Queue, const Arguments&, View workspace);
+  /// Bytes of workspace; null for none. Looks at shapes only.
+  size_t (*workspace)(const Backend&, const Arguments&);
+};
+
+extern const Op kOps[];
+extern const int kOpCount;
+
+}  // namespace halfbyte
