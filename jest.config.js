@@ -2,7 +2,11 @@ module.exports = {
   testEnvironment: 'node',
   roots: ['<rootDir>/test'],
   testMatch: ['**/*.test.ts'],
-  moduleNameMapper: { '^(\\.{1,2}/.*)\\.js$': '$1' },
+  moduleNameMapper: {
+    '^(\\.{1,2}/.*)\\.js$': '$1',
+    '^halfbyte$': '<rootDir>/lib/index.ts',
+    '^halfbyte/internal/(.*)\\.js$': '<rootDir>/lib/$1.ts',
+  },
   transform: {
     '\\.ts$': [
       '@swc/jest',

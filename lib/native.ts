@@ -84,6 +84,8 @@ export interface NativeBinding {
   codebook(name: string): Float32Array
   cpuInfo(): { isa: string; vnni: boolean; threads: number; complaint: string }
   cudaInfo(): { compiled: boolean; archs: string; driver: string; runtime: string; reason: string }
+  /** [bytes read per second, fp32 operations per second], measured now on the pool of the CPU devices. */
+  cpuPeaks(): Promise<number[]>
   openFile(path: string): NativeMappedFile
 }
 

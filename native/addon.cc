@@ -9,6 +9,7 @@
 #include "graph.h"
 #include "mapped_file.h"
 #include "ops.h"
+#include "peaks.h"
 #include "tensor_handle.h"
 
 namespace halfbyte {
@@ -97,8 +98,9 @@ napi_value define(Call& call) {
   define_file_class(call.self);
   const napi_value exports = call.receiver;
   const napi_property_descriptor functions[] = {
-      method<devices>("devices"),  method<device>("device"),      method<codebook>("codebook"),
-      method<cpu_info>("cpuInfo"), method<cuda_info>("cudaInfo"), method<open_file>("openFile"),
+      method<devices>("devices"),    method<device>("device"),      method<codebook>("codebook"),
+      method<cpu_info>("cpuInfo"),   method<cuda_info>("cudaInfo"), method<open_file>("openFile"),
+      method<cpu_peaks>("cpuPeaks"),
   };
   check(env, napi_define_properties(env, exports, sizeof(functions) / sizeof(functions[0]), functions),
         "exports");

@@ -90,26 +90,27 @@ async function buildAddon() {
 }
 
 /** Removes from dist what has no source any more. */
-function prune(sourceFolder, outputFolder) {
-  for (const entry of readdirSync(outputFolder, { withFileTypes: true, recursive: true })) {
+function prune() {
+  const dist = join(root, 'dist')
+  for (const entry of readdirSync(dist, { withFileTypes: true, recursive: true })) {
     if (!entry.isFile()) continue
     const path = join(entry.parentPath, entry.name)
-    const source = join(sourceFolder, relative(outputFolder, path)).replace(
-      /(\.d)?\.(m?)(js|ts)(\.map)?$/,
-      '.$2ts',
-    )
-    if (!existsSync(source)) rmSync(path)
+    const name = relative(dist, path).replace(/(\.d)?\.(m?)js(\.map)?$|\.d\.(m?)ts(\.map)?$/, '.$2$4ts')
+    const folder = /^(bench|examples)[/\\]/.test(name) ? root : join(root, 'lib')
+    if (!existsSync(join(folder, name))) rmSync(path)
   }
 }
 
+/** lib/ becomes dist/; bench/ and examples/, which use the library as its users do, become folders of dist/. */
 async function compile() {
-  const sources = ['lib', 'tsconfig.json']
+  const sources = ['lib', 'bench', 'examples', 'tsconfig.json', 'tsconfig.tools.json']
   const stamp = new Stamp(join(stamps, 'dist'), join(root, 'dist/index.js'), hashOf(root, sources, {}))
   if (stamp.fresh) return
   stamp.clear()
   const tsc = inModules('typescript/bin/tsc')
   await run('Compiling', process.execPath, [tsc, '-p', 'tsconfig.json'], { cwd: root })
-  prune(join(root, 'lib'), join(root, 'dist'))
+  await run('Compiling the tools', process.execPath, [tsc, '-p', 'tsconfig.tools.json'], { cwd: root })
+  prune()
   stamp.set()
 }
 

@@ -405,7 +405,7 @@ function join(prefix: string, name: string): string {
 
 function readTarget(target: MoveTarget): { dtype?: DType; device?: Device } {
   if (typeof target === 'string' && Object.hasOwn(DTYPES, target)) return { dtype: target as DType }
-  if (typeof target === 'string' || 'native' in target) return { device: toDevice(target as DeviceLike) }
+  if (typeof target === 'string' || 'native' in target) return { device: toDevice(target) }
   return {
     ...(target.dtype && { dtype: checkDType(target.dtype, 'to') }),
     ...(target.device && { device: toDevice(target.device) }),

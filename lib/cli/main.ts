@@ -1,0 +1,77 @@
+#!/usr/bin/env node
+/**
+ * The command `halfbyte`: finds the subcommand, reads its options, runs it.
+ * Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
+ */
+import { readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { HalfbyteError } from '../errors.js'
+import { checkCount, helpText, parse, usageError, type Command } from './command.js'
+import { describeError, print } from './output.js'
+
+/** Loaded when they are asked for: `doctor` must run where the addon does not load. */
+const COMMANDS: Readonly<Record<string, () => Promise<Command>>> = {
+  doctor: async () => (await import('./commands/doctor.js')).doctor,
+  bench: async () => (await import('./commands/bench.js')).bench,
+}
+
+const OVERVIEW = `halfbyte COMMAND ...
+
+  doctor          what the library found on this machine, and what is missing
+  bench [NAME]    benchmarks
+
+halfbyte COMMAND --help tells more; --json and --device are understood by all.`
+
+function version(): string {
+  const manifest = join(__dirname, '..', '..', 'package.json')
+  return (JSON.parse(readFileSync(manifest, 'utf8')) as { version: string }).version
+}
+
+async function run(args: readonly string[], signal: AbortSignal): Promise<void> {
+  const [name, ...rest] = args
+  if (name === undefined || name === '--help' || name === '-h' || name === 'help') {
+    print(OVERVIEW)
+    if (name === undefined) process.exitCode = 2
+    return
+  }
+  if (name === '--version' || name === '-v') {
+    print(version())
+    return
+  }
+  if (!Object.hasOwn(COMMANDS, name)) {
+    throw usageError(
+      `there is no command ${JSON.stringify(name)}; the commands are ${Object.keys(COMMANDS).join(', ')}`,
+    )
+  }
+  const command = await COMMANDS[name]!()
+  const { positionals, flags } = parse(command, rest)
+  if (flags.switch('help')) {
+    print(helpText(command))
+    return
+  }
+  checkCount(command, positionals)
+  await command.run({ positionals, flags, signal })
+}
+
+function main(): void {
+  // A reader that has gone (| head) is no error.
+  process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+    process.exit(error.code === 'EPIPE' ? 0 : 1)
+  })
+  const interrupt = new AbortController()
+  process.on('SIGINT', () => {
+    if (interrupt.signal.aborted) process.exit(130)
+    interrupt.abort()
+  })
+  run(process.argv.slice(2), interrupt.signal)
+    .catch((error: unknown) => {
+      if (interrupt.signal.aborted) return
+      process.stderr.write(`${describeError(error)}\n`)
+      process.exitCode = error instanceof HalfbyteError && error.code === 'ERR_HALFBYTE_USAGE' ? 2 : 1
+    })
+    .finally(() => {
+      if (interrupt.signal.aborted) process.exitCode = 130
+    })
+}
+
+main()

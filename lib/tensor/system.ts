@@ -1,0 +1,37 @@
+/** What the library found on this machine, and yardsticks to hold its speed against. */
+import { bindingPath, native } from '../native.js'
+import { rethrowAsync } from './rethrow.js'
+
+export interface SystemInfo {
+  /** Version of the addon and the file it was loaded from. */
+  version: string
+  binding: string
+  /** Instruction set that the CPU kernels run on, and why HALFBYTE_CPU_ISA was not obeyed ('' when it was). */
+  cpu: { isa: string; vnni: boolean; threads: number; complaint: string }
+  /** compiled: the binary has CUDA kernels. reason: why there is no CUDA device ('' when there is one). */
+  cuda: { compiled: boolean; archs: string; driver: string; runtime: string; reason: string }
+  devices: string[]
+}
+
+export function systemInfo(): SystemInfo {
+  return {
+    version: native.version,
+    binding: bindingPath,
+    cpu: native.cpuInfo(),
+    cuda: native.cudaInfo(),
+    devices: native.devices(),
+  }
+}
+
+export interface CpuPeaks {
+  /** Bytes per second that all threads together read from memory (not from a cache). */
+  readBandwidth: number
+  /** fp32 operations per second of all threads on registers; a multiply-add counts two. */
+  fmaPeak: number
+}
+
+/** Measures the limits of the CPU device, in about a third of a second. The best of a few tries, as noise only slows. */
+export async function measureCpu(): Promise<CpuPeaks> {
+  const [readBandwidth, fmaPeak] = await rethrowAsync(native.cpuPeaks())
+  return { readBandwidth: readBandwidth!, fmaPeak: fmaPeak! }
+}
