@@ -19,6 +19,7 @@ import { HalfbyteError } from '../errors.js'
 import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
 import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
 import { Tensor } from '../tensor/tensor.js'
+import type { PackedWeight } from './packed.js'
 import { Parameter } from './parameter.js'
 import { loadStateDict, ownProblems, type LoadStateDictResult, type OwnProblems } from './state_dict.js'
 
@@ -147,8 +148,12 @@ export abstract class Module implements Disposable {
 
   /** Tells every parameter its full name, for messages. */
   namePaths(): this {
-    for (const [path, parameter] of this.namedParameters({ removeDuplicate: false })) parameter.path ||= path
-    for (const [path, buffer] of this.namedBuffers({ removeDuplicate: false })) buffer.path ||= path
+    for (const [prefix, module] of this.#places()) {
+      for (const [name, parameter] of module.ownParameters()) {
+        const path = join(prefix, name)
+        if (path.endsWith(parameter.path)) parameter.path = path
+      }
+    }
     return this
   }
 
@@ -162,8 +167,13 @@ export abstract class Module implements Disposable {
     }
   }
 
-  /** Own tensors besides parameters and buffers that quantisation needs (absmax, SCB, ...), by state-dict name. */
-  *ownStatistics(): IterableIterator<[string, Tensor]> {}
+  /** Own weights in packed form. Their codes lie in a parameter, which is listed as one too. */
+  *ownPacked(): IterableIterator<PackedWeight> {}
+
+  /** Own tensors besides parameters and buffers that packed weights need (absmax, SCB, ...), by state-dict name. */
+  *ownStatistics(): IterableIterator<[string, Tensor]> {
+    for (const packed of this.ownPacked()) yield* packed.statistics()
+  }
 
   // -- state
 
@@ -191,37 +201,56 @@ export abstract class Module implements Disposable {
     return loadStateDict(this, this.#places(), state, options.strict ?? true)
   }
 
+  /** Own parameters and buffers that the state dict lists as they are. */
+  #plain(): Map<string, Parameter> {
+    const packed = [...this.ownPacked()]
+    return new Map(
+      [...this.ownParameters()].filter(
+        ([name, parameter]) => parameter.persistent && !packed.some((weight) => weight.accepts(name)),
+      ),
+    )
+  }
+
+  #packedFor(name: string): PackedWeight | undefined {
+    return [...this.ownPacked()].find((weight) => weight.accepts(name))
+  }
+
   /** Own entries of the state dict. */
   async ownState(): Promise<[string, Tensor][]> {
-    return [...this.ownParameters()]
-      .filter(([, parameter]) => parameter.persistent)
-      .map(([name, parameter]) => [name, parameter.value.share()])
+    const state: [string, Tensor][] = []
+    for (const weight of this.ownPacked()) state.push(...(await weight.entries()))
+    for (const [name, parameter] of this.#plain()) state.push([name, parameter.value.share()])
+    return state
   }
 
   /** What is wrong with `own`, the part of a state dict that is this module's. */
   ownStateProblems(own: ReadonlyMap<string, Tensor>): OwnProblems {
-    return ownProblems(
-      new Map([...this.ownParameters()].filter(([, parameter]) => parameter.persistent)),
-      own,
-    )
+    const rest = new Map([...own].filter(([name]) => !this.#packedFor(name)))
+    const problems = ownProblems(this.#plain(), rest)
+    for (const weight of this.ownPacked()) {
+      const { missing, wrong } = weight.problems(new Map([...own].filter(([name]) => weight.accepts(name))))
+      problems.missing.push(...missing)
+      problems.wrong.push(...wrong)
+    }
+    return problems
   }
 
   /** Whether a state-dict name is one of this module's own. */
   ownAccepts(name: string): boolean {
-    for (const [own, parameter] of this.ownParameters()) if (own === name) return parameter.persistent
-    return false
+    return this.#packedFor(name) !== undefined || this.#plain().has(name)
   }
 
   /** Own names that are still to be loaded. */
   ownMissing(): string[] {
-    return [...this.ownParameters()]
-      .filter(([, parameter]) => parameter.persistent && !parameter.isLoaded)
-      .map(([name]) => name)
+    const plain = [...this.#plain()].filter(([, parameter]) => !parameter.isLoaded).map(([name]) => name)
+    return [...this.ownPacked()].flatMap((weight) => weight.missing()).concat(plain)
   }
 
   /** Takes over one tensor by its own name, which ownAccepts(). */
   async ownLoad(name: string, tensor: Tensor): Promise<void> {
-    for (const [own, parameter] of this.ownParameters()) if (own === name) return parameter.load(tensor)
+    const packed = this.#packedFor(name)
+    if (packed) await packed.load(name, tensor)
+    else this.#plain().get(name)!.load(tensor)
   }
 
   /** Whether the model has a place for a state-dict name. */
@@ -284,7 +313,8 @@ export abstract class Module implements Disposable {
 
   /** Number of NaN and infinite elements found in what was quantised here. */
   async ownNonfinite(): Promise<number> {
-    return 0
+    const counts = await Promise.all([...this.ownPacked()].map((weight) => weight.nonfinite()))
+    return counts.reduce((sum, count) => sum + count, 0)
   }
 
   // -- moving
@@ -320,10 +350,13 @@ export abstract class Module implements Disposable {
   }
 
   /** Moves own tensors that are neither parameters nor buffers. */
-  ownMove(_device: Device): void {}
+  ownMove(device: Device): void {
+    for (const weight of this.ownPacked()) weight.move(device)
+  }
 
   /** Why the dtype of this module cannot be changed, or undefined when it can. */
   ownCastRefusal(): string | undefined {
+    for (const weight of this.ownPacked()) return weight.castRefusal()
     return undefined
   }
 
@@ -352,7 +385,7 @@ export abstract class Module implements Disposable {
   /** Frees own tensors. */
   ownDispose(): void {
     for (const [, parameter] of this.ownParameters()) parameter.dispose()
-    for (const [, tensor] of this.ownStatistics()) tensor.dispose()
+    for (const weight of this.ownPacked()) weight.dispose()
   }
 
   [Symbol.dispose](): void {

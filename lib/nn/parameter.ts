@@ -41,6 +41,22 @@ export function onMeta<T>(build: () => T, options: MetaScope = {}): T {
   }
 }
 
+/** What options and the surrounding onMeta() come to: `meta` is whether a module starts without memory. */
+export function place(options: { dtype?: DType | undefined; device?: Placement | undefined }): {
+  meta: boolean
+  dtype: DType | undefined
+  device: Device | undefined
+} {
+  const scope = scopes.at(-1)
+  const dtype = options.dtype ?? scope?.dtype
+  const on = options.device === 'meta' ? scope?.device : (options.device ?? scope?.device)
+  return {
+    meta: options.device === 'meta' || (options.device === undefined && scope !== undefined),
+    dtype: dtype === undefined ? undefined : checkDType(dtype, 'Parameter'),
+    device: on === undefined ? undefined : toDevice(on),
+  }
+}
+
 export class Parameter implements Disposable {
   readonly shape: Shape
   readonly numel: number
@@ -56,12 +72,9 @@ export class Parameter implements Disposable {
   constructor(shape: Shape, options: ParameterOptions = {}) {
     this.shape = [...shape]
     this.numel = options.numel ?? sizeOf(shape)
-    const scope = scopes.at(-1)
-    const meta = options.device === 'meta' || (scope !== undefined && options.device === undefined)
-    const dtype = options.dtype ?? scope?.dtype
-    const on = options.device === 'meta' ? scope?.device : (options.device ?? scope?.device)
-    this.#dtype = dtype === undefined ? undefined : checkDType(dtype, 'Parameter')
-    this.#device = on === undefined ? undefined : toDevice(on)
+    const { meta, dtype, device } = place(options)
+    this.#dtype = dtype
+    this.#device = device
     if (meta || !options.init) return
     this.#dtype ??= 'float32'
     const first = Tensor.from(options.init(this.shape), {

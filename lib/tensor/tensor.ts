@@ -306,14 +306,28 @@ export class Tensor implements Disposable {
     return this.#view(this.shape, this.strides, this.offset)
   }
 
-  /** The same bits as another dtype of as many bytes an element (uint8 and int8, float16 and bfloat16, ...). */
+  /**
+   * The same bits as another dtype. Between dtypes of different size the tensor must be contiguous, and its last
+   * dimension, in bytes, a whole number of elements.
+   */
   bitcast(dtype: DType): Tensor {
     const { id, bytes } = DTYPES[checkDType(dtype, 'bitcast')]
-    if (bytes !== DTYPES[this.dtype].bytes) {
-      throw new HalfbyteError('ERR_HALFBYTE_DTYPE', `bitcast: ${this.dtype} and ${dtype} differ in size`)
+    const own = DTYPES[this.dtype].bytes
+    const make = (shape: Shape, strides: readonly number[], offset: number) => {
+      const handle = rethrow(() => this.handle.view(id, shape, strides, offset))
+      return new Tensor(handle, this.device, dtype, shape, strides, offset)
     }
-    const handle = rethrow(() => this.handle.view(id, this.shape, this.strides, this.offset))
-    return new Tensor(handle, this.device, dtype, this.shape, this.strides, this.offset)
+    if (bytes === own) return make(this.shape, this.strides, this.offset)
+    const last = ((this.shape.at(-1) ?? 1) * own) / bytes
+    const offset = (this.offset * own) / bytes
+    if (!this.isContiguous || this.ndim === 0 || !Number.isInteger(last) || !Number.isInteger(offset)) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_DTYPE',
+        `bitcast: ${this.toString()} does not divide into elements of ${dtype}`,
+      )
+    }
+    const shape = this.shape.with(-1, last)
+    return make(shape, contiguousStrides(shape), offset)
   }
 
   #dim(dim: number): number {

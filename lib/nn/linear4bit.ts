@@ -1,0 +1,149 @@
+/** Linear layers with a 4-bit weight: NF4 or FP4 in blocks, statistics optionally quantised too (QLoRA, arXiv 2305.14314). */
+import type { QuantState } from '../quantization/quant_state.js'
+import type { QuantStorage } from '../quantization/config.js'
+import { DTYPES, type DType } from '../tensor/dtype.js'
+import { add, linear4bit, type QuantType } from '../tensor/ops.js'
+import { Tensor } from '../tensor/tensor.js'
+import { kaimingUniform } from './init.js'
+import { Conv1D, Linear, type LinearLayerOptions } from './linear.js'
+import type { PackedWeight } from './packed.js'
+import { Parameter, place } from './parameter.js'
+import { packedBytes, Weight4, type Weight4Options } from './weight4.js'
+
+export interface Quantize4Options {
+  /** Default 'fp4'. */
+  quantType?: QuantType
+  /** Elements that share an absmax. Default 64. */
+  blocksize?: number
+  /** Quantise the absmax too (double quantisation). Default true. */
+  compressStatistics?: boolean
+  /** The dtype that codes have in state dicts. Default 'uint8'. */
+  quantStorage?: QuantStorage
+}
+
+export interface Linear4bitOptions extends LinearLayerOptions, Quantize4Options {
+  /**
+   * Inputs are cast to it, and results back. null (default): the input's own dtype; a first input of float32 or bfloat16
+   * then fixes it for good, as in bitsandbytes.
+   */
+  computeDtype?: DType | null
+  /** Float weights are given as [inFeatures, outFeatures], as Conv1D has them. */
+  transposed?: boolean
+}
+
+export function weight4Options(options: Linear4bitOptions): Weight4Options {
+  return {
+    quantType: options.quantType ?? 'fp4',
+    blocksize: options.blocksize ?? 64,
+    compressStatistics: options.compressStatistics ?? true,
+    quantStorage: options.quantStorage ?? 'uint8',
+    transposed: options.transposed ?? false,
+    ...place(options),
+  }
+}
+
+/** y = x W^T + b with W [outFeatures, inFeatures] in 4 bits. */
+export class Linear4bit extends Linear {
+  computeDtype: DType | null
+  readonly transposed: boolean
+  readonly #weight: Weight4
+
+  constructor(inFeatures: number, outFeatures: number, options: Linear4bitOptions = {}) {
+    super(inFeatures, outFeatures, options)
+    this.computeDtype = options.computeDtype ?? null
+    this.transposed = options.transposed ?? false
+    this.#weight = new Weight4(outFeatures, inFeatures, this.weight, weight4Options(options))
+    if (!place(options).meta) this.#weight.quantizeValues(kaimingUniform(inFeatures))
+  }
+
+  protected override makeWeight(options: ConstructorParameters<typeof Parameter>[1]): Parameter {
+    const { device } = options ?? {}
+    const numel = this.outFeatures * this.inFeatures
+    return new Parameter([packedBytes(this.outFeatures, this.inFeatures), 1], {
+      dtype: 'uint8',
+      device,
+      numel,
+    })
+  }
+
+  /**
+   * A 4-bit layer with the weight of `linear` (or Conv1D), whose bias parameter it takes over; one without memory gives
+   * one without memory. `linear` keeps its weight. Should the weight hold NaN or infinities, checkFinite() says so, and
+   * so does any forward() once it is known.
+   */
+  static fromLinear(linear: Linear, options: Omit<Linear4bitOptions, 'bias'> = {}): Linear4bit {
+    const made = new this(linear.inFeatures, linear.outFeatures, {
+      dtype: linear.weight.dtype,
+      ...options,
+      transposed: linear instanceof Conv1D,
+      bias: false,
+      device: 'meta',
+    })
+    made.bias = linear.bias
+    made.training = linear.training
+    made.weight.retarget({ device: linear.weight.device })
+    if (linear.weight.isLoaded) made.#weight.quantize(linear.weight.value)
+    return made
+  }
+
+  /** fromLinear(), having waited for the check on NaN and infinities. */
+  static async quantize(linear: Linear, options: Omit<Linear4bitOptions, 'bias'> = {}): Promise<Linear4bit> {
+    const made = this.fromLinear(linear, options)
+    try {
+      await made.checkFinite()
+    } catch (error) {
+      made.weight.dispose()
+      throw error
+    }
+    return made
+  }
+
+  get quantType(): QuantType {
+    return this.#weight.quantType
+  }
+
+  /** How the weight is packed; undefined before it is loaded. */
+  get quantState(): QuantState | undefined {
+    return this.#weight.state
+  }
+
+  /** The weight's values [outFeatures, inFeatures]; default dtype: that of the weight before it was quantised. */
+  dequantizeWeight(dtype?: DType): Tensor {
+    return this.#weight.dequantize(dtype)
+  }
+
+  override forward(x: Tensor, residual?: Tensor): Tensor {
+    const weight = this.#weight.operand(this.toString())
+    if (this.computeDtype === null && x.dtype !== 'float16' && DTYPES[x.dtype].isFloat) {
+      this.computeDtype = x.dtype
+    }
+    const compute = this.computeDtype ?? x.dtype
+    const bias = this.bias?.value
+    if (compute === x.dtype) return linear4bit(x, weight, { bias, residual })
+    const cast = x.to(compute)
+    const wide = linear4bit(cast, weight, { bias })
+    const y = wide.to(x.dtype)
+    cast.dispose()
+    wide.dispose()
+    if (!residual) return y
+    const sum = add(y, residual)
+    y.dispose()
+    return sum
+  }
+
+  override *ownPacked(): IterableIterator<PackedWeight> {
+    yield this.#weight
+  }
+}
+
+export class LinearNF4 extends Linear4bit {
+  constructor(inFeatures: number, outFeatures: number, options: Omit<Linear4bitOptions, 'quantType'> = {}) {
+    super(inFeatures, outFeatures, { ...options, quantType: 'nf4' })
+  }
+}
+
+export class LinearFP4 extends Linear4bit {
+  constructor(inFeatures: number, outFeatures: number, options: Omit<Linear4bitOptions, 'quantType'> = {}) {
+    super(inFeatures, outFeatures, { ...options, quantType: 'fp4' })
+  }
+}

@@ -1,0 +1,27 @@
+/** A weight that is kept in another form than a tensor of its shape: what a module needs to know about it. */
+import type { Device } from '../tensor/device.js'
+import type { Tensor } from '../tensor/tensor.js'
+import type { OwnProblems } from './state_dict.js'
+
+/** Names are those of the module that holds the weight: 'weight', 'weight.absmax', ... */
+export interface PackedWeight {
+  /** Whether a state-dict name is one of this weight's. */
+  accepts(name: string): boolean
+  /** Names that are still to be loaded. */
+  missing(): string[]
+  /** What is wrong with those tensors of a state dict whose names it accepts. */
+  problems(own: ReadonlyMap<string, Tensor>): OwnProblems
+  /** Takes over one tensor. */
+  load(name: string, tensor: Tensor): Promise<void>
+  /** Entries of the state dict. */
+  entries(): Promise<[string, Tensor][]>
+  /** Tensors besides the parameter that holds the codes. */
+  statistics(): Iterable<[string, Tensor]>
+  /** NaN and infinite elements of what was quantised. */
+  nonfinite(): Promise<number>
+  /** Moves the statistics; the module moves the codes. */
+  move(device: Device): void
+  /** Why it has no dtype to change. */
+  castRefusal(): string
+  dispose(): void
+}

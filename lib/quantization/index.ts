@@ -1,0 +1,17 @@
+export {
+  BitsAndBytesConfig,
+  type BitsAndBytesConfigOptions,
+  type ComputeDType,
+  type QuantStorage,
+} from './config.js'
+export { getMemoryFootprint, getTrueFootprint } from './footprint.js'
+export {
+  dequantize,
+  quantizedLinear,
+  replaceWithQuantizedLinear,
+  type ReplaceOptions,
+  type Replacement,
+  type ReplacementReport,
+} from './patch.js'
+export { QuantState, type NestedState, type QuantStateParts } from './quant_state.js'
+export { matchesModule, type OutputEmbeddings } from './skip.js'

@@ -1,0 +1,160 @@
+/** Puts 4-bit or 8-bit layers in the place of a model's linear layers, and back. */
+import { HalfbyteError } from '../errors.js'
+import { Conv1D, Linear } from '../nn/linear.js'
+import { Linear4bit } from '../nn/linear4bit.js'
+import { Linear8bit } from '../nn/linear8bit.js'
+import type { Module } from '../nn/module.js'
+import { packedBytes, statisticsBytes } from '../nn/weight4.js'
+import type { DType } from '../tensor/dtype.js'
+import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from './config.js'
+import { keptByStructure, matchesModule, type OutputEmbeddings } from './skip.js'
+
+export interface Replacement {
+  path: string
+  /** Class names. */
+  from: string
+  to: string
+  /** [outFeatures, inFeatures] */
+  shape: [number, number]
+  /** Of the weight, with the statistics of a packed one. */
+  bytesBefore: number
+  bytesAfter: number
+}
+
+export interface ReplacementReport {
+  replaced: Replacement[]
+  /** Linear layers that stay, and why. */
+  kept: { path: string; reason: string }[]
+  /** Entries of the skip lists that meant no linear layer: a misspelling, as a rule. */
+  unmatched: string[]
+}
+
+export interface ReplaceOptions {
+  /** Further modules that stay as they are; see matchesModule() for how they are named. */
+  modulesToNotConvert?: readonly string[]
+}
+
+/** The quantised layer that `config` wants in the place of `linear`. */
+export function quantizedLinear(linear: Linear, config: BitsAndBytesConfig): Linear4bit | Linear8bit {
+  if (config.loadIn8bit) {
+    return Linear8bit.fromLinear(linear, {
+      threshold: config.llmInt8Threshold,
+      hasFp16Weights: config.llmInt8HasFp16Weight,
+      bnbExact: config.bnbExact,
+    })
+  }
+  return Linear4bit.fromLinear(linear, {
+    computeDtype: config.bnb4bitComputeDtype,
+    quantType: config.bnb4bitQuantType,
+    compressStatistics: config.bnb4bitUseDoubleQuant,
+    quantStorage: config.bnb4bitQuantStorage,
+    blocksize: config.blocksize,
+  })
+}
+
+function bytesAfter(layer: Linear4bit | Linear8bit, config: BitsAndBytesConfig): number {
+  const { outFeatures: n, inFeatures: k } = layer
+  if (layer instanceof Linear8bit) return layer.hasFp16Weights ? layer.weight.nbytes : n * k + 4 * n
+  return packedBytes(n, k) + statisticsBytes(n, k, config.blocksize, config.bnb4bitUseDoubleQuant)
+}
+
+/**
+ * Replaces the linear layers (Linear and Conv1D, of whatever depth) of any Module tree by quantised ones, in place.
+ * What stays: the output head (getOutputEmbeddings() where the model has it, else layers named lm_head, score,
+ * classifier, ..., else a last layer that scores the rows of an embedding table), layers whose weight is tied, routers
+ * of expert layers, subclasses of Linear with a forward() of their own, and what config.llmInt8SkipModules and
+ * modulesToNotConvert name besides. Weights in memory are quantised and freed; a model without memory is prepared for
+ * loading. `await model.checkFinite()` tells whether a weight held NaN. ERR_HALFBYTE_NO_LINEAR if nothing was replaced.
+ */
+export function replaceWithQuantizedLinear(
+  model: Module & OutputEmbeddings,
+  config: BitsAndBytesConfig | BitsAndBytesConfigOptions,
+  options: ReplaceOptions = {},
+): ReplacementReport {
+  const settings = config instanceof BitsAndBytesConfig ? config : new BitsAndBytesConfig(config)
+  const entries = [...(settings.llmInt8SkipModules ?? []), ...(options.modulesToNotConvert ?? [])]
+  const structure = keptByStructure(model)
+  const report: ReplacementReport = { replaced: [], kept: [], unmatched: [] }
+  const matched = new Set<string>()
+  for (const [path, module] of [...model.namedModules()]) {
+    if (!(module instanceof Linear)) continue
+    const named = entries.filter((entry) => matchesModule(entry, path))
+    for (const entry of named) matched.add(entry)
+    const reason =
+      module instanceof Linear4bit || module instanceof Linear8bit
+        ? 'quantised already'
+        : (structure.get(path) ??
+          (named.length > 0 ? `named by '${named[0]}'` : undefined) ??
+          (module.constructor !== Linear && module.constructor !== Conv1D
+            ? `${module.constructor.name} is a class of its own`
+            : undefined) ??
+          (path === '' ? 'it is the model itself' : undefined))
+    if (reason !== undefined) {
+      report.kept.push({ path, reason })
+      continue
+    }
+    const bytesBefore = module.weight.nbytes
+    const layer = quantizedLinear(module, settings)
+    replaceEverywhere(model, module, layer)
+    module.weight.dispose()
+    report.replaced.push({
+      path,
+      from: module.constructor.name,
+      to: layer.constructor.name,
+      shape: [module.outFeatures, module.inFeatures],
+      bytesBefore,
+      bytesAfter: bytesAfter(layer, settings),
+    })
+  }
+  model.namePaths()
+  report.unmatched = entries.filter((entry) => !matched.has(entry))
+  if (report.replaced.length === 0) {
+    const why = report.kept.map(({ path, reason }) => `${path || 'the model'}: ${reason}`)
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_NO_LINEAR',
+      `replaceWithQuantizedLinear: nothing to replace in ${model.constructor.name}` +
+        (why.length > 0 ? `; kept were\n  ${why.join('\n  ')}` : ': it has no linear layers'),
+    )
+  }
+  return report
+}
+
+/** A module may be a child in several places; it stays one module. */
+function replaceEverywhere(model: Module, from: Module, to: Module): void {
+  for (const parent of model.modules()) {
+    for (const [name, child] of [...parent.namedChildren()]) if (child === from) parent.setChild(name, to)
+  }
+}
+
+/**
+ * Puts dense layers with the dequantised weights back in the place of quantised ones, in place. Default dtype: that of
+ * each weight before it was quantised. Returns the paths. ERR_HALFBYTE_NO_LINEAR if nothing was quantised.
+ */
+export function dequantize(model: Module, options: { dtype?: DType } = {}): string[] {
+  const paths: string[] = []
+  for (const [path, module] of [...model.namedModules()]) {
+    if (!(module instanceof Linear4bit || module instanceof Linear8bit) || path === '') continue
+    const { inFeatures, outFeatures, transposed } = module
+    const empty = { bias: false, device: 'meta', dtype: options.dtype } as const
+    const dense = new (transposed ? Conv1D : Linear)(inFeatures, outFeatures, empty)
+    if (module.weight.isLoaded) {
+      const weight = module.dequantizeWeight(options.dtype)
+      dense.weight.replace(transposed ? weight.transpose(0, 1) : weight)
+      if (transposed) weight.dispose()
+    }
+    dense.bias = module.bias
+    dense.training = module.training
+    replaceEverywhere(model, module, dense)
+    module.bias = null // it lives on in the dense layer
+    module.dispose()
+    paths.push(path)
+  }
+  if (paths.length === 0) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_NO_LINEAR',
+      `dequantize: ${model.constructor.name} has no quantised layers`,
+    )
+  }
+  model.namePaths()
+  return paths
+}
