@@ -174,7 +174,7 @@ class Backend {
   virtual bool host_memory() const = 0;  // true: device addresses are host addresses
 
   // -- memory. Stream-ordered: memory released on a queue is reused only by later work of that queue.
-  // Alignment 64.
+  // Alignment 64. With `issue_threads() == 2` allocate() and release() may come from any thread.
   virtual Status allocate(Queue queue, size_t bytes, void** out) = 0;
   virtual void release(Queue queue, void* data, size_t bytes) = 0;
   virtual MemoryInfo memory() const = 0;

@@ -115,7 +115,7 @@ Handle& to_handle(Environment& self, napi_value value, Kind kind) {
     auto* handle = static_cast<Handle*>(wrapped);
     if (handle->kind == kind) return *handle;
   }
-  fail("ERR_HALFBYTE_VALUE", std::string("Not a ") + name_of(kind) + " of this binding");
+  fail("ERR_HALFBYTE_VALUE", std::string("Not a ") + name_of(kind) + " of this binding, or a disposed one");
 }
 
 }  // namespace halfbyte

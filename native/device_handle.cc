@@ -11,9 +11,8 @@ namespace {
 DeviceHandle& this_device(Call& call) { return to_object<DeviceHandle>(call.self, call.receiver); }
 
 StoragePtr new_storage(Environment& self, Device& device, size_t bytes) {
-  auto storage = std::make_shared<Storage>(&device, bytes, self.link());
-  if (device.backend().host_memory()) self.memory_taken(static_cast<int64_t>(bytes));
-  return storage;
+  self.tell_memory();
+  return std::make_shared<Storage>(&device, bytes, self.link());
 }
 
 napi_value name(Call& call) { return make_string(call.env, this_device(call).device.backend().name()); }

@@ -158,7 +158,7 @@ void Environment::drain() {
     napi_close_handle_scope(env, scope);
     if (--open_promises_ == 0) napi_unref_threadsafe_function(env, link_->function_);
   }
-  memory_taken(0);
+  tell_memory();
 }
 
 napi_value Environment::promise(napi_deferred* deferred) {
@@ -185,12 +185,12 @@ std::shared_ptr<Borrow> Environment::borrow(napi_value array_buffer, void** toke
   return borrow;
 }
 
-void Environment::memory_taken(int64_t bytes) {
-  untold_ += bytes - link_->freed_.exchange(0, std::memory_order_relaxed);
-  if (untold_ < kLump && untold_ > -kLump) return;
+void Environment::tell_memory() {
+  const int64_t untold = link_->untold_.load(std::memory_order_relaxed);
+  if (untold < kLump && untold > -kLump) return;
+  link_->untold_.fetch_sub(untold, std::memory_order_relaxed);
   int64_t total;
-  napi_adjust_external_memory(env, untold_, &total);
-  untold_ = 0;
+  napi_adjust_external_memory(env, untold, &total);
 }
 
 }  // namespace halfbyte

@@ -48,7 +48,8 @@ class EnvironmentLink {
   // From any thread.
   void settle(Settlement settlement);
   void unborrow(void* reference);
-  void memory_freed(int64_t bytes) { freed_.fetch_add(bytes, std::memory_order_relaxed); }
+  /// Host memory taken (or given back, when negative); V8 hears of it at the next call.
+  void memory_taken(int64_t bytes) { untold_.fetch_add(bytes, std::memory_order_relaxed); }
 
  private:
   friend class Environment;
@@ -60,7 +61,7 @@ class EnvironmentLink {
   bool awake_ = false;
   std::vector<Settlement> settled_;
   std::vector<napi_ref> unborrowed_;
-  std::atomic<int64_t> freed_{0};
+  std::atomic<int64_t> untold_{0};
 };
 
 class Environment {
@@ -77,8 +78,8 @@ class Environment {
   /// Keeps `array_buffer` until the storage that is made with `token` dies.
   std::shared_ptr<Borrow> borrow(napi_value array_buffer, void** token);
 
-  /// Tells V8 about host memory; freed memory is taken into account here as well.
-  void memory_taken(int64_t bytes);
+  /// Tells V8 about the host memory that was taken and given back since the last time.
+  void tell_memory();
 
   const std::shared_ptr<EnvironmentLink>& link() const { return link_; }
 
@@ -99,7 +100,6 @@ class Environment {
   std::shared_ptr<EnvironmentLink> link_;
   std::vector<std::pair<napi_ref, std::weak_ptr<Borrow>>> borrows_;
   int open_promises_ = 0;
-  int64_t untold_ = 0;
 };
 
 /// A JavaScript Error with code and message.

@@ -48,7 +48,7 @@ napi_value replay(Call& call) {
 
 napi_value dispose(Call& call) {
   to_object<GraphHandle>(call.self, call.receiver).replay.reset();
-  call.self.memory_taken(0);
+  call.self.tell_memory();
   return nullptr;
 }
 

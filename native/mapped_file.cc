@@ -155,7 +155,7 @@ napi_value tensor(Call& call) {
   const int64_t begin = to_size(call.env, call.arguments[3], "byteOffset");
   file->check_range(begin, begin + static_cast<int64_t>(bytes));
   auto storage = std::make_shared<Storage>(&device, bytes, call.self.link());
-  if (device.backend().host_memory()) call.self.memory_taken(static_cast<int64_t>(bytes));
+  call.self.tell_memory();
   auto work = std::make_shared<FileWork>(storage, file, begin);
   work->owner = call.self.link();
   device.submit(Queue::copy, std::move(work));

@@ -48,8 +48,10 @@ Storage::~Storage() {
     home_->unborrow(token_);
     return;
   }
-  if (device->backend().host_memory()) home_->memory_freed(static_cast<int64_t>(bytes));
-  if (void* memory = data()) device->release(allocated_on_, memory, bytes, marks);
+  void* const memory = data();
+  if (!memory) return;
+  if (device->backend().host_memory()) home_->memory_taken(-static_cast<int64_t>(bytes));
+  device->release(allocated_on_, memory, bytes, marks);
 }
 
 Status Storage::allocate(Queue queue) {
@@ -59,6 +61,7 @@ Status Storage::allocate(Queue queue) {
   void* memory = nullptr;
   Status status = device->backend().allocate(queue, bytes, &memory);
   if (!status.ok()) return status;
+  if (device->backend().host_memory()) home_->memory_taken(static_cast<int64_t>(bytes));
   allocated_on_ = queue;
   data_.store(memory, std::memory_order_release);
   return {};

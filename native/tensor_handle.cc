@@ -57,8 +57,15 @@ napi_value view(Call& call) {
 }
 
 napi_value dispose(Call& call) {
-  to_object<TensorHandle>(call.self, call.receiver).storage.reset();
-  call.self.memory_taken(0);
+  void* wrapped = nullptr;
+  if (napi_unwrap(call.env, call.receiver, &wrapped) != napi_ok) return nullptr;  // disposed before
+  // Checked before it goes: the object need not be ours. What is unwrapped spares the garbage collector a
+  // finalizer.
+  auto& handle = to_object<TensorHandle>(call.self, call.receiver);
+  napi_remove_wrap(call.env, call.receiver, &wrapped);
+  call.self.handles.erase(&handle);
+  delete &handle;
+  call.self.tell_memory();
   return nullptr;
 }
 
@@ -108,10 +115,6 @@ napi_value make_tensor(Environment& self, StoragePtr storage, const View& view) 
   return make_object(self, self.tensor_class, std::move(handle));
 }
 
-TensorHandle& to_tensor(Environment& self, napi_value value) {
-  auto& handle = to_object<TensorHandle>(self, value);
-  if (!handle.storage) fail("ERR_HALFBYTE_DISPOSED", "The tensor was disposed");
-  return handle;
-}
+TensorHandle& to_tensor(Environment& self, napi_value value) { return to_object<TensorHandle>(self, value); }
 
 }  // namespace halfbyte

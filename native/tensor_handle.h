@@ -11,9 +11,9 @@ struct TensorHandle final : Handle {
   static constexpr Kind kKind = Kind::tensor;
   TensorHandle() : Handle(kKind) {}
 
-  StoragePtr storage;  // null once disposed
-  View view;           // data is not filled in: the memory may not be there yet
-  size_t offset = 0;   // bytes from the storage's start
+  StoragePtr storage;
+  View view;          // data is not filled in: the memory may not be there yet
+  size_t offset = 0;  // bytes from the storage's start
 
   bool covers_storage() const {
     return view.is_contiguous() && static_cast<size_t>(view.size() * size_of(view.dtype)) == storage->bytes;
@@ -27,7 +27,7 @@ View to_contiguous_view(napi_env env, napi_value dtype, napi_value shape, size_t
 
 napi_value make_tensor(Environment& self, StoragePtr storage, const View& view);
 
-/// A tensor that was not disposed.
+/// Throws for what is not a tensor, or not any more.
 TensorHandle& to_tensor(Environment& self, napi_value value);
 
 }  // namespace halfbyte

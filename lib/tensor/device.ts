@@ -118,9 +118,12 @@ export function devices(): Device[] {
   return native.devices().map((name) => device(name))
 }
 
-/** The device to use when none is named: HALFBYTE_DEVICE, else cuda:0 when there is one, else the CPU. */
+let standard: Device | undefined
+
+/** The device to use when none is named: HALFBYTE_DEVICE at the first call, else cuda:0 if there is one, else cpu. */
 export function defaultDevice(): Device {
-  const forced = process.env['HALFBYTE_DEVICE']
-  if (forced) return device(forced)
-  return device(native.devices().find((name) => name.startsWith('cuda')) ?? 'cpu')
+  standard ??= device(
+    process.env['HALFBYTE_DEVICE'] || (native.devices().find((name) => name.startsWith('cuda')) ?? 'cpu'),
+  )
+  return standard
 }

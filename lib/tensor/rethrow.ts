@@ -1,6 +1,7 @@
 import { HalfbyteError, type ErrorCode } from '../errors.js'
 
-function convert(error: unknown): unknown {
+/** An error of the addon as one of ours; others as they are. */
+export function convertError(error: unknown): unknown {
   if (error instanceof HalfbyteError) return error
   const { code, message } = (error ?? {}) as { code?: unknown; message?: unknown }
   if (typeof code === 'string' && code.startsWith('ERR_HALFBYTE_')) {
@@ -14,7 +15,7 @@ export function rethrow<T>(fn: () => T): T {
   try {
     return fn()
   } catch (error) {
-    throw convert(error)
+    throw convertError(error)
   }
 }
 
@@ -22,6 +23,6 @@ export async function rethrowAsync<T>(promise: Promise<T>): Promise<T> {
   try {
     return await promise
   } catch (error) {
-    throw convert(error)
+    throw convertError(error)
   }
 }

@@ -1,3 +1,4 @@
+import { markAsUntransferable } from 'node:worker_threads'
 import { HalfbyteError } from '../errors.js'
 import type { NativeTensor } from '../native.js'
 import { defaultDevice, device as toDevice, type Device, type DeviceLike } from './device.js'
@@ -16,8 +17,6 @@ export interface TensorOptions {
   /** false: use the typed array's own memory where the device can (the CPU); do not change it while work is queued. */
   copy?: boolean
 }
-
-const registry = new FinalizationRegistry<NativeTensor>((handle) => handle.dispose())
 
 export function sizeOf(shape: Shape): number {
   return shape.reduce((product, length) => product * length, 1)
@@ -45,7 +44,8 @@ function checkShape(shape: Shape, where: string): void {
 
 /**
  * A view (offset, shape, strides) on memory of one device. Ops queue work and return at once; `data()` waits for the
- * values. `dispose()` (or `using`, or `tidy()`) frees the memory when no other view and no queued op needs it.
+ * values. `dispose()` (or `using`, or `tidy()`) frees the memory when no other view and no queued op needs it; the
+ * garbage collector does so in the end, when V8 gets round to it.
  */
 export class Tensor implements Disposable {
   readonly shape: Shape
@@ -72,7 +72,6 @@ export class Tensor implements Disposable {
     this.shape = shape
     this.strides = strides ?? contiguousStrides(shape)
     this.offset = offset
-    registry.register(this, handle, this)
     track(this)
   }
 
@@ -127,8 +126,11 @@ export class Tensor implements Disposable {
         `Tensor.from: shape [${shape.join(', ')}] has ${sizeOf(shape)} elements, the array ${data.length}`,
       )
     }
+    const copy = options.copy ?? true
+    // Memory that is in use must not move to another thread.
+    if (!copy) markAsUntransferable(data.buffer)
     return new Tensor(
-      rethrow(() => target.native.fromHost(info.id, shape, data, options.copy ?? true)),
+      rethrow(() => target.native.fromHost(info.id, shape, data, copy)),
       target,
       dtype,
       shape,
@@ -397,7 +399,6 @@ export class Tensor implements Disposable {
   dispose(): void {
     if (this.#disposed) return
     this.#disposed = true
-    registry.unregister(this)
     this.#handle.dispose()
   }
 

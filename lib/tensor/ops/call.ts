@@ -1,8 +1,9 @@
 /** What every op uses: queueing by name, and the checks on operands. Nothing here computes. */
 import { HalfbyteError } from '../../errors.js'
-import { native } from '../../native.js'
+import { native, type NativeTensor } from '../../native.js'
+import type { Device } from '../device.js'
 import { DTYPES, type DType } from '../dtype.js'
-import { rethrow } from '../rethrow.js'
+import { convertError } from '../rethrow.js'
 import type { Tensor } from '../tensor.js'
 
 const ids = new Map(native.ops.map((name, id) => [name, id]))
@@ -21,16 +22,27 @@ export function call(
     throw new HalfbyteError('ERR_HALFBYTE_UNSUPPORTED', `${op}: this build of the addon does not have the op`)
   }
   const { device } = outputs.find((t) => t)!
-  for (const operand of [...outputs, ...inputs]) {
+  const written = handles(op, device, outputs)
+  const read = handles(op, device, inputs)
+  try {
+    device.native.run(id, written, read, scalars)
+  } catch (error) {
+    throw convertError(error)
+  }
+}
+
+function handles(op: string, device: Device, operands: readonly Operand[]): (NativeTensor | null)[] {
+  const result: (NativeTensor | null)[] = []
+  for (const operand of operands) {
     if (operand && operand.device !== device) {
       throw new HalfbyteError(
         'ERR_HALFBYTE_DEVICE',
         `${op}: operands on ${device.name} and ${operand.device.name}; move them to one device with to()`,
       )
     }
+    result.push(operand ? operand.handle : null)
   }
-  const handle = (operand: Operand) => (operand ? operand.handle : null)
-  rethrow(() => device.native.run(id, outputs.map(handle), inputs.map(handle), scalars))
+  return result
 }
 
 export function fail(op: string, what: string): never {

@@ -24,7 +24,8 @@ export function copyInto(y: Tensor, x: Tensor): Tensor {
   return y
 }
 
-function broadcastShape(op: string, a: Shape, b: Shape): number[] {
+function broadcastShape(op: string, a: Shape, b: Shape): Shape {
+  if (sameShape(a, b)) return a
   const ndim = Math.max(a.length, b.length)
   return Array.from({ length: ndim }, (_, i) => {
     const m = a[i - ndim + a.length] ?? 1
@@ -41,15 +42,15 @@ function binary(op: keyof typeof BINARY, a: Tensor, b: Tensor | number): Tensor 
   checkDTypes(op, 'a', a, 'float32', 'float16', 'bfloat16', 'int32')
   checkSameDType(op, a, other)
   const shape = broadcastShape(op, a.shape, other.shape)
-  const left = a.expand(...shape)
-  const right = other.expand(...shape)
+  const left = sameShape(a.shape, shape) ? a : a.expand(...shape)
+  const right = sameShape(other.shape, shape) ? other : other.expand(...shape)
   try {
     const y = Tensor.empty(shape, a.dtype, a.device)
     call('binary', [y], [left, right], [BINARY[op]])
     return y
   } finally {
-    left.dispose()
-    right.dispose()
+    if (left !== a) left.dispose()
+    if (right !== other) right.dispose()
     if (other !== b) other.dispose()
   }
 }
