@@ -51,17 +51,6 @@ __attribute__((weak)) Status CpuBackend::linear_8bit(Queue, View, View, View, Vi
                                                      bool, View) {
   return Status::error(Code::unsupported, "linear_8bit is not there yet");
 }
-__attribute__((weak)) size_t CpuBackend::linear_workspace(const View&, const View&) const { return 0; }
-__attribute__((weak)) Status CpuBackend::linear(Queue, View, View, View, const Epilogue&, View) {
-  return Status::error(Code::unsupported, "linear is not there yet");
-}
-__attribute__((weak)) size_t CpuBackend::linear_4bit_workspace(const View&, const Weight4&) const {
-  return 0;
-}
-__attribute__((weak)) Status CpuBackend::linear_4bit(Queue, View, View, const Weight4&, const Epilogue&,
-                                                     View) {
-  return Status::error(Code::unsupported, "linear_4bit is not there yet");
-}
 __attribute__((weak)) Status CpuBackend::rope_tables(Queue, View, View, View, float) {
   return Status::error(Code::unsupported, "rope_tables is not there yet");
 }
