@@ -31,3 +31,11 @@ export function checkDType(name: unknown, where: string): DType {
     `${where}: unknown dtype ${JSON.stringify(name)}; the dtypes are ${Object.keys(DTYPES).join(', ')}`,
   )
 }
+
+/** Whether `data` is a typed array of this dtype's elements, made in whatever realm. */
+export function isArrayOf(dtype: DType, data: unknown): data is TypedArray {
+  return (
+    ArrayBuffer.isView(data) &&
+    Object.prototype.toString.call(data) === `[object ${DTYPES[dtype].array.name}]`
+  )
+}

@@ -2,7 +2,7 @@ import { markAsUntransferable } from 'node:worker_threads'
 import { HalfbyteError } from '../errors.js'
 import type { NativeTensor } from '../native.js'
 import { defaultDevice, device as toDevice, type Device, type DeviceLike } from './device.js'
-import { checkDType, DTYPES, type DType, type TypedArray } from './dtype.js'
+import { checkDType, DTYPES, isArrayOf, type DType, type TypedArray } from './dtype.js'
 import { rethrow, rethrowAsync } from './rethrow.js'
 import { track } from './tidy.js'
 import { copyInto, fillInto } from './ops/layout.js'
@@ -112,7 +112,7 @@ export class Tensor implements Disposable {
     if (!ArrayBuffer.isView(data)) return fromNested(data, options, target)
     const dtype = options.dtype ?? dtypeOf(data)
     const info = DTYPES[checkDType(dtype, 'Tensor.from')]
-    if (!(data instanceof info.array)) {
+    if (!isArrayOf(dtype, data)) {
       throw new HalfbyteError(
         'ERR_HALFBYTE_DTYPE',
         `Tensor.from: ${dtype} is read from a ${info.array.name}, not from a ${(data as object).constructor.name}`,
@@ -359,7 +359,7 @@ export class Tensor implements Disposable {
 
   /** Overwrites this contiguous tensor with host data, in queue order. */
   write(data: TypedArray): this {
-    if (!(data instanceof DTYPES[this.dtype].array) || data.length !== this.size || !this.isContiguous) {
+    if (!isArrayOf(this.dtype, data) || data.length !== this.size || !this.isContiguous) {
       throw new HalfbyteError(
         'ERR_HALFBYTE_SHAPE',
         `write: a contiguous ${this.toString()} takes a ${DTYPES[this.dtype].array.name} of ${this.size}`,
@@ -408,13 +408,13 @@ export class Tensor implements Disposable {
 }
 
 function dtypeOf(data: ArrayBufferView): DType {
-  if (data instanceof Uint16Array) {
+  if (isArrayOf('float16', data)) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_DTYPE',
       'Tensor.from: a Uint16Array needs dtype float16 or bfloat16',
     )
   }
-  for (const [name, info] of Object.entries(DTYPES)) if (data instanceof info.array) return name as DType
+  for (const name of Object.keys(DTYPES) as DType[]) if (isArrayOf(name, data)) return name
   throw new HalfbyteError(
     'ERR_HALFBYTE_DTYPE',
     `Tensor.from: cannot read a ${(data as object).constructor.name}`,

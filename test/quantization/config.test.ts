@@ -5,7 +5,7 @@ import { itWithGolden } from '../support/files.js'
 
 const fails = (make: () => unknown, message: RegExp) => {
   expect(make).toThrow(HalfbyteError)
-  expect(make).toThrow(expect.objectContaining({ code: 'ERR_HALFBYTE_CONFIG' }))
+  expect(make).toThrow(expect.objectContaining({ code: 'ERR_HALFBYTE_CONFIG' }) as Error)
   expect(make).toThrow(message)
 }
 const anything = (options: unknown) => new BitsAndBytesConfig(options as object)
