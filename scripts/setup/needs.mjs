@@ -50,7 +50,7 @@ export function findCompiler() {
 export function findBuilder() {
   const cmake = version('cmake')
   if (atLeast(cmake, minCmake)) return 'cmake'
-  if (version(process.env.PYTHON ?? 'python3') ?? version('python')) return 'gyp'
+  if (version(process.env.PYTHON || 'python3') ?? version('python')) return 'gyp'
   throw new SetupError(
     `halfbyte builds its addon with CMake ${minCmake.join('.')} or newer (${cmake ?? 'not found'}) ` +
       'or with node-gyp, which needs Python 3 (not found).\nDebian, Ubuntu: apt-get install cmake make',
