@@ -26,6 +26,8 @@ export default defineConfig(
       '@typescript-eslint/require-await': 'off',
       '@typescript-eslint/no-unused-vars': ['error', { argsIgnorePattern: '^_', varsIgnorePattern: '^_' }],
       '@typescript-eslint/unified-signatures': 'off',
+      // A copy with some fields changed is made of an object of any class.
+      '@typescript-eslint/no-misused-spread': 'off',
       '@typescript-eslint/no-extraneous-class': 'off',
       // data() gives numbers or bigints by the dtype, and Number() is right for both.
       '@typescript-eslint/no-unnecessary-type-conversion': 'off',

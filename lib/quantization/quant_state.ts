@@ -155,7 +155,9 @@ export class QuantState implements Disposable {
    * the caller's: the state holds views of its own, on `device` when one is given.
    */
   static async fromDict(dictionary: StateDictionary, device?: DeviceLike): Promise<QuantState> {
-    const entries = new Map(dictionary instanceof Map ? dictionary : Object.entries(dictionary))
+    const entries = new Map<string, StateValue>(
+      dictionary instanceof Map ? dictionary : Object.entries(dictionary),
+    )
     const packed = [...entries.keys()].filter((name) => name.includes(`quant_state.${PREFIX}`))
     if (packed.length > 1) broken(`${packed.length} packed states (${packed.join(', ')}), one is needed`)
     let values: Record<string, StateValue> = {}

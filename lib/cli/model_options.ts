@@ -1,0 +1,123 @@
+/** Options of the commands that load a model, and what they mean to the library. */
+import type { Flags, OptionTable } from './command.js'
+import { usageError } from './command.js'
+import type { BitsAndBytesConfigOptions } from '../quantization/config.js'
+import type { DType } from '../tensor/index.js'
+
+export const quantizationOptions: OptionTable = {
+  'load-in-4bit': { help: 'quantise linear layers to 4 bits while loading' },
+  'load-in-8bit': { help: 'quantise linear layers to 8 bits while loading (LLM.int8())' },
+  'quant-type': { value: 'nf4|fp4', help: '4-bit code book (default nf4)' },
+  'double-quant': { help: 'quantise the absmax of 4-bit blocks too' },
+  'compute-dtype': {
+    value: 'DTYPE',
+    help: 'dtype of 4-bit products: float32, float16, bfloat16 (default float32)',
+  },
+  'int8-threshold': {
+    value: 'X',
+    help: 'activations from X on are multiplied in 16 or 32 bits; 0: none (default 6)',
+  },
+  'skip-modules': { value: 'A,B', help: 'modules to leave as they are', multiple: true },
+  'bnb-exact': { help: "LLM.int8() with bitsandbytes' float16 roundings" },
+  dtype: {
+    value: 'DTYPE',
+    help: "dtype of what is not quantised: float32, float16, bfloat16 (default the checkpoint's)",
+  },
+}
+
+export const samplingOptions: OptionTable = {
+  'max-new-tokens': { value: 'N', help: 'tokens to generate at most (default 128)' },
+  temperature: { value: 'T', help: 'sampling temperature; 0 takes the likeliest token (default 0)' },
+  'top-k': { value: 'K', help: 'sample among the K likeliest tokens; 0: all' },
+  'top-p': { value: 'P', help: 'sample among the likeliest tokens of joint probability P' },
+  'min-p': { value: 'P', help: 'sample among tokens of at least P times the highest probability' },
+  'repetition-penalty': { value: 'X', help: 'divide the scores of tokens that occurred by X (default 1)' },
+  seed: { value: 'N', help: 'make sampling repeatable' },
+  stop: { value: 'TEXT', help: 'end before this text; may be given more than once', multiple: true },
+}
+
+const DTYPE_NAMES: Readonly<Record<string, 'float32' | 'float16' | 'bfloat16'>> = {
+  float32: 'float32',
+  fp32: 'float32',
+  float16: 'float16',
+  fp16: 'float16',
+  bfloat16: 'bfloat16',
+  bf16: 'bfloat16',
+}
+
+function floatDType(flags: Flags, name: string): 'float32' | 'float16' | 'bfloat16' | undefined {
+  const choice = flags.choice(name, Object.keys(DTYPE_NAMES))
+  return choice === undefined ? undefined : DTYPE_NAMES[choice]
+}
+
+const ONLY_4BIT = ['quant-type', 'double-quant', 'compute-dtype']
+const ONLY_8BIT = ['int8-threshold', 'bnb-exact']
+
+/** The fields of a BitsAndBytesConfig, or undefined when the model is to stay as it is. */
+export function quantizationFields(flags: Flags): BitsAndBytesConfigOptions | undefined {
+  const in4 = flags.switch('load-in-4bit')
+  const in8 = flags.switch('load-in-8bit')
+  if (in4 && in8) throw usageError('--load-in-4bit and --load-in-8bit were both given; choose one')
+  const without = (names: readonly string[]) => names.find((name) => flags.has(name))
+  const stray4 = in4 ? undefined : without(ONLY_4BIT)
+  if (stray4) throw usageError(`--${stray4} says how to quantise to 4 bits; it needs --load-in-4bit`)
+  const stray8 = in8 ? undefined : without(ONLY_8BIT)
+  if (stray8) throw usageError(`--${stray8} says how to quantise to 8 bits; it needs --load-in-8bit`)
+  const skip = flags.texts('skip-modules').flatMap((entry) => entry.split(',').map((name) => name.trim()))
+  if (!in4 && !in8) {
+    if (skip.length > 0) throw usageError('--skip-modules needs --load-in-4bit or --load-in-8bit')
+    return undefined
+  }
+  const shared = skip.length > 0 ? { llmInt8SkipModules: skip.filter(Boolean) } : {}
+  if (in8) {
+    const threshold = flags.number('int8-threshold', { min: 0 })
+    return {
+      loadIn8bit: true,
+      bnbExact: flags.switch('bnb-exact'),
+      ...(threshold === undefined ? {} : { llmInt8Threshold: threshold }),
+      ...shared,
+    }
+  }
+  const compute = floatDType(flags, 'compute-dtype')
+  return {
+    loadIn4bit: true,
+    bnb4bitQuantType: flags.choice('quant-type', ['nf4', 'fp4']) ?? 'nf4',
+    bnb4bitUseDoubleQuant: flags.switch('double-quant'),
+    ...(compute === undefined ? {} : { bnb4bitComputeDtype: compute }),
+    ...shared,
+  }
+}
+
+export function modelDType(flags: Flags): DType | undefined {
+  return floatDType(flags, 'dtype')
+}
+
+export interface SamplingFields {
+  maxNewTokens: number
+  temperature?: number
+  topK?: number
+  topP?: number
+  minP?: number
+  repetitionPenalty?: number
+  seed?: number
+  stop?: string[]
+}
+
+/** What was asked of sampling; what was not said is left to the model's generation_config.json. */
+export function samplingFields(flags: Flags): SamplingFields {
+  const fields: SamplingFields = {
+    maxNewTokens: flags.number('max-new-tokens', { min: 1, whole: true }) ?? 128,
+  }
+  const given: [Exclude<keyof SamplingFields, 'stop'>, number | undefined][] = [
+    ['temperature', flags.number('temperature', { min: 0 })],
+    ['topK', flags.number('top-k', { min: 0, whole: true })],
+    ['topP', flags.number('top-p', { min: 0, max: 1 })],
+    ['minP', flags.number('min-p', { min: 0, max: 1 })],
+    ['repetitionPenalty', flags.number('repetition-penalty', { min: 0 })],
+    ['seed', flags.number('seed', { min: 0, whole: true })],
+  ]
+  for (const [name, value] of given) if (value !== undefined) fields[name] = value
+  const stop = flags.texts('stop')
+  if (stop.length > 0) fields.stop = stop
+  return fields
+}
