@@ -185,6 +185,34 @@ inline uint32_t float_to_bits(float f) {
   return bits;
 }
 
+// What the GPU's reciprocal instruction adds to the correctly rounded one in units of the last place, 2 bits
+// each (0, 1 or 3 for -1), by the ten leading bits of the mantissa. Measured; it does not depend on the
+// exponent.
+// clang-format off
+constexpr uint64_t kReciprocalCorrections[32] = {
+    0x0000011430403000, 0x3000000130000003, 0x0043f0000c003000, 0xf000000400050014,
+    0x000401400010c000, 0x000000c300000003, 0x0cc0300401400000, 0x0100000000000014,
+    0xc000003000000100, 0x0000000500110000, 0x0c10000000000c00, 0x0000004000000000,
+    0xc005004c01400010, 0x0cc0400000040004, 0x003c004000101404, 0x0044001000010004,
+    0x4000004100054000, 0x0000014030000040, 0x0000000000000000, 0x0000004000003000,
+    0x0040000000514000, 0x0500000040000140, 0x0001010000000000, 0x00000000c0000000,
+    0x00000454c0000000, 0x0000400004004400, 0x0000000000000000, 0x0400000011110000,
+    0x0041000000000000, 0x0f30300100000001, 0x0140000000010c00, 0x0003003000000400,
+};
+// clang-format on
+
+/// 1 / x as bitsandbytes' kernels compute it on a GPU (rcp.approx.ftz), for x normal and positive. Bit for
+/// bit when x has at most ten mantissa bits, that is for every float16 and bfloat16 value; within one unit of
+/// the last place otherwise.
+inline float approximate_reciprocal(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const float rounded = 1.0f / x;
+  if (bits & 0x1fffu) return rounded;
+  const uint32_t index = (bits >> 13) & 1023u;
+  const uint32_t correction = (kReciprocalCorrections[index / 32] >> (2 * (index % 32))) & 3u;
+  return bits_to_float(float_to_bits(rounded) + (correction == 3u ? 0xffffffffu : correction));
+}
+
 inline float bf16_to_float(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
 
 /// Round to nearest even; NaN stays NaN.

@@ -20,12 +20,6 @@ __attribute__((weak)) Status CpuBackend::rms_norm(Queue, View, View, View, View,
 __attribute__((weak)) Status CpuBackend::layer_norm(Queue, View, View, View, View, View, View, float) {
   return Status::error(Code::unsupported, "layer_norm is not there yet");
 }
-__attribute__((weak)) Status CpuBackend::quantize_4bit(Queue, View, View, View, QuantType, int64_t) {
-  return Status::error(Code::unsupported, "quantize_4bit is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::dequantize_4bit(Queue, View, const Weight4&) {
-  return Status::error(Code::unsupported, "dequantize_4bit is not there yet");
-}
 __attribute__((weak)) Status CpuBackend::quantize_blockwise(Queue, View, View, View, View, int64_t) {
   return Status::error(Code::unsupported, "quantize_blockwise is not there yet");
 }
