@@ -2,24 +2,6 @@
 #include "cpu_backend.h"
 
 namespace halfbyte::cpu {
-__attribute__((weak)) Status CpuBackend::gather_rows_4bit(Queue, View, const Weight4&, View) {
-  return Status::error(Code::unsupported, "gather_rows_4bit is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::gather_rows_8bit(Queue, View, View, View, View) {
-  return Status::error(Code::unsupported, "gather_rows_8bit is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::mean(Queue, View, View) {
-  return Status::error(Code::unsupported, "mean is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::count_nonfinite(Queue, View, View) {
-  return Status::error(Code::unsupported, "count_nonfinite is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::rms_norm(Queue, View, View, View, View, View, float, float) {
-  return Status::error(Code::unsupported, "rms_norm is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::layer_norm(Queue, View, View, View, View, View, View, float) {
-  return Status::error(Code::unsupported, "layer_norm is not there yet");
-}
 __attribute__((weak)) Status CpuBackend::quantize_blockwise(Queue, View, View, View, View, int64_t) {
   return Status::error(Code::unsupported, "quantize_blockwise is not there yet");
 }

@@ -67,6 +67,7 @@ function norm(
     checkFloat(op, name, parameter)
     checkShape(op, name, parameter, [x.shape.at(-1) ?? 1])
   }
+  if (weight && bias) checkSameDType(op, weight, bias)
   if (residual) {
     checkSameDType(op, x, residual)
     checkShape(op, 'residual', residual, x.shape)
