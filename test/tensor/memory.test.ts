@@ -1,0 +1,114 @@
+/** Whose memory it is, and that it comes back. */
+import { devices, ops, Tensor } from '../../lib/index'
+import { thrown } from '../support/errors'
+
+const MiB = 1 << 20
+
+describe.each(devices())('memory of %s', (on) => {
+  it('comes back when tensors are disposed', async () => {
+    await on.synchronize()
+    const before = on.memoryUsage().allocated
+    on.resetPeakMemory()
+    const tensors = Array.from({ length: 8 }, () => Tensor.full([MiB / 4], 1, 'float32', on))
+    await on.synchronize()
+    expect(on.memoryUsage().allocated).toBeGreaterThanOrEqual(before + 8 * MiB)
+    for (const t of tensors) t.dispose()
+    await on.synchronize()
+    const after = on.memoryUsage()
+    expect(after.allocated).toBe(before)
+    expect(after.peak).toBeGreaterThanOrEqual(before + 8 * MiB)
+    on.resetPeakMemory()
+    expect(on.memoryUsage().peak).toBe(before)
+    expect(after.total).toBeGreaterThan(0)
+    expect(after.free).toBeLessThanOrEqual(after.total)
+    expect(after.reserved).toBeGreaterThanOrEqual(after.allocated)
+  })
+
+  it('is taken in the order of the queue, so a chain of temporaries needs little', async () => {
+    await on.synchronize()
+    const before = on.memoryUsage().allocated
+    on.resetPeakMemory()
+    let x = Tensor.full([MiB / 4], 1, 'float32', on)
+    for (let i = 0; i < 64; i++) {
+      const next = ops.activation(x, 'relu')
+      x.dispose()
+      x = next
+    }
+    expect((await x.data())[0]).toBe(1)
+    x.dispose()
+    await on.synchronize()
+    expect(on.memoryUsage().peak).toBeLessThanOrEqual(before + 3 * MiB)
+  })
+
+  it('does not leak in a loop of every kind of call', async () => {
+    const turn = async () => {
+      using x = Tensor.from(new Float32Array(4096), { device: on })
+      using y = ops.add(x, 1)
+      using z = y.to('bfloat16')
+      using v = z.slice(0, 1, 100)
+      using w = v.reshape(3, 33)
+      y.write(new Float32Array(4096))
+      using graph = on.capture(() => ops.add(y, x).dispose())
+      graph.replay()
+      using b = Tensor.from(new Float32Array(4096), { device: on, copy: false })
+      await Promise.all([w.data(), b.data(), on.synchronize()])
+    }
+    await turn()
+    await on.synchronize()
+    const before = on.memoryUsage().allocated
+    for (let i = 0; i < 200; i++) await turn()
+    await on.synchronize()
+    expect(on.memoryUsage().allocated).toBe(before)
+  })
+
+  it('of an array is borrowed with copy: false, and not let go while in use', async () => {
+    const data = Float32Array.of(1, 2, 3, 4)
+    using t = Tensor.from(data, { device: on, copy: false })
+    await on.synchronize()
+    if (on.type === 'cpu') {
+      data[0] = 9
+      expect(await t.data()).toEqual(Float32Array.of(9, 2, 3, 4))
+      using view = t.slice(0, 0, 1)
+      view.write(Float32Array.of(5))
+      await on.synchronize()
+      expect(data[0]).toBe(5)
+    }
+    // An ArrayBuffer that cannot be transferred is copied, or refused, by the version of Node.
+    try {
+      structuredClone(data.buffer, { transfer: [data.buffer] })
+    } catch (error) {
+      expect((error as Error).name).toBe('DataCloneError')
+    }
+    expect(data.byteLength).toBe(16)
+  })
+
+  it('that can change size, is shared or is gone is refused', () => {
+    const shared = new Float32Array(new SharedArrayBuffer(16))
+    const Resizable = ArrayBuffer as unknown as new (n: number, o: { maxByteLength: number }) => ArrayBuffer
+    const resizable = new Float32Array(new Resizable(16, { maxByteLength: 64 }))
+    const gone = new Float32Array(4)
+    structuredClone(gone.buffer, { transfer: [gone.buffer] })
+    for (const copy of [true, false]) {
+      for (const data of [shared, resizable]) {
+        const error = thrown(() => Tensor.from(data, { device: on, copy }))
+        expect(error.code).toBe('ERR_HALFBYTE_VALUE')
+        expect(error.message).toMatch(/SharedArrayBuffer|resizable/)
+      }
+      expect(thrown(() => Tensor.from(gone, { shape: [4], device: on, copy })).code).toBe(
+        'ERR_HALFBYTE_SHAPE',
+      )
+    }
+  })
+
+  it('on the host is known to V8, which collects tensors that nobody disposed', async () => {
+    if (on.type !== 'cpu') return
+    await on.synchronize()
+    const before = on.memoryUsage().allocated
+    on.resetPeakMemory()
+    for (let i = 0; i < 60; i++) {
+      Tensor.full([32 * MiB], 1, 'uint8', on)
+      await on.synchronize()
+    }
+    expect(on.memoryUsage().peak - before).toBeLessThan(60 * 32 * MiB * 0.6)
+  })
+})
