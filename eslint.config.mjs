@@ -49,6 +49,8 @@ export default defineConfig(
     languageOptions: {
       globals: {
         process: 'readonly',
+        exports: 'writable',
+        __filename: 'readonly',
         console: 'readonly',
         module: 'writable',
         require: 'readonly',

@@ -1,0 +1,101 @@
+/** Ranges of files as tensors, and what becomes of them when the file does not keep its word. */
+import { mkdirSync, truncateSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { devices, DTYPES, ops, Tensor } from '../../lib/index'
+import { native } from '../../lib/native'
+import { rethrow } from '../../lib/tensor/rethrow'
+import { temporaryFolder } from '../support/files'
+import { rejection, thrown } from '../support/errors'
+
+const folder = temporaryFolder()
+const write = (name: string, data: Uint8Array): string => {
+  const path = join(folder, name)
+  writeFileSync(path, data)
+  return path
+}
+const open = (path: string) => rethrow(() => native.openFile(path))
+
+describe.each(devices())('files on %s', (on) => {
+  const bytes = Uint8Array.from({ length: 5000 }, (_, i) => i * 7)
+  const path = write('good.bin', bytes)
+  const load = (file: ReturnType<typeof open>, shape: number[], offset: number) =>
+    new Tensor(
+      rethrow(() => file.tensor(on.native, DTYPES.uint8.id, shape, offset)),
+      on,
+      'uint8',
+      shape,
+    )
+
+  it('give their size, bytes, and tensors at any offset', async () => {
+    const file = open(path)
+    expect(file.size).toBe(5000)
+    expect(new Uint8Array(file.bytes(13, 20))).toEqual(bytes.slice(13, 20))
+    expect(file.bytes(5000, 5000).byteLength).toBe(0)
+    using whole = load(file, [50, 100], 0)
+    using part = load(file, [3, 33], 4901)
+    using none = load(file, [0], 5000)
+    file.close()
+    file.close()
+    expect(await whole.data()).toEqual(bytes)
+    expect(await part.data()).toEqual(bytes.slice(4901))
+    expect(await none.data()).toEqual(new Uint8Array(0))
+    expect(thrown(() => rethrow(() => file.bytes(0, 1))).code).toBe('ERR_HALFBYTE_DISPOSED')
+  })
+
+  it('feed ops, which wait for them', async () => {
+    const big = write('big.bin', new Uint8Array(8 << 20).fill(3))
+    const file = open(big)
+    for (let i = 0; i < 10; i++) {
+      using x = load(file, [8 << 20], 0)
+      using y = x.to('int32')
+      using z = ops.add(y, y)
+      using last = z.slice(0, (8 << 20) - 1, 8 << 20)
+      expect(await last.item()).toBe(6)
+    }
+    file.close()
+  })
+
+  it('refuse ranges outside', () => {
+    const file = open(path)
+    for (const [shape, offset] of [
+      [[5001], 0],
+      [[1], 5000],
+      [[2 ** 40], 0],
+      [[1], 2 ** 52],
+    ] as const) {
+      const error = thrown(() => load(file, [...shape], offset))
+      expect(error.code).toBe('ERR_HALFBYTE_IO')
+      expect(error.message).toContain(path)
+    }
+    expect(thrown(() => rethrow(() => file.bytes(10, 9))).code).toBe('ERR_HALFBYTE_IO')
+    expect(thrown(() => rethrow(() => file.bytes(0, 5001))).code).toBe('ERR_HALFBYTE_IO')
+    file.close()
+  })
+
+  it('that are cut short meanwhile are an error of what is read from them', async () => {
+    const cut = write('cut.bin', new Uint8Array(100_000).fill(1))
+    const file = open(cut)
+    truncateSync(cut, 50_000)
+    using lost = load(file, [60_000], 10)
+    using there = load(file, [40_000], 10)
+    using depends = ops.add(lost.to('int32'), 1)
+    const error = await rejection(depends.data())
+    expect(error.code).toBe('ERR_HALFBYTE_IO')
+    expect(error.message).toContain(`${cut}: the file ends at byte 50000`)
+    expect((await there.data())[39_999]).toBe(1)
+    expect(thrown(() => rethrow(() => file.bytes(0, 60_000))).code).toBe('ERR_HALFBYTE_IO')
+    file.close()
+  })
+
+  it('that cannot be opened say why', () => {
+    const missing = join(folder, 'missing.bin')
+    expect(thrown(() => open(missing)).message).toBe(`${missing} cannot be opened: No such file or directory`)
+    mkdirSync(join(folder, 'sub'), { recursive: true })
+    expect(thrown(() => open(join(folder, 'sub'))).message).toContain('is not a regular file')
+    expect(thrown(() => open(`${path}/x`)).code).toBe('ERR_HALFBYTE_IO')
+    expect(thrown(() => open('')).code).toBe('ERR_HALFBYTE_IO')
+    const empty = open(write('empty.bin', new Uint8Array(0)))
+    expect(empty.size).toBe(0)
+    empty.close()
+  })
+})
