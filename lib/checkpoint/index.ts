@@ -1,0 +1,6 @@
+export { ConfigReader, readConfig, readGenerationDefaults, type GenerationDefaults } from './config.js'
+export type { TensorInfo } from './header.js'
+export { loadCheckpoint, type LoadOptions, type LoadProgress, type LoadReport } from './load.js'
+export { SafetensorsFile } from './safetensors.js'
+export { Checkpoint } from './source.js'
+export { saveStateDict, writeSafetensors, type WriteOptions } from './write.js'

@@ -1,0 +1,250 @@
+/**
+ * Fills a model that was built without memory from a checkpoint, tensor by tensor in the order of the files, each
+ * quantised (where its layer is) as it arrives: the peak is the result and one tensor. Plain checkpoints and
+ * those that bitsandbytes quantised take the same way.
+ */
+import { HalfbyteError } from '../errors.js'
+import { Linear } from '../nn/linear.js'
+import type { Module } from '../nn/module.js'
+import type { Parameter } from '../nn/parameter.js'
+import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from '../quantization/config.js'
+import { quantizedLinear, replaceWithQuantizedLinear, type ReplacementReport } from '../quantization/patch.js'
+import { defaultDevice, device as toDevice, type DeviceLike } from '../tensor/device.js'
+import { DTYPES, type DType } from '../tensor/dtype.js'
+import { countNonfinite } from '../tensor/ops.js'
+import { keep } from '../tensor/tidy.js'
+import { checkpointError, type TensorInfo } from './header.js'
+import { FROM_SAFETENSORS } from './safetensors.js'
+import { Checkpoint, list } from './source.js'
+
+export interface LoadProgress {
+  loadedBytes: number
+  totalBytes: number
+  /** The tensor that was read last. */
+  tensor: string
+}
+
+export interface LoadOptions {
+  /** How linear layers are quantised; or, with `prequantized`, how the checkpoint's are. */
+  quantizationConfig?: BitsAndBytesConfig | BitsAndBytesConfigOptions | undefined
+  /** The checkpoint holds quantised weights: layers are quantised exactly where it has them so. */
+  prequantized?: boolean
+  /** Modules that stay as they are, besides the output head. */
+  modulesToNotConvert?: readonly string[] | undefined
+  /** Of the parameters that are not quantised. Default: as the checkpoint has them. */
+  dtype?: DType | undefined
+  device?: DeviceLike | undefined
+  /** Aborting rejects with its reason and frees what was loaded. */
+  signal?: AbortSignal | undefined
+  onProgress?: ((progress: LoadProgress) => void) | undefined
+  /** Told about tensors that the model has no use for. Default: process.emitWarning. */
+  onWarning?: ((message: string) => void) | undefined
+}
+
+export interface LoadReport {
+  /** What replaceWithQuantizedLinear() did. */
+  replacement?: ReplacementReport
+  /** Tensors of the checkpoint that the model has no place for. */
+  unexpected: string[]
+  loadedBytes: number
+}
+
+/** Tensors that older checkpoints carry though they follow from the config. */
+const DERIVED = /(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias))$/
+
+/** A tensor of the checkpoint and its name in the model. */
+interface Item {
+  info: TensorInfo
+  path: string
+}
+
+export async function loadCheckpoint(
+  model: Module,
+  source: string | Checkpoint,
+  options: LoadOptions = {},
+): Promise<LoadReport> {
+  options.signal?.throwIfAborted()
+  const checkpoint = typeof source === 'string' ? Checkpoint.open(source) : source
+  try {
+    const device = toDevice(options.device ?? defaultDevice())
+    model.to({ device, ...(options.dtype && { dtype: options.dtype }) })
+    const shapes = new Map(model.namedParameters({ removeDuplicate: false }))
+    const replacement = quantizeLayers(model, checkpoint, options)
+    const { items, unexpected } = assign(model, checkpoint, shapes)
+    await fill(model, checkpoint, items, device, options)
+    await check(model, checkpoint)
+    if (unexpected.length > 0) {
+      const warn = options.onWarning ?? ((message: string) => process.emitWarning(message, 'HalfbyteWarning'))
+      warn(`${checkpoint.path}: ${unexpected.length} tensors were not used: ${list(unexpected)}`)
+    }
+    const loadedBytes = items.reduce((sum, { info }) => sum + info.end - info.begin, 0)
+    return { ...(replacement && { replacement }), unexpected, loadedBytes }
+  } catch (error) {
+    model.dispose()
+    throw error
+  } finally {
+    if (typeof source === 'string') checkpoint.close()
+  }
+}
+
+// -- what goes where
+
+/** The model's name for a tensor; the base model's prefix may be there or not, on either side. */
+function placeOf(model: Module, name: string): string | undefined {
+  const names = [name, `model.${name}`, ...(name.startsWith('model.') ? [name.slice('model.'.length)] : [])]
+  return names.find((candidate) => model.acceptsParameter(candidate))
+}
+
+/** Whether the checkpoint has a weight in quantised form. */
+function isPacked(checkpoint: Checkpoint, name: string): boolean {
+  if (!checkpoint.has(name)) return false
+  return checkpoint.has(`${name}.absmax`) || ['U8', 'I8'].includes(checkpoint.info(name).dtype)
+}
+
+function quantizeLayers(
+  model: Module,
+  checkpoint: Checkpoint,
+  options: LoadOptions,
+): ReplacementReport | undefined {
+  const given = options.quantizationConfig
+  if (!given) return undefined
+  const config = given instanceof BitsAndBytesConfig ? given : new BitsAndBytesConfig(given)
+  if (!options.prequantized) {
+    return replaceWithQuantizedLinear(model, config, { modulesToNotConvert: options.modulesToNotConvert ?? [] })
+  }
+  // the checkpoint knows best which layers are quantised: also a head that was converted on request
+  const linears = [...model.namedModules()].filter(([, module]) => module instanceof Linear)
+  const packed = new Set(
+    [...checkpoint.tensors.keys()]
+      .filter((name) => name.endsWith('.weight') && isPacked(checkpoint, name))
+      .map((name) => placeOf(model, name)?.slice(0, -'.weight'.length)),
+  )
+  const report = replaceWithQuantizedLinear(model, config, {
+    modulesToNotConvert: linears.map(([path]) => path).filter((path) => !packed.has(path)),
+  })
+  for (const [path, module] of linears) {
+    if (packed.has(path) && report.kept.some((kept) => kept.path === path)) {
+      model.setSubmodule(path, quantizedLinear(module as Linear, config))
+      report.kept = report.kept.filter((kept) => kept.path !== path)
+    }
+  }
+  return report
+}
+
+/** Pairs tensors and places; one ERR_HALFBYTE_CHECKPOINT for all that does not fit. `shapes`: of the dense model. */
+function assign(
+  model: Module,
+  checkpoint: Checkpoint,
+  shapes: ReadonlyMap<string, Parameter>,
+): { items: Item[]; unexpected: string[] } {
+  const found = new Map<string, TensorInfo>()
+  const unexpected: string[] = []
+  for (const [name, info] of checkpoint.tensors) {
+    const path = placeOf(model, name)
+    if (path === undefined) {
+      if (!DERIVED.test(name)) unexpected.push(name)
+    } else if (!found.has(path) || path === name) found.set(path, info)
+  }
+  // of tied names the first one counts
+  const taken = new Set<object>()
+  const missing = new Map<object, string>()
+  for (const [path, parameter] of shapes) {
+    if (taken.has(parameter.identity)) found.delete(path)
+    else if (found.has(path)) taken.add(parameter.identity)
+    else if (parameter.persistent && !missing.has(parameter.identity)) missing.set(parameter.identity, path)
+  }
+  const absent = [...missing].filter(([identity]) => !taken.has(identity)).map(([, path]) => path)
+  const complaints: string[] = []
+  if (absent.length > 0) {
+    complaints.push(`${absent.length} tensors of the model are missing: ${list(absent)}`)
+    if (unexpected.length > 0) complaints.push(`${unexpected.length} are not the model's: ${list(unexpected)}`)
+  }
+  const wrong = [...found].flatMap(([path, info]) => mismatch(checkpoint, path, info, shapes.get(path)))
+  if (wrong.length > 0) complaints.push(`config.json and the tensors disagree: ${list(wrong, 4)}`)
+  if (complaints.length > 0) throw checkpointError(checkpoint.path, complaints.join('; '))
+
+  const fileOrder = new Map(checkpoint.files.map((file, i) => [file.path, i]))
+  const items = [...found].map(([path, info]) => ({ path, info }))
+  items.sort((a, b) => fileOrder.get(a.info.file)! - fileOrder.get(b.info.file)! || a.info.begin - b.info.begin)
+  return { items, unexpected }
+}
+
+function mismatch(checkpoint: Checkpoint, path: string, info: TensorInfo, place: Parameter | undefined): string[] {
+  if (!place || checkpoint.has(`${info.name}.absmax`)) return []
+  const same = place.shape.length === info.shape.length && place.shape.every((n, i) => n === info.shape[i])
+  if (!same) return [`${path} is ${info.dtype} [${info.shape.join(', ')}], the model has [${place.shape.join(', ')}]`]
+  const dtype = FROM_SAFETENSORS[info.dtype]
+  const readable = dtype && (DTYPES[dtype].isFloat || (info.dtype === 'I8' && checkpoint.has(path.replace(/weight$/, 'SCB'))))
+  return readable ? [] : [`${path} is ${info.dtype}, the model has floating-point weights`]
+}
+
+// -- reading
+
+async function fill(
+  model: Module,
+  checkpoint: Checkpoint,
+  items: readonly Item[],
+  device: ReturnType<typeof toDevice>,
+  { signal, onProgress }: LoadOptions,
+): Promise<void> {
+  const totalBytes = items.reduce((sum, { info }) => sum + info.end - info.begin, 0)
+  const largest = items.reduce((most, { info }) => Math.max(most, info.end - info.begin), 0)
+  let loadedBytes = 0
+  let pending = 0
+  for (const { path, info } of items) {
+    signal?.throwIfAborted()
+    const bytes = info.end - info.begin
+    // what is read but not yet quantised stays below the largest tensor
+    if (pending + bytes > largest) {
+      await device.synchronize()
+      signal?.throwIfAborted()
+      pending = 0
+    }
+    pending += bytes
+    try {
+      await model.loadParameter(path, checkpoint.tensor(info.name, device))
+    } catch (error) {
+      if (!(error instanceof HalfbyteError)) throw error
+      throw checkpointError(info.file, `tensor ${JSON.stringify(info.name)}: ${error.message}`, error)
+    }
+    loadedBytes += bytes
+    onProgress?.({ loadedBytes, totalBytes, tensor: info.name })
+  }
+  await device.synchronize()
+  signal?.throwIfAborted()
+}
+
+/** Everything has arrived, could be read, and is finite. */
+async function check(model: Module, checkpoint: Checkpoint): Promise<void> {
+  const missing = model.missingParameters()
+  if (missing.length > 0) {
+    throw checkpointError(checkpoint.path, `${missing.length} tensors of the model are missing: ${list(missing)}`)
+  }
+  const bad: string[] = []
+  const counts = [...model.namedParameters()].map(async ([path, parameter]) => {
+    const value = parameter.value
+    // of integers one element is read: it tells whether reading the file went well
+    const probe = DTYPES[value.dtype].isFloat ? keep(countNonfinite(value)) : firstElement(value)
+    const count = await probe.item().finally(() => probe.dispose())
+    if (DTYPES[value.dtype].isFloat && count > 0) bad.push(`${path} (${count})`)
+  })
+  await Promise.all(counts)
+  if (bad.length > 0) {
+    throw checkpointError(checkpoint.path, `NaN or infinity in the weights: ${list(bad)}. Repair the checkpoint`)
+  }
+  try {
+    await model.checkFinite()
+  } catch (error) {
+    if (!(error instanceof HalfbyteError)) throw error
+    throw checkpointError(checkpoint.path, error.message, error)
+  }
+}
+
+function firstElement(value: Parameter['value']): Parameter['value'] {
+  const flat = value.reshape(value.size)
+  try {
+    return keep(flat.slice(0, 0, 1))
+  } finally {
+    flat.dispose()
+  }
+}

@@ -1,0 +1,89 @@
+/** Models from checkpoint folders. */
+import { existsSync } from 'node:fs'
+import { join } from 'node:path'
+import { readConfig, readGenerationDefaults, type ConfigReader } from '../checkpoint/config.js'
+import { loadCheckpoint, type LoadOptions } from '../checkpoint/load.js'
+import { FROM_SAFETENSORS } from '../checkpoint/safetensors.js'
+import { Checkpoint } from '../checkpoint/source.js'
+import { HalfbyteError } from '../errors.js'
+import { Tokenizer } from '../generation/tokenizer.js'
+import { onMeta } from '../nn/parameter.js'
+import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from '../quantization/config.js'
+import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
+import { CausalLM } from './causal_lm.js'
+import { readSpec } from './families/index.js'
+
+export interface FromPretrainedOptions extends Omit<LoadOptions, 'dtype' | 'prequantized'> {
+  /** Of what is not quantised. Default 'auto': the checkpoint's. */
+  dtype?: DType | 'auto' | undefined
+}
+
+/** The dtype that config.json names, else that of the first floating-point tensor. */
+function checkpointDtype(config: ConfigReader, checkpoint: Checkpoint): DType {
+  const named = config.dtype()
+  if (named) return named
+  for (const { dtype } of checkpoint.tensors.values()) {
+    const ours = FROM_SAFETENSORS[dtype]
+    if (ours && DTYPES[ours].isFloat) return ours
+  }
+  return 'float32'
+}
+
+/** Fields that say how a quantised weight is used, not how it is stored. */
+const RUNTIME = ['llmInt8Threshold', 'bnb4bitComputeDtype', 'bnbExact'] as const
+
+/** The checkpoint's own config, with what the caller may say about its use. */
+function mergeConfigs(
+  saved: BitsAndBytesConfig,
+  given: BitsAndBytesConfig | BitsAndBytesConfigOptions | undefined,
+  file: string,
+): BitsAndBytesConfig {
+  if (!given) return saved
+  const wanted = given instanceof BitsAndBytesConfig ? given : new BitsAndBytesConfig(given)
+  if (wanted.loadIn4bit !== saved.loadIn4bit) {
+    const bits = (config: BitsAndBytesConfig) => (config.loadIn4bit ? '4-bit' : '8-bit')
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_CONFIG',
+      `${file}: the checkpoint is quantised to ${bits(saved)}, ${bits(wanted)} was asked for; ` +
+        'quantise the original checkpoint, or leave quantizationConfig out',
+    )
+  }
+  const { quantMethod: _method, ...fields } = saved
+  const options: BitsAndBytesConfigOptions = fields
+  const changes: BitsAndBytesConfigOptions = {}
+  for (const name of RUNTIME) if (given[name] !== undefined) Object.assign(changes, { [name]: given[name] })
+  return new BitsAndBytesConfig({ ...options, ...changes })
+}
+
+async function fromPretrained(folder: string, options: FromPretrainedOptions = {}): Promise<CausalLM> {
+  options.signal?.throwIfAborted()
+  const config = readConfig(folder)
+  const spec = readSpec(config)
+  const saved = config.object('quantization_config')
+  const { quantizationConfig: given, dtype = 'auto', ...rest } = options
+  const quantizationConfig = saved
+    ? mergeConfigs(BitsAndBytesConfig.fromJSON(saved.raw), given, config.file)
+    : given && (given instanceof BitsAndBytesConfig ? given : new BitsAndBytesConfig(given))
+  using checkpoint = Checkpoint.open(folder)
+  const model = onMeta(() => new CausalLM(spec, config))
+  const report = await loadCheckpoint(model, checkpoint, {
+    ...rest,
+    quantizationConfig,
+    prequantized: saved !== undefined,
+    dtype: dtype === 'auto' ? checkpointDtype(config, checkpoint) : checkDType(dtype, 'fromPretrained'),
+  })
+  model.quantizationConfig = quantizationConfig
+  model.replacement = report.replacement
+  model.folder = folder
+  model.generationDefaults = readGenerationDefaults(folder, config)
+  if (existsSync(join(folder, 'tokenizer.json'))) model.tokenizer = await Tokenizer.fromPretrained(folder)
+  return model.eval()
+}
+
+export const AutoModelForCausalLM = {
+  /**
+   * The model in a folder as transformers (or savePretrained) writes it: config.json and safetensors, plain or
+   * quantised by bitsandbytes. With a quantizationConfig its linear layers are quantised as they arrive.
+   */
+  fromPretrained,
+}

@@ -1,0 +1,196 @@
+/** A decoder with an output head: what every family's model is. */
+import type { ConfigReader, GenerationDefaults } from '../checkpoint/config.js'
+import type { WriteOptions } from '../checkpoint/write.js'
+import { HalfbyteError } from '../errors.js'
+import { blocksFor, packBatch, PagedKvCache, type CacheLayer } from '../generation/cache.js'
+import {
+  generate,
+  stream,
+  type GenerateResult,
+  type Prompt,
+  type StreamPart,
+} from '../generation/generate.js'
+import type { GenerateOptions } from '../generation/options.js'
+import type { Tokenizer } from '../generation/tokenizer.js'
+import type { ReplacementReport } from '../quantization/patch.js'
+import type { BitsAndBytesConfig } from '../quantization/config.js'
+import { Linear } from '../nn/linear.js'
+import { Module } from '../nn/module.js'
+import type { DType } from '../tensor/dtype.js'
+import { activation, concat, crossEntropy, mul } from '../tensor/ops.js'
+import { Tensor } from '../tensor/tensor.js'
+import { tidy } from '../tensor/tidy.js'
+import { Decoder } from './decoder.js'
+import { savePretrained } from './save.js'
+import type { DecoderSpec } from './spec.js'
+
+/** Rows of logits that are in memory at once where only their losses are wanted. */
+const LOSS_ROWS = 256
+
+export class CausalLM extends Module {
+  model: Decoder
+  lm_head: Linear
+  readonly spec: DecoderSpec
+  /** config.json. */
+  readonly config: ConfigReader
+  generationDefaults: GenerationDefaults = { eosTokenIds: [] }
+  /** Of the folder that the model came from, when there is one. */
+  tokenizer: Tokenizer | undefined
+  /** How the linear layers are quantised, if they are. */
+  quantizationConfig: BitsAndBytesConfig | undefined
+  /** What was quantised when the model was loaded, and what was not, and why. */
+  replacement: ReplacementReport | undefined
+  /** The folder that the model came from. */
+  folder: string | undefined
+
+  constructor(spec: DecoderSpec, config: ConfigReader) {
+    super()
+    this.spec = spec
+    this.config = config
+    this.model = new Decoder(spec)
+    this.lm_head = new Linear(spec.hiddenSize, spec.vocabSize, { bias: false })
+    if (spec.tieWordEmbeddings) this.lm_head.weight = this.model.embed_tokens.weight
+  }
+
+  getOutputEmbeddings(): Module {
+    return this.lm_head
+  }
+
+  /** The dtype that activations have: that of the embeddings. */
+  get computeDtype(): DType {
+    return this.model.embed_tokens.weight.value.dtype
+  }
+
+  /** What the cache stores of each token, layer by layer. */
+  cacheLayers(): CacheLayer[] {
+    const { numKeyValueHeads: heads, headDim, layers } = this.spec
+    return layers.map(() => ({ heads, headDim }))
+  }
+
+  /** Logits of hidden states. */
+  head(hidden: Tensor): Tensor {
+    return tidy(() => {
+      const { logitScale, logitSoftcap } = this.spec
+      let logits = this.lm_head.forward(hidden)
+      if (logitScale !== 1) logits = mul(logits, logitScale)
+      if (logitSoftcap !== 0) logits = mul(activation(mul(logits, 1 / logitSoftcap), 'tanh'), logitSoftcap)
+      return logits
+    })
+  }
+
+  /** Hidden states [T, hidden] of sequences, packed one after the other. */
+  hiddenStates(inputIds: readonly (readonly number[])[]): Tensor {
+    const sequences = inputIds.map((ids) => this.#checkIds(ids))
+    const device = this.device!
+    const longest = Math.max(0, ...sequences.map((ids) => ids.length))
+    this.model.prepare(Math.max(1, longest), device)
+    return tidy(() => {
+      const blocks = sequences.reduce((sum, ids) => sum + blocksFor(ids.length), 0)
+      const cache = new PagedKvCache(this.cacheLayers(), { blocks, dtype: this.computeDtype, device })
+      const entries = sequences.map((tokens) => ({ tokens, cached: 0, blocks: cache.reserve(tokens.length) }))
+      const packed = packBatch(entries, device)
+      try {
+        return this.model.forward(packed.tokens, packed.batch, cache, longest)
+      } finally {
+        packed[Symbol.dispose]()
+        cache.dispose()
+      }
+    })
+  }
+
+  #checkIds(ids: readonly number[]): readonly number[] {
+    const { vocabSize, maxPositions } = this.spec
+    const bad = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= vocabSize)
+    if (bad !== undefined) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_VALUE',
+        `forward: token id ${String(bad)}; the model has ids 0 to ${vocabSize - 1}`,
+      )
+    }
+    if (ids.length > maxPositions) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_VALUE',
+        `forward: ${ids.length} tokens; the model has positions for ${maxPositions} (max_position_embeddings)`,
+      )
+    }
+    return ids
+  }
+
+  /** Logits [T, vocabulary] of one sequence, or of several packed one after the other. */
+  forward(inputIds: readonly number[] | readonly (readonly number[])[]): Tensor {
+    const nested = inputIds.length === 0 || typeof inputIds[0] === 'number' ? [inputIds as number[]] : inputIds
+    return tidy(() => this.head(this.hiddenStates(nested as readonly (readonly number[])[])))
+  }
+
+  /** Logits [tokens, vocabulary] of each sequence. */
+  logits(inputIds: readonly (readonly number[])[]): Tensor[] {
+    return tidy(() => {
+      const all = this.forward(inputIds)
+      let at = 0
+      return inputIds.map((ids) => all.slice(0, at, (at += ids.length)))
+    })
+  }
+
+  /** float32: -log p of each token but the first of every sequence, packed. */
+  tokenLosses(inputIds: readonly (readonly number[])[]): Tensor {
+    return tidy(() => {
+      const hidden = this.hiddenStates(inputIds)
+      // the last token of a sequence predicts nothing: a negative target costs 0, and the row is left out below
+      const targets = Int32Array.from(inputIds.flatMap((ids) => [...ids.slice(1), -1].slice(0, ids.length)))
+      const wanted = Tensor.from(targets, { device: hidden.device })
+      const rows = hidden.shape[0]!
+      const losses: Tensor[] = []
+      for (let at = 0; at < rows; at += LOSS_ROWS) {
+        const end = Math.min(rows, at + LOSS_ROWS)
+        losses.push(
+          tidy(() => crossEntropy(this.head(hidden.slice(0, at, end)), wanted.slice(0, at, end))),
+        )
+      }
+      const all = concat(losses.length > 0 ? losses : [Tensor.empty([0], 'float32', hidden.device)])
+      let at = 0
+      const parts = inputIds.map((ids) => {
+        const from = at
+        at += ids.length
+        return all.slice(0, from, Math.max(from, at - 1))
+      })
+      return concat(parts)
+    })
+  }
+
+  /** Mean of -log p over the tokens of one sequence but its first. */
+  async loss(inputIds: readonly number[]): Promise<number> {
+    if (inputIds.length < 2) {
+      throw new HalfbyteError('ERR_HALFBYTE_VALUE', `loss: ${inputIds.length} tokens; at least 2 are needed`)
+    }
+    const losses = this.tokenLosses([inputIds])
+    try {
+      const values = await losses.floats()
+      return values.reduce((sum, value) => sum + value, 0) / values.length
+    } finally {
+      losses.dispose()
+    }
+  }
+
+  /** New tokens after a prompt, or after each of several. */
+  async generate(prompt: Prompt, options?: GenerateOptions): Promise<GenerateResult>
+  async generate(prompts: readonly Prompt[], options?: GenerateOptions): Promise<GenerateResult[]>
+  async generate(
+    input: Prompt | readonly Prompt[],
+    options: GenerateOptions = {},
+  ): Promise<GenerateResult | GenerateResult[]> {
+    const single = typeof input === 'string' || typeof input[0] === 'number' || input.length === 0
+    const results = await generate(this, single ? [input as Prompt] : (input as readonly Prompt[]), options)
+    return single ? results[0]! : results
+  }
+
+  /** New tokens after a prompt as they come: `for await (const { text } of model.stream('def '))`. */
+  stream(prompt: Prompt, options: GenerateOptions = {}): AsyncGenerator<StreamPart, GenerateResult, undefined> {
+    return stream(this, prompt, options)
+  }
+
+  /** Writes weights, configs and the tokenizer into a folder that fromPretrained() and transformers read. */
+  async savePretrained(folder: string, options: WriteOptions & { maxShardSize?: number | string } = {}): Promise<void> {
+    await savePretrained(this, folder, options)
+  }
+}
+

@@ -1,0 +1,6 @@
+export { AutoModelForCausalLM, type FromPretrainedOptions } from './auto.js'
+export { CausalLM } from './causal_lm.js'
+export { Attention, Decoder, DecoderLayer, GatedMlp, type ForwardContext } from './decoder.js'
+export { evaluationIds, perplexity, type Perplexity, type PerplexityOptions } from './perplexity.js'
+export { readRope, type RopeSpec } from './rope.js'
+export type { DecoderSpec, LayerSpec } from './spec.js'
