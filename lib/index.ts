@@ -26,3 +26,6 @@ export {
   Sequential,
 } from './nn/index.js'
 export * from './quantization/index.js'
+export * from './checkpoint/index.js'
+export * from './generation/index.js'
+export * from './models/index.js'

@@ -41,20 +41,20 @@ export class ConfigReader {
     if (typeof value !== 'number' || !Number.isFinite(value)) {
       this.fail(`${name} is ${JSON.stringify(value)}, it must be a number`)
     }
-    return value as number
+    return value
   }
 
   boolean(name: string, initial: boolean): boolean {
     const value = this.get(name) ?? initial
     if (typeof value !== 'boolean') this.fail(`${name} is ${JSON.stringify(value)}, it must be true or false`)
-    return value as boolean
+    return value
   }
 
   string(name: string, initial?: string): string {
     const value = this.get(name) ?? initial
     if (value === undefined) this.fail(`${name} is missing`)
     if (typeof value !== 'string') this.fail(`${name} is ${JSON.stringify(value)}, it must be a string`)
-    return value as string
+    return value
   }
 
   array(name: string): readonly unknown[] | undefined {

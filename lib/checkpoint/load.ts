@@ -110,10 +110,14 @@ function quantizeLayers(
   if (!given) return undefined
   const config = given instanceof BitsAndBytesConfig ? given : new BitsAndBytesConfig(given)
   if (!options.prequantized) {
-    return replaceWithQuantizedLinear(model, config, { modulesToNotConvert: options.modulesToNotConvert ?? [] })
+    return replaceWithQuantizedLinear(model, config, {
+      modulesToNotConvert: options.modulesToNotConvert ?? [],
+    })
   }
   // the checkpoint knows best which layers are quantised: also a head that was converted on request
-  const linears = [...model.namedModules()].filter(([, module]) => module instanceof Linear)
+  const linears = [...model.namedModules()].filter(
+    (entry): entry is [string, Linear] => entry[1] instanceof Linear,
+  )
   const packed = new Set(
     [...checkpoint.tensors.keys()]
       .filter((name) => name.endsWith('.weight') && isPacked(checkpoint, name))
@@ -124,7 +128,7 @@ function quantizeLayers(
   })
   for (const [path, module] of linears) {
     if (packed.has(path) && report.kept.some((kept) => kept.path === path)) {
-      model.setSubmodule(path, quantizedLinear(module as Linear, config))
+      model.setSubmodule(path, quantizedLinear(module, config))
       report.kept = report.kept.filter((kept) => kept.path !== path)
     }
   }
@@ -157,7 +161,8 @@ function assign(
   const complaints: string[] = []
   if (absent.length > 0) {
     complaints.push(`${absent.length} tensors of the model are missing: ${list(absent)}`)
-    if (unexpected.length > 0) complaints.push(`${unexpected.length} are not the model's: ${list(unexpected)}`)
+    if (unexpected.length > 0)
+      complaints.push(`${unexpected.length} are not the model's: ${list(unexpected)}`)
   }
   const wrong = [...found].flatMap(([path, info]) => mismatch(checkpoint, path, info, shapes.get(path)))
   if (wrong.length > 0) complaints.push(`config.json and the tensors disagree: ${list(wrong, 4)}`)
@@ -165,16 +170,26 @@ function assign(
 
   const fileOrder = new Map(checkpoint.files.map((file, i) => [file.path, i]))
   const items = [...found].map(([path, info]) => ({ path, info }))
-  items.sort((a, b) => fileOrder.get(a.info.file)! - fileOrder.get(b.info.file)! || a.info.begin - b.info.begin)
+  items.sort(
+    (a, b) => fileOrder.get(a.info.file)! - fileOrder.get(b.info.file)! || a.info.begin - b.info.begin,
+  )
   return { items, unexpected }
 }
 
-function mismatch(checkpoint: Checkpoint, path: string, info: TensorInfo, place: Parameter | undefined): string[] {
+function mismatch(
+  checkpoint: Checkpoint,
+  path: string,
+  info: TensorInfo,
+  place: Parameter | undefined,
+): string[] {
   if (!place || checkpoint.has(`${info.name}.absmax`)) return []
   const same = place.shape.length === info.shape.length && place.shape.every((n, i) => n === info.shape[i])
-  if (!same) return [`${path} is ${info.dtype} [${info.shape.join(', ')}], the model has [${place.shape.join(', ')}]`]
+  if (!same)
+    return [`${path} is ${info.dtype} [${info.shape.join(', ')}], the model has [${place.shape.join(', ')}]`]
   const dtype = FROM_SAFETENSORS[info.dtype]
-  const readable = dtype && (DTYPES[dtype].isFloat || (info.dtype === 'I8' && checkpoint.has(path.replace(/weight$/, 'SCB'))))
+  const readable =
+    dtype &&
+    (DTYPES[dtype].isFloat || (info.dtype === 'I8' && checkpoint.has(path.replace(/weight$/, 'SCB'))))
   return readable ? [] : [`${path} is ${info.dtype}, the model has floating-point weights`]
 }
 
@@ -218,7 +233,10 @@ async function fill(
 async function check(model: Module, checkpoint: Checkpoint): Promise<void> {
   const missing = model.missingParameters()
   if (missing.length > 0) {
-    throw checkpointError(checkpoint.path, `${missing.length} tensors of the model are missing: ${list(missing)}`)
+    throw checkpointError(
+      checkpoint.path,
+      `${missing.length} tensors of the model are missing: ${list(missing)}`,
+    )
   }
   const bad: string[] = []
   const counts = [...model.namedParameters()].map(async ([path, parameter]) => {
@@ -230,7 +248,10 @@ async function check(model: Module, checkpoint: Checkpoint): Promise<void> {
   })
   await Promise.all(counts)
   if (bad.length > 0) {
-    throw checkpointError(checkpoint.path, `NaN or infinity in the weights: ${list(bad)}. Repair the checkpoint`)
+    throw checkpointError(
+      checkpoint.path,
+      `NaN or infinity in the weights: ${list(bad)}. Repair the checkpoint`,
+    )
   }
   try {
     await model.checkFinite()

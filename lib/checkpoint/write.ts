@@ -38,13 +38,20 @@ export function writeError(path: string, cause: unknown): unknown {
   const code = (cause as NodeJS.ErrnoException | undefined)?.code
   if (cause instanceof HalfbyteError || code === undefined || !/^E[A-Z]+$/.test(code)) return cause
   const what = code === 'ENOSPC' ? 'the disk is full' : (cause as Error).message
-  return new HalfbyteError('ERR_HALFBYTE_IO', `${path} was not written: ${what}. What was there before is untouched`, {
-    cause,
-  })
+  return new HalfbyteError(
+    'ERR_HALFBYTE_IO',
+    `${path} was not written: ${what}. What was there before is untouched`,
+    {
+      cause,
+    },
+  )
 }
 
 /** Writes a file so that it is either there in full or not at all. `fill` writes to the handle. */
-export async function writeAtomically(path: string, fill: (file: FileHandle) => Promise<void>): Promise<void> {
+export async function writeAtomically(
+  path: string,
+  fill: (file: FileHandle) => Promise<void>,
+): Promise<void> {
   const temporary = `${path}.${process.pid}.tmp`
   try {
     const file = await open(temporary, 'w')
@@ -111,7 +118,7 @@ export async function writeSafetensors(
 }
 
 async function writeAll(file: FileHandle, bytes: Uint8Array): Promise<void> {
-  for (let at = 0; at < bytes.length; ) {
+  for (let at = 0; at < bytes.length;) {
     const { bytesWritten } = await file.write(bytes, at, Math.min(bytes.length - at, 1 << 30))
     at += bytesWritten
   }
@@ -152,7 +159,8 @@ export function withoutTies(state: ReadonlyMap<string, Tensor>): Map<string, Ten
   const unique = new Map<string, Tensor>()
   for (const [name, tensor] of state) {
     const first = tensor.size > 0 ? seen.get(tensor.storageId) : undefined
-    if (first && first.offset === tensor.offset && first.size === tensor.size && first.dtype === tensor.dtype) continue
+    if (first && first.offset === tensor.offset && first.size === tensor.size && first.dtype === tensor.dtype)
+      continue
     if (!first) seen.set(tensor.storageId, tensor)
     unique.set(name, tensor)
   }

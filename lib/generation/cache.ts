@@ -118,7 +118,7 @@ export function packBatch(entries: readonly BatchEntry[], device: Device): Packe
   const lengths = new Int32Array(entries.length)
   const table = new Int32Array(entries.length * columns)
   entries.forEach(({ tokens, cached, blocks }, s) => {
-    ids.set(tokens, starts[s]!)
+    ids.set(tokens, starts[s])
     starts[s + 1] = starts[s]! + tokens.length
     lengths[s] = cached + tokens.length
     table.set(blocks, s * columns)

@@ -57,7 +57,7 @@ export async function* decode(
   try {
     await run.prefill()
     enqueue()
-    for (let queued = 1; pending.length > 0; ) {
+    for (let queued = 1; pending.length > 0;) {
       while (queued < steps && pending.length < AHEAD) {
         run.step()
         enqueue()
@@ -65,7 +65,10 @@ export async function* decode(
       }
       const tokens = await abortable(pending.shift()!, signal)
       if (tokens.some((token) => token < 0 || token >= model.spec.vocabSize)) {
-        throw new HalfbyteError('ERR_HALFBYTE_INTERNAL', `generate: the device chose the tokens ${tokens.join(', ')}`)
+        throw new HalfbyteError(
+          'ERR_HALFBYTE_INTERNAL',
+          `generate: the device chose the tokens ${tokens.join(', ')}`,
+        )
       }
       yield tokens
     }
@@ -169,7 +172,7 @@ class Decoding implements Disposable {
     let finished: { sequence: number; row: number }[] = []
     let filled = 0
     for (const [sequence, prompt] of this.#prompts.entries()) {
-      for (let at = 0; at < prompt.length; ) {
+      for (let at = 0; at < prompt.length;) {
         const take = Math.min(prompt.length - at, CHUNK - filled)
         entries.push({ tokens: prompt.slice(at, at + take), cached: at, blocks: this.#blocks[sequence]! })
         at += take

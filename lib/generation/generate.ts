@@ -103,11 +103,19 @@ function sequences(model: CausalLM, prompts: readonly Prompt[], options: Generat
   const settings = readSettings(options, model.generationDefaults, model.spec.maxPositions)
   const tokenizer = options.tokenizer ?? model.tokenizer
   if (settings.stops.length > 0 && !tokenizer) {
-    throw new HalfbyteError('ERR_HALFBYTE_TOKENIZER', 'generate: stopStrings need a tokenizer; pass it as options.tokenizer')
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_TOKENIZER',
+      'generate: stopStrings need a tokenizer; pass it as options.tokenizer',
+    )
   }
   return prompts.map(
     (prompt) =>
-      new Sequence(promptIds(prompt, model, tokenizer), settings, tokenizer, options.skipSpecialTokens ?? true),
+      new Sequence(
+        promptIds(prompt, model, tokenizer),
+        settings,
+        tokenizer,
+        options.skipSpecialTokens ?? true,
+      ),
   )
 }
 

@@ -59,10 +59,13 @@ function fail(message: string): never {
 }
 
 function inRange(name: string, value: number, low: number, high: number, whole = false): number {
-  const fits = typeof value === 'number' && value >= low && value <= high && (!whole || Number.isInteger(value))
+  const fits =
+    typeof value === 'number' && value >= low && value <= high && (!whole || Number.isInteger(value))
   if (!fits) {
     const kind = whole ? 'a whole number' : 'a number'
-    fail(`${name} is ${String(value)}, it must be ${kind} ${high === Infinity ? `>= ${low}` : `from ${low} to ${high}`}`)
+    fail(
+      `${name} is ${String(value)}, it must be ${kind} ${high === Infinity ? `>= ${low}` : `from ${low} to ${high}`}`,
+    )
   }
   return value
 }
@@ -105,7 +108,9 @@ export function readSettings(
 }
 
 function readSampling(options: GenerateOptions, defaults: GenerationDefaults): Sampling {
-  const given = [options.temperature, options.topK, options.topP, options.minP].some((value) => value !== undefined)
+  const given = [options.temperature, options.topK, options.topP, options.minP].some(
+    (value) => value !== undefined,
+  )
   const temperature = inRange('temperature', options.temperature ?? defaults.temperature ?? 1, 0, Infinity)
   const doSample = options.doSample ?? (given || (defaults.doSample ?? false))
   const seed = options.seed ?? Math.floor(Math.random() * 2 ** 48)
@@ -137,13 +142,17 @@ function newTokens(
     )
   }
   const room = maxPositions - promptLength
-  if (room === 0) fail(`the prompt fills all ${maxPositions} positions of the model; shorten it to leave room for new tokens`)
+  if (room === 0)
+    fail(
+      `the prompt fills all ${maxPositions} positions of the model; shorten it to leave room for new tokens`,
+    )
   if (options.maxNewTokens !== undefined) {
     return Math.min(inRange('maxNewTokens', options.maxNewTokens, 1, Infinity, true), room)
   }
   if (options.maxLength !== undefined) {
     const left = inRange('maxLength', options.maxLength, 1, Infinity, true) - promptLength
-    if (left < 1) fail(`maxLength ${options.maxLength} leaves no room after a prompt of ${promptLength} tokens`)
+    if (left < 1)
+      fail(`maxLength ${options.maxLength} leaves no room after a prompt of ${promptLength} tokens`)
     return Math.min(left, room)
   }
   const fromFile = defaults.maxNewTokens ?? (defaults.maxLength ?? 0) - promptLength

@@ -50,7 +50,10 @@ export async function pipeline(
   options: FromPretrainedOptions = {},
 ): Promise<TextGenerationPipeline> {
   if (task !== 'text-generation') {
-    throw new HalfbyteError('ERR_HALFBYTE_VALUE', `pipeline: ${JSON.stringify(task)} is not a task; the task is text-generation`)
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `pipeline: ${JSON.stringify(task)} is not a task; the task is text-generation`,
+    )
   }
   const model = await AutoModelForCausalLM.fromPretrained(folder, options)
   try {

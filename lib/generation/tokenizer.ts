@@ -2,10 +2,22 @@
 import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { basename, join } from 'node:path'
 import { Template } from '@huggingface/jinja'
-import { Tokenizer as Core } from '@huggingface/tokenizers'
+import * as tokenizers from '@huggingface/tokenizers'
 import { readJsonFile } from '../checkpoint/json.js'
 import { HalfbyteError } from '../errors.js'
 import { TextStream } from './text.js'
+
+/** What is used of the package, whose own types do not resolve under this module system. */
+interface Core {
+  encode(text: string, options: { add_special_tokens: boolean }): { ids: number[] }
+  decode(ids: number[]): string
+  token_to_id(token: string): number | undefined
+  id_to_token(id: number): string | undefined
+  get_added_tokens_decoder(): Map<number, { special: boolean }>
+}
+const { Tokenizer: CoreTokenizer } = tokenizers as unknown as {
+  Tokenizer: new (json: object, config: object) => Core
+}
 
 export interface ChatMessage {
   role: string
@@ -37,7 +49,15 @@ function tokenText(value: unknown): string | undefined {
   return typeof content === 'string' ? content : undefined
 }
 
-const SPECIAL = ['bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token'] as const
+const SPECIAL = [
+  'bos_token',
+  'eos_token',
+  'unk_token',
+  'sep_token',
+  'pad_token',
+  'cls_token',
+  'mask_token',
+] as const
 type Special = (typeof SPECIAL)[number]
 
 export class Tokenizer {
@@ -49,10 +69,17 @@ export class Tokenizer {
   readonly #compiled = new Map<string, Template>()
 
   /** `json` and `config`: tokenizer.json and tokenizer_config.json. */
-  constructor(json: object, config: Record<string, unknown> = {}, templates: ReadonlyMap<string, string> = new Map()) {
+  constructor(
+    json: object,
+    config: Record<string, unknown> = {},
+    templates: ReadonlyMap<string, string> = new Map(),
+  ) {
     try {
       // Python joins decoded tokens as they are unless the config says otherwise
-      this.#core = new Core(json, { ...config, clean_up_tokenization_spaces: config['clean_up_tokenization_spaces'] ?? false })
+      this.#core = new CoreTokenizer(json, {
+        ...config,
+        clean_up_tokenization_spaces: config['clean_up_tokenization_spaces'] ?? false,
+      })
     } catch (cause) {
       fail(`Tokenizer: tokenizer.json cannot be used (${(cause as Error).message})`, cause)
     }
@@ -71,7 +98,9 @@ export class Tokenizer {
     const file = join(folder, 'tokenizer.json')
     const json = readJsonFile(file, 'ERR_HALFBYTE_TOKENIZER')
     if (!json) {
-      const old = ['tokenizer.model', 'vocab.json', 'vocab.txt'].find((name) => existsSync(join(folder, name)))
+      const old = ['tokenizer.model', 'vocab.json', 'vocab.txt'].find((name) =>
+        existsSync(join(folder, name)),
+      )
       fail(
         `${folder}: there is no tokenizer.json` +
           (old ? `, only ${old}: save it with save_pretrained() of a fast tokenizer` : ''),
@@ -139,13 +168,25 @@ export class Tokenizer {
   }
 
   /** The prompt of a conversation, as token ids; as text with tokenize: false. */
-  applyChatTemplate(messages: readonly ChatMessage[], options: ChatTemplateOptions & { tokenize: false }): string
-  applyChatTemplate(messages: readonly ChatMessage[], options?: ChatTemplateOptions & { tokenize?: true }): number[]
+  applyChatTemplate(
+    messages: readonly ChatMessage[],
+    options: ChatTemplateOptions & { tokenize: false },
+  ): string
+  applyChatTemplate(
+    messages: readonly ChatMessage[],
+    options?: ChatTemplateOptions & { tokenize?: true },
+  ): number[]
   applyChatTemplate(
     messages: readonly ChatMessage[],
     options: ChatTemplateOptions & { tokenize?: boolean } = {},
   ): string | number[] {
-    const { addGenerationPrompt = false, continueFinalMessage = false, tokenize = true, chatTemplate, ...variables } = options
+    const {
+      addGenerationPrompt = false,
+      continueFinalMessage = false,
+      tokenize = true,
+      chatTemplate,
+      ...variables
+    } = options
     if (addGenerationPrompt && continueFinalMessage) {
       fail('applyChatTemplate: addGenerationPrompt and continueFinalMessage exclude each other')
     }
@@ -176,16 +217,16 @@ export class Tokenizer {
           '; pass one as chatTemplate',
       )
     }
-    let compiled = this.#compiled.get(source!)
+    let compiled = this.#compiled.get(source)
     if (!compiled) {
       try {
-        compiled = new Template(source!)
+        compiled = new Template(source)
       } catch (cause) {
         fail(`applyChatTemplate: the chat template is not valid (${(cause as Error).message})`, cause)
       }
-      this.#compiled.set(source!, compiled!)
+      this.#compiled.set(source, compiled)
     }
-    return compiled!
+    return compiled
   }
 }
 
@@ -194,8 +235,11 @@ function upToFinalMessage(text: string, messages: readonly ChatMessage[]): strin
   const content = messages.at(-1)?.content
   const final = typeof content === 'string' ? content : ''
   const at = text.lastIndexOf(final.trim())
-  if (final === '' || at < 0) fail('applyChatTemplate: the text of the final message is not in the rendered conversation')
-  return text.startsWith(final, at) ? text.slice(0, at + final.length) : text.slice(0, at + final.trim().length)
+  if (final === '' || at < 0)
+    fail('applyChatTemplate: the text of the final message is not in the rendered conversation')
+  return text.startsWith(final, at)
+    ? text.slice(0, at + final.length)
+    : text.slice(0, at + final.trim().length)
 }
 
 /** chat_template.jinja and additional_chat_templates/NAME.jinja, else chat_template in tokenizer_config.json. */
@@ -205,7 +249,8 @@ function readTemplates(folder: string, config: Record<string, unknown>): Map<str
   if (typeof legacy === 'string') templates.set('default', legacy)
   if (Array.isArray(legacy)) {
     for (const entry of legacy as { name?: unknown; template?: unknown }[]) {
-      if (typeof entry?.name === 'string' && typeof entry.template === 'string') templates.set(entry.name, entry.template)
+      if (typeof entry?.name === 'string' && typeof entry.template === 'string')
+        templates.set(entry.name, entry.template)
     }
   }
   const file = join(folder, 'chat_template.jinja')

@@ -98,12 +98,10 @@ export class Attention extends Module {
     const layer = spec.layers[this.index]!
     const { batch, cache, positions } = context
     const [keys, values] = [cache.keys[this.index]!, cache.values[this.index]!]
-    let [q, k, v] = this.#project(x)
-    if (layer.rope) {
-      const { cos, sin } = context.rope(layer)
-      q = rope(q, cos, sin, positions)
-      k = rope(k, cos, sin, positions)
-    }
+    const [queries, plainKeys, v] = this.#project(x)
+    const tables = layer.rope && context.rope(layer)
+    const rotate = (t: Tensor) => (tables ? rope(t, tables.cos, tables.sin, positions) : t)
+    const [q, k] = [rotate(queries), rotate(plainKeys)]
     pagedWrite(keys, values, k, v, batch)
     const y = pagedAttention(q, keys, values, batch, {
       scale: spec.attentionScale,

@@ -45,7 +45,7 @@ export function readRope(config: ConfigReader, options: RopeOptions, part?: stri
   if (!scaling) {
     config.fail(`rope_type ${JSON.stringify(type)} is not known; known are ${Object.keys(SCALINGS).join(', ')}`)
   }
-  const { frequencies, scale } = scaling!(plain, source ?? config, { ...options, base, dim })
+  const { frequencies, scale } = scaling(plain, source ?? config, { ...options, base, dim })
   return { dim, inverseFrequencies: Float32Array.from(frequencies), scale }
 }
 

@@ -62,7 +62,7 @@ export function readActivation(config: ConfigReader, field = 'hidden_act', initi
   if (!activation) {
     config.fail(`${field} is ${JSON.stringify(name)}; known are ${Object.keys(ACTIVATIONS).join(', ')}`)
   }
-  return activation!
+  return activation
 }
 
 /** The fields that all families share, as Llama has them; `own` is what differs. */

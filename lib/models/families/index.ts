@@ -30,5 +30,5 @@ export function readSpec(config: ConfigReader): DecoderSpec {
   if (!family) {
     config.fail(`model_type ${JSON.stringify(type)} is not known; known are ${Object.keys(FAMILIES).join(', ')}`)
   }
-  return family!(config)
+  return family(config)
 }
