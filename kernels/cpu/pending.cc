@@ -2,12 +2,6 @@
 #include "cpu_backend.h"
 
 namespace halfbyte::cpu {
-__attribute__((weak)) Status CpuBackend::quantize_blockwise(Queue, View, View, View, View, int64_t) {
-  return Status::error(Code::unsupported, "quantize_blockwise is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::dequantize_blockwise(Queue, View, View, View, View, int64_t) {
-  return Status::error(Code::unsupported, "dequantize_blockwise is not there yet");
-}
 __attribute__((weak)) Status CpuBackend::int8_quantize_rows(Queue, View, View, View, View, float, bool) {
   return Status::error(Code::unsupported, "int8_quantize_rows is not there yet");
 }
