@@ -4,6 +4,7 @@ export {
   type ComputeDType,
   type QuantStorage,
 } from './config.js'
+export * as functional from './functional.js'
 export { getMemoryFootprint, getTrueFootprint } from './footprint.js'
 export {
   dequantize,
@@ -13,5 +14,5 @@ export {
   type Replacement,
   type ReplacementReport,
 } from './patch.js'
-export { QuantState, type NestedState, type QuantStateParts } from './quant_state.js'
+export { QuantState, type NestedState, type QuantStateParts, type StateValue } from './quant_state.js'
 export { matchesModule, type OutputEmbeddings } from './skip.js'

@@ -1,0 +1,89 @@
+/** Seeded random data, 16-bit floats, and what it takes to compare with a computation in doubles. */
+import { type DType } from '../../lib/index.js'
+
+/** Uniform numbers in [0, 1), the same for the same seed (a 32-bit mixing generator). */
+export function uniform(seed: number): () => number {
+  let state = seed >>> 0
+  return () => {
+    state = (state + 0x9e3779b9) >>> 0
+    let z = state
+    z = Math.imul(z ^ (z >>> 16), 0x85ebca6b)
+    z = Math.imul(z ^ (z >>> 13), 0xc2b2ae35)
+    return ((z ^ (z >>> 16)) >>> 0) / 2 ** 32
+  }
+}
+
+/** Standard normal numbers (Box-Muller). */
+export function randn(n: number, seed: number): Float32Array {
+  const next = uniform(seed)
+  return Float32Array.from({ length: n }, () => {
+    const radius = Math.sqrt(-2 * Math.log(1 - next()))
+    return radius * Math.cos(2 * Math.PI * next())
+  })
+}
+
+const word = new Float32Array(1)
+const bits = new Uint32Array(word.buffer)
+
+/** To the nearest bfloat16, ties to even, as raw bits. */
+export function toBfloat16(x: number): number {
+  word[0] = x
+  const b = bits[0]!
+  if ((b & 0x7fffffff) > 0x7f800000) return (b >>> 16) | 0x40
+  return ((b + 0x7fff + ((b >>> 16) & 1)) / 65536) & 0xffff
+}
+
+export function fromBfloat16(b: number): number {
+  bits[0] = (b << 16) >>> 0
+  return word[0]!
+}
+
+/** To the nearest float16, ties to even, subnormals included, as raw bits. */
+export function toFloat16(x: number): number {
+  const sign = x < 0 || Object.is(x, -0) ? 0x8000 : 0
+  const a = Math.abs(x)
+  if (Number.isNaN(a)) return 0x7e00
+  if (a >= 65520) return sign | 0x7c00
+  // one unit of the last place at this size; below 2^-14 it stays that of the subnormals
+  const unit = 2 ** (Math.max(Math.floor(Math.log2(a || 2 ** -30)), -14) - 10)
+  let steps = Math.floor(a / unit)
+  const rest = a / unit - steps
+  if (rest > 0.5 || (rest === 0.5 && steps % 2 === 1)) steps++
+  const value = steps * unit
+  if (value < 2 ** -14) return sign | steps
+  const exponent = Math.floor(Math.log2(value))
+  return sign | ((exponent + 15) << 10) | (value / 2 ** (exponent - 10) - 1024)
+}
+
+export function fromFloat16(b: number): number {
+  const sign = b & 0x8000 ? -1 : 1
+  const exponent = (b >> 10) & 31
+  const mantissa = b & 1023
+  if (exponent === 31) return mantissa ? NaN : sign * Infinity
+  return sign * (exponent ? 2 ** (exponent - 15) * (1 + mantissa / 1024) : mantissa * 2 ** -24)
+}
+
+export const FLOATS = ['float32', 'float16', 'bfloat16'] as const
+export type FloatDType = (typeof FLOATS)[number]
+
+/** The value that a dtype holds in place of x. */
+export function rounded(x: number, dtype: DType): number {
+  if (dtype === 'float16') return fromFloat16(toFloat16(x))
+  if (dtype === 'bfloat16') return fromBfloat16(toBfloat16(x))
+  return Math.fround(x)
+}
+
+/** |a - b| / |b| in the Frobenius norm. */
+export function relativeError(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  if (a.length !== b.length) return Infinity
+  let difference = 0
+  let size = 0
+  for (let i = 0; i < b.length; i++) {
+    difference += (a[i]! - b[i]!) ** 2
+    size += b[i]! ** 2
+  }
+  return Math.sqrt(difference / (size || 1))
+}
+
+/** What one rounding to a dtype may cost. */
+export const TOLERANCE: Record<FloatDType, number> = { float32: 1e-6, float16: 6e-4, bfloat16: 5e-3 }
