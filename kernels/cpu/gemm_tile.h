@@ -14,10 +14,12 @@ namespace halfbyte::cpu::HALFBYTE_ISA {
 // fma() is a library call where the base instruction set has none; sums need not be the same on every level.
 static inline F madd(F a, F b, F c) { return add(mul(a, b), c); }
 static inline void prefetch(const void*) {}
+static inline void prefetch_far(const void*) {}
 constexpr int kMaxVectors = 2;
 #else
 static inline F madd(F a, F b, F c) { return fma(a, b, c); }
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+static inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 constexpr int kMaxVectors = HALFBYTE_ISA_LEVEL == 512 ? 4 : 2;
 #endif
 

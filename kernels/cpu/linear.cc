@@ -119,8 +119,9 @@ Status CpuBackend::linear(Queue, View y, View x, View weight, const Epilogue& ep
       rows = a.packed;
     }
     const auto few = HALFBYTE_PICK(dense_few_rows);
-    parallel_for(a.n, kSerialWork / (a.k + 1) + 1,
-                 [&](int64_t begin, int64_t end) { few(a, w, rows, begin, end); });
+    // bound by memory: a weight counts by its bytes
+    spread_rows(a.n, a.n * a.k * size_of(w.dtype),
+                [&](int64_t begin, int64_t end) { few(a, w, rows, begin, end); });
     return {};
   }
   const auto pack = HALFBYTE_PICK(dense_pack);

@@ -251,7 +251,10 @@ inline void dot_groups(const Decoder& decoder, const uint8_t* codes, const float
 #pragma GCC unroll 8
   for (int m = 0; m < MB; ++m) acc[m] = sum[m];
   for (int64_t g = 0; g < groups; ++g) {
-    prefetch(codes + ahead);
+    if (MB == 1)
+      prefetch(codes + ahead);
+    else
+      prefetch_far(codes + ahead);
     F part[MB];
     decoder.each(
         codes, [&](int j, F v) __attribute__((always_inline)) {
@@ -278,6 +281,9 @@ void few_packed_of(const LinearArgs& a, const PackedWeight& w, const float* x, i
   constexpr int64_t piece = kPiece / (MB > 4 ? 8 : MB > 2 ? 4 : MB);
   constexpr int run = B32 ? 32 : 64;
   const Decoder decoder(w.book);
+  // One row of x reads the codes from front to back. With more, pieces of 16 weight rows take turns: each
+  // fetches the same piece of the next 16.
+  const int64_t ahead = MB == 1 ? 2048 : rows_at_a_time * a.k / 2;
   const bool direct = !w.nested && (int64_t{1} << w.shift) == run;
   F acc[rows_at_a_time][MB];
   for (int64_t n = begin; n < end; n += rows_at_a_time) {
@@ -297,7 +303,7 @@ void few_packed_of(const LinearArgs& a, const PackedWeight& w, const float* x, i
         else
           fill_scales<B32>(w, element, count / run, filled);
         const float* xk = x + k * MB;
-        dot_groups<MB, B32>(decoder, codes, scales, xk, groups, 2048, acc[r]);
+        dot_groups<MB, B32>(decoder, codes, scales, xk, groups, ahead, acc[r]);
         if (rest > 0) {  // half a group: the packed x is zero beyond it
           alignas(64) uint8_t last_codes[kGroup / 2] = {};
           float last_scales[kScalesPerGroup32] = {};
@@ -519,8 +525,8 @@ Status CpuBackend::linear_4bit(Queue, View y, View x, const Weight4& weight, con
   if (a.m <= HALFBYTE_PICK(most_few_rows)(a.k)) {
     const float* arranged = HALFBYTE_PICK(arrange_few)(a);
     const auto few = HALFBYTE_PICK(few_rows);
-    parallel_for(a.n, kSerialWork / (a.k + 1) + 1,
-                 [&](int64_t begin, int64_t end) { few(a, w, arranged, begin, end); });
+    spread_rows(a.n, a.n * a.k * (a.m + 1) / 2,
+                [&](int64_t begin, int64_t end) { few(a, w, arranged, begin, end); });
     return {};
   }
   const auto pack = HALFBYTE_PICK(pack_panel);

@@ -77,7 +77,29 @@ inline size_t linear_scratch(int64_t m, int64_t k) {
 }
 
 /// Multiply-adds below which waking the pool costs more than it brings.
-constexpr int64_t kSerialWork = 128 * 1024;
+constexpr int64_t kSerialWork = 512 * 1024;
+
+/// body(begin, end) over the rows of a weight, `work` in all: in ranges small enough that a thread which is
+/// held up costs the others little.
+template <typename Body>
+void spread_rows(int64_t n, int64_t work, const Body& body) {
+  if (work <= kSerialWork || pool_threads() == 1) return body(static_cast<int64_t>(0), n);
+  int64_t ranges = work / (kSerialWork / 8);
+  const int64_t most = int64_t{16} * pool_threads();
+  if (ranges > most) ranges = most;
+  int64_t size = ((n + ranges - 1) / ranges + 15) / 16 * 16;
+  struct Context {
+    const Body* body;
+    int64_t n, size;
+  } context{&body, n, size};
+  pool_run((n + size - 1) / size,
+           [](void* p, int64_t i) {
+             const auto& c = *static_cast<Context*>(p);
+             const int64_t begin = i * c.size, end = begin + c.size;
+             (*c.body)(begin, end < c.n ? end : c.n);
+           },
+           &context);
+}
 
 /// Runs the blocked product: passes of packed rows, panels of each, tasks of kTaskRows weight rows.
 ///   pack(row, rows, packed)                     packs one panel of x, kp floats per padded row
@@ -102,7 +124,7 @@ void blocked_product(const LinearArgs& a, int64_t kp, const Pack& pack, const Ta
       task(pass + p * kPanelRows, rows_of(p), a.packed + p * kPanelRows * kp, n,
            a.n - n < kTaskRows ? a.n - n : int64_t{kTaskRows});
     };
-    if (in_pass * a.n * a.k <= 8 * kSerialWork) {
+    if (in_pass * a.n * a.k <= 4 * kSerialWork) {
       for (int64_t i = 0; i < panels * tasks; ++i) run(i);
     } else {
       using Run = decltype(run);
