@@ -11,12 +11,20 @@ import { describeError, print } from './output.js'
 
 /** Loaded when they are asked for: `doctor` must run where the addon does not load. */
 const COMMANDS: Readonly<Record<string, () => Promise<Command>>> = {
+  generate: async () => (await import('./commands/generate.js')).generate,
+  quantize: async () => (await import('./commands/quantize.js')).quantize,
+  eval: async () => (await import('./commands/eval.js')).evaluate,
+  inspect: async () => (await import('./commands/inspect.js')).inspect,
   doctor: async () => (await import('./commands/doctor.js')).doctor,
   bench: async () => (await import('./commands/bench.js')).bench,
 }
 
 const OVERVIEW = `halfbyte COMMAND ...
 
+  generate DIR    continue a prompt, as it is generated
+  quantize DIR    write a checkpoint quantised to 4 or 8 bits
+  eval DIR        perplexity on a text
+  inspect DIR     modules, kinds, shapes and bytes of a model
   doctor          what the library found on this machine, and what is missing
   bench [NAME]    benchmarks
 

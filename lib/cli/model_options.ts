@@ -27,7 +27,10 @@ export const quantizationOptions: OptionTable = {
 
 export const samplingOptions: OptionTable = {
   'max-new-tokens': { value: 'N', help: 'tokens to generate at most (default 128)' },
-  temperature: { value: 'T', help: 'sampling temperature; 0 takes the likeliest token (default 0)' },
+  temperature: {
+    value: 'T',
+    help: 'sampling temperature; 0: always the likeliest token (default as generation_config.json says)',
+  },
   'top-k': { value: 'K', help: 'sample among the K likeliest tokens; 0: all' },
   'top-p': { value: 'P', help: 'sample among the likeliest tokens of joint probability P' },
   'min-p': { value: 'P', help: 'sample among tokens of at least P times the highest probability' },
@@ -100,7 +103,7 @@ export interface SamplingFields {
   minP?: number
   repetitionPenalty?: number
   seed?: number
-  stop?: string[]
+  stopStrings?: string[]
 }
 
 /** What was asked of sampling; what was not said is left to the model's generation_config.json. */
@@ -108,7 +111,7 @@ export function samplingFields(flags: Flags): SamplingFields {
   const fields: SamplingFields = {
     maxNewTokens: flags.number('max-new-tokens', { min: 1, whole: true }) ?? 128,
   }
-  const given: [Exclude<keyof SamplingFields, 'stop'>, number | undefined][] = [
+  const given: [Exclude<keyof SamplingFields, 'stopStrings'>, number | undefined][] = [
     ['temperature', flags.number('temperature', { min: 0 })],
     ['topK', flags.number('top-k', { min: 0, whole: true })],
     ['topP', flags.number('top-p', { min: 0, max: 1 })],
@@ -118,6 +121,6 @@ export function samplingFields(flags: Flags): SamplingFields {
   ]
   for (const [name, value] of given) if (value !== undefined) fields[name] = value
   const stop = flags.texts('stop')
-  if (stop.length > 0) fields.stop = stop
+  if (stop.length > 0) fields.stopStrings = stop
   return fields
 }
