@@ -26,6 +26,7 @@ export {
   Sequential,
 } from './nn/index.js'
 export * from './quantization/index.js'
+export * as functional from './quantization/functional.js'
 export * from './checkpoint/index.js'
 export * from './generation/index.js'
 export * from './models/index.js'

@@ -19,7 +19,8 @@ export {
   type Quantize4Options,
 } from './linear4bit.js'
 export { Linear8bit, type Linear8bitOptions } from './linear8bit.js'
-export { Module, type MoveTarget } from './module.js'
+export { Module } from './module.js'
+export type { MoveTarget } from './move_target.js'
 export { LayerNorm, RMSNorm, type Normed } from './norms.js'
 export type { PackedWeight } from './packed.js'
 export { Buffer, onMeta, Parameter, type ParameterOptions, type Placement } from './parameter.js'

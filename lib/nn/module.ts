@@ -16,32 +16,13 @@
  *                this module alone, never of its children.
  */
 import { HalfbyteError } from '../errors.js'
-import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
-import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
+import type { Device } from '../tensor/device.js'
+import { DTYPES, type DType } from '../tensor/dtype.js'
 import { Tensor } from '../tensor/tensor.js'
 import type { PackedWeight } from './packed.js'
-import { Parameter } from './parameter.js'
+import { readTarget, type MoveTarget } from './move_target.js'
+import { Parameter, TensorProperty } from './parameter.js'
 import { loadStateDict, ownProblems, type LoadStateDictResult, type OwnProblems } from './state_dict.js'
-
-/** A Tensor held by a property, seen as a parameter: a new value goes back to the property. */
-class TensorProperty extends Parameter {
-  readonly #owner: Record<string, unknown>
-  readonly #name: string
-
-  constructor(owner: Record<string, unknown>, name: string, tensor: Tensor) {
-    super(tensor.shape, { dtype: tensor.dtype, device: tensor.device })
-    this.#owner = owner
-    this.#name = name
-    super.replace(tensor)
-  }
-
-  override replace(tensor: Tensor | undefined): void {
-    super.replace(tensor)
-    this.#owner[this.#name] = tensor
-  }
-}
-
-export type MoveTarget = DType | DeviceLike | { dtype?: DType; device?: DeviceLike }
 
 export abstract class Module implements Disposable {
   /** Set by train() and eval(). */
@@ -356,8 +337,7 @@ export abstract class Module implements Disposable {
 
   /** Why the dtype of this module cannot be changed, or undefined when it can. */
   ownCastRefusal(): string | undefined {
-    for (const weight of this.ownPacked()) return weight.castRefusal()
-    return undefined
+    return [...this.ownPacked()].map((weight) => weight.castRefusal()).find((reason) => reason !== undefined)
   }
 
   #checkCast(dtype: DType): void {
@@ -434,13 +414,4 @@ export abstract class Module implements Disposable {
 
 function join(prefix: string, name: string): string {
   return prefix === '' ? name : name === '' ? prefix : `${prefix}.${name}`
-}
-
-function readTarget(target: MoveTarget): { dtype?: DType; device?: Device } {
-  if (typeof target === 'string' && Object.hasOwn(DTYPES, target)) return { dtype: target as DType }
-  if (typeof target === 'string' || 'native' in target) return { device: toDevice(target) }
-  return {
-    ...(target.dtype && { dtype: checkDType(target.dtype, 'to') }),
-    ...(target.device && { device: toDevice(target.device) }),
-  }
 }

@@ -21,7 +21,7 @@ export interface PackedWeight {
   nonfinite(): Promise<number>
   /** Moves the statistics; the module moves the codes. */
   move(device: Device): void
-  /** Why it has no dtype to change. */
-  castRefusal(): string
+  /** Why it has no dtype to change, or undefined when it has. */
+  castRefusal(): string | undefined
   dispose(): void
 }

@@ -202,3 +202,21 @@ export class Buffer extends Parameter {
     return buffer
   }
 }
+
+/** A Tensor held by a property, seen as a parameter: a new value goes back to the property. */
+export class TensorProperty extends Parameter {
+  readonly #owner: Record<string, unknown>
+  readonly #name: string
+
+  constructor(owner: Record<string, unknown>, name: string, tensor: Tensor) {
+    super(tensor.shape, { dtype: tensor.dtype, device: tensor.device })
+    this.#owner = owner
+    this.#name = name
+    super.replace(tensor)
+  }
+
+  override replace(tensor: Tensor | undefined): void {
+    super.replace(tensor)
+    this.#owner[this.#name] = tensor
+  }
+}

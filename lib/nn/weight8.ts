@@ -73,12 +73,12 @@ export class Weight8 implements PackedWeight {
   }
 
   /** The float values [n, k]; default dtype: the source's, else float16. */
-  dequantize(dtype: DType = this.sourceDtype ?? 'float16'): Tensor {
-    if (this.#options.keepFloat) {
-      const value = this.place.value
-      return value.dtype === dtype ? value.share() : value.to(dtype)
+  dequantize(dtype?: DType): Tensor {
+    const { value } = this.place
+    if (!this.#options.keepFloat) {
+      return int8DequantizeRows(value, this.#scb!, dtype ?? this.sourceDtype ?? 'float16')
     }
-    return int8DequantizeRows(this.place.value, this.#scb!, dtype)
+    return dtype === undefined || value.dtype === dtype ? value.share() : value.to(dtype)
   }
 
   // -- loading
@@ -220,7 +220,8 @@ export class Weight8 implements PackedWeight {
     return this.#finite.count()
   }
 
-  castRefusal(): string {
+  castRefusal(): string | undefined {
+    if (this.#options.keepFloat) return undefined
     return 'whose int8 weight has no float dtype to change; dequantize() the model first, or load it with another dtype'
   }
 

@@ -1,0 +1,89 @@
+import {
+  Conv1D,
+  devices,
+  Embedding,
+  LayerNorm,
+  Linear,
+  nn,
+  RMSNorm,
+  Sequential,
+  Tensor,
+} from '../../lib/index.js'
+
+const random = (count: number, seed = 1): Float32Array => {
+  let state = seed
+  return Float32Array.from({ length: count }, () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
+    return state / 2147483648 - 1
+  })
+}
+const close = (a: ArrayLike<number>, b: ArrayLike<number>, limit = 1e-5) => {
+  expect(a.length).toBe(b.length)
+  let worst = 0
+  for (let i = 0; i < b.length; i++) worst = Math.max(worst, Math.abs(a[i]! - b[i]!))
+  expect(worst).toBeLessThan(limit)
+}
+
+describe.each(devices())('layers on %s', (device) => {
+  const tensor = (values: Float32Array, ...shape: number[]) => Tensor.from(values, { shape, device })
+
+  it('Linear and Conv1D are one product with the weight either way round', async () => {
+    const linear = new Linear(6, 4, { device })
+    const conv = new Conv1D(6, 4, { device: 'meta' })
+    expect(conv.weight.shape).toEqual([6, 4])
+    const turned = linear.weight.value.transpose(0, 1)
+    await conv.loadParameter('weight', turned.clone())
+    await conv.loadParameter('bias', linear.bias!.value.share())
+    const x = tensor(random(18), 3, 6)
+    const y = await linear.forward(x).floats()
+    close(await conv.forward(x).floats(), y)
+    expect(await conv.weight.value.floats()).toEqual(await turned.floats())
+    const residual = tensor(random(12, 9), 3, 4)
+    const sum = Float32Array.from(await residual.floats(), (r, i) => r + y[i]!)
+    close(await linear.forward(x, residual).floats(), sum)
+    close(await conv.forward(x, residual).floats(), sum)
+    const state = await conv.stateDict()
+    expect(state.get('weight')!.shape).toEqual([6, 4])
+    await new Conv1D(6, 4, { device }).loadStateDict(state)
+  })
+
+  it('norms', async () => {
+    const x = random(20, 3)
+    const rows = [0, 1, 2, 3].map((i) => [...x.subarray(5 * i, 5 * i + 5)])
+    const rms = new RMSNorm(5, { device, eps: 1e-3 })
+    const wanted = rows.flatMap((row) => {
+      const scale = 1 / Math.sqrt(row.reduce((s, v) => s + v * v, 0) / 5 + 1e-3)
+      return row.map((v) => v * scale)
+    })
+    close(await rms.forward(tensor(x, 4, 5)).floats(), wanted)
+    const gemma = new RMSNorm(5, { device, eps: 1e-3, weightOffset: 1 })
+    expect(await gemma.weight.value.floats()).toEqual(new Float32Array(5))
+    close(await gemma.forward(tensor(x, 4, 5)).floats(), wanted)
+    const layer = new LayerNorm(5, { device, eps: 1e-3 })
+    const normed = rows.flatMap((row) => {
+      const mean = row.reduce((s, v) => s + v, 0) / 5
+      const scale = 1 / Math.sqrt(row.reduce((s, v) => s + (v - mean) ** 2, 0) / 5 + 1e-3)
+      return row.map((v) => (v - mean) * scale)
+    })
+    close(await layer.forward(tensor(x, 4, 5)).floats(), normed)
+    const bare = new LayerNorm(5, { device, eps: 1e-3, elementwiseAffine: false })
+    expect(bare.numParameters()).toBe(0)
+    const zero = tensor(new Float32Array(20), 4, 5)
+    const { y, sum } = bare.forwardSum(zero, tensor(x, 4, 5))
+    close(await y.floats(), normed)
+    expect(await sum.floats()).toEqual(x)
+  })
+
+  it('embeddings, and a chain that frees what lies between', async () => {
+    const table = new Embedding(5, 8, { device })
+    const chain = new Sequential(table, new Linear(8, 3, { device }), new nn.ReLU())
+    const ids = Tensor.from(Int32Array.of(4, 0), { device })
+    const y = chain.forward(ids)
+    expect(y.shape).toEqual([2, 3])
+    expect((await y.floats()).every((v) => v >= 0)).toBe(true)
+    expect(ids.disposed).toBe(false)
+    const rows = await table.forward(ids).floats()
+    const weight = await table.weight.value.floats()
+    expect([...rows]).toEqual([...weight.subarray(32, 40), ...weight.subarray(0, 8)])
+  })
+})
