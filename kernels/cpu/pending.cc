@@ -2,25 +2,6 @@
 #include "cpu_backend.h"
 
 namespace halfbyte::cpu {
-__attribute__((weak)) Status CpuBackend::int8_quantize_rows(Queue, View, View, View, View, float, bool) {
-  return Status::error(Code::unsupported, "int8_quantize_rows is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::int8_dequantize_rows(Queue, View, View, View) {
-  return Status::error(Code::unsupported, "int8_dequantize_rows is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::int8_matmul(Queue, View, View, View) {
-  return Status::error(Code::unsupported, "int8_matmul is not there yet");
-}
-__attribute__((weak)) Status CpuBackend::int8_matmul_dequantize(Queue, View, View, View, View, View) {
-  return Status::error(Code::unsupported, "int8_matmul_dequantize is not there yet");
-}
-__attribute__((weak)) size_t CpuBackend::linear_8bit_workspace(const View&, const View&, float) const {
-  return 0;
-}
-__attribute__((weak)) Status CpuBackend::linear_8bit(Queue, View, View, View, View, const Epilogue&, float,
-                                                     bool, View) {
-  return Status::error(Code::unsupported, "linear_8bit is not there yet");
-}
 __attribute__((weak)) Status CpuBackend::rope_tables(Queue, View, View, View, float) {
   return Status::error(Code::unsupported, "rope_tables is not there yet");
 }
