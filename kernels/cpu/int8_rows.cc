@@ -125,8 +125,8 @@ int64_t row_grain(int64_t k) { return 1 + 100'000 / (k + 1); }
 
 void int8_quantize(const View& x, int64_t rows, int64_t k, float threshold, bool fp16_input, int8_t* codes,
                    int64_t ld, float* row_absmax, uint8_t* mask) {
-  if (!(threshold > 0.0f)) mask = nullptr;
   if (mask) std::memset(mask, 0, static_cast<size_t>(k));
+  if (!(threshold > 0.0f)) mask = nullptr;
   const auto quantize = HALFBYTE_PICK(quantize_rows);
   bool outliers = false;
   parallel_for(rows, row_grain(k), [&](int64_t begin, int64_t end) {

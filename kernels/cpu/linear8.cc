@@ -69,12 +69,13 @@ static void load_floats(float* out, const View& v, int64_t at, int64_t n) {
   }
 }
 
-/// R rows of sums[r][0 .. 15] += x[r, 0 .. n-1] times columns [n][16].
+/// R rows of sums[r][0 .. 15] += x[r, 0 .. n-1] times columns [n][16]; short sums, added up, round less than
+/// one long one.
 template <int R>
 static void add_columns(float* sums, const float* x, int64_t ldx, const float* columns, int64_t n) {
   F s[R][kVectors];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectors; ++v) s[r][v] = load(sums + r * kInt8PanelRows + v * W);
+    for (int v = 0; v < kVectors; ++v) s[r][v] = zero();
   }
   for (int64_t j = 0; j < n; ++j) {
     for (int v = 0; v < kVectors; ++v) {
@@ -83,7 +84,10 @@ static void add_columns(float* sums, const float* x, int64_t ldx, const float* c
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(sums + r * kInt8PanelRows + v * W, s[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* const out = sums + r * kInt8PanelRows + v * W;
+      store(out, add(load(out), s[r][v]));
+    }
   }
 }
 

@@ -9,7 +9,7 @@ import {
   show,
   withContiguous,
 } from './call.js'
-import { packedOperands, type Packed4 } from './quantize.js'
+import { checkThreshold, packedOperands, type Packed4 } from './quantize.js'
 
 export interface LinearOptions {
   /** float [N]. */
@@ -39,10 +39,11 @@ function run(
     checkSameDType(op, x, o.residual)
     checkShape(op, 'residual', o.residual, shape)
   }
-  const operands = [x, ...(o.residual ? [o.residual] : [])]
-  return withContiguous(operands, (input, residual) => {
+  const { bias, residual } = o
+  return withContiguous([x, ...(bias ? [bias] : []), ...(residual ? [residual] : [])], (input, ...added) => {
     const y = Tensor.empty(shape, x.dtype, x.device)
-    call(op, [y], [input, o.bias, residual, ...weight], scalars)
+    const b = bias && added.shift()
+    call(op, [y], [input, b, added[0], ...weight], scalars)
     return y
   })
 }
@@ -77,6 +78,10 @@ export function linear8bit(
   if (weight.ndim !== 2) fail('linear8bit', `the weight is ${show(weight.shape)}, it must be [N, K]`)
   checkDTypes('linear8bit', 'scb', scb, 'float32')
   checkShape('linear8bit', 'scb', scb, [weight.shape[0]!])
-  const scalars = [options.threshold ?? 0, options.bnbExact ? 1 : 0]
-  return run('linear_8bit', x, weight.shape[0]!, weight.shape[1]!, options, [weight, scb], scalars)
+  const threshold = options.threshold ?? 0
+  checkThreshold('linear8bit', threshold)
+  const [n, k] = weight.shape as [number, number]
+  return withContiguous([weight, scb], (codes, stats) =>
+    run('linear_8bit', x, n, k, options, [codes, stats], [threshold, options.bnbExact ? 1 : 0]),
+  )
 }

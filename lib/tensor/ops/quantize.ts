@@ -1,7 +1,7 @@
 import { HalfbyteError } from '../../errors.js'
 import { type DType } from '../dtype.js'
 import { Tensor } from '../tensor.js'
-import { call, checkDTypes, checkFloat, checkShape, fail, show, withContiguous } from './call.js'
+import { call, checkDTypes, checkFloat, checkShape, fail, show, withContiguous, rowsAndCols } from './call.js'
 
 export type QuantType = 'nf4' | 'fp4'
 export const QUANT_TYPES = { nf4: 0, fp4: 1 } as const
@@ -174,16 +174,27 @@ export interface Int8Rows {
   outlierMask?: Tensor | undefined
 }
 
+/** An outlier threshold: 0 (off) or a positive number. */
+export function checkThreshold(op: string, threshold: number): void {
+  if (typeof threshold !== 'number' || !(threshold >= 0)) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `${op}: threshold ${String(threshold)} is neither 0 (no outliers) nor a positive number`,
+    )
+  }
+}
+
 /**
  * LLM.int8() row-wise quantisation (arXiv 2208.07339). With threshold > 0, elements of at least that magnitude do not
  * count for the row's absmax, and their whole columns are 0 in the codes. fp16Input rounds x to float16 first.
  */
 export function int8QuantizeRows(x: Tensor, threshold = 0, fp16Input = false): Int8Rows {
   checkFloat('int8QuantizeRows', 'x', x)
+  checkThreshold('int8QuantizeRows', threshold)
   return withContiguous([x], (input) => {
-    const cols = x.shape.at(-1) ?? 1
+    const [rows, cols] = rowsAndCols(x)
     const codes = Tensor.empty(x.shape, 'int8', x.device)
-    const rowAbsmax = Tensor.empty([cols === 0 ? 0 : x.size / cols], 'float32', x.device)
+    const rowAbsmax = Tensor.empty([rows], 'float32', x.device)
     const outlierMask = threshold > 0 ? Tensor.empty([cols], 'uint8', x.device) : undefined
     call('int8_quantize_rows', [codes, rowAbsmax, outlierMask], [input], [threshold, fp16Input ? 1 : 0])
     return { codes, rowAbsmax, outlierMask }
@@ -225,11 +236,21 @@ export function int8MatmulDequantize(
   bias?: Tensor,
   dtype: DType = 'float16',
 ): Tensor {
-  checkDTypes('int8MatmulDequantize', 'acc', acc, 'int32')
-  checkShape('int8MatmulDequantize', 'rowAbsmax', rowAbsmax, [acc.shape[0]!])
-  checkShape('int8MatmulDequantize', 'colAbsmax', colAbsmax, [acc.shape[1]!])
-  if (bias) checkShape('int8MatmulDequantize', 'bias', bias, [acc.shape[1]!])
-  const y = Tensor.empty(acc.shape, dtype, acc.device)
-  call('int8_matmul_dequantize', [y], [acc, rowAbsmax, colAbsmax, bias])
-  return y
+  const op = 'int8MatmulDequantize'
+  checkDTypes(op, 'acc', acc, 'int32')
+  if (acc.ndim !== 2) fail(op, `acc is ${show(acc.shape)}, it must be [M, N]`)
+  checkDTypes(op, 'rowAbsmax', rowAbsmax, 'float32')
+  checkDTypes(op, 'colAbsmax', colAbsmax, 'float32')
+  checkShape(op, 'rowAbsmax', rowAbsmax, [acc.shape[0]!])
+  checkShape(op, 'colAbsmax', colAbsmax, [acc.shape[1]!])
+  if (bias) {
+    checkFloat(op, 'bias', bias)
+    checkShape(op, 'bias', bias, [acc.shape[1]!])
+  }
+  return withContiguous([acc, rowAbsmax, colAbsmax, ...(bias ? [bias] : [])], (sums, rows, cols, add) => {
+    const y = Tensor.empty(acc.shape, dtype, acc.device)
+    checkFloat(op, 'the result', y)
+    call('int8_matmul_dequantize', [y], [sums, rows, cols, add])
+    return y
+  })
 }

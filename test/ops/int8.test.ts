@@ -1,0 +1,244 @@
+/** LLM.int8() ops against plain computations in doubles, over shapes, dtypes, outliers and odd values. */
+import { devices, ops, Tensor, type DType } from '../../lib/index.js'
+import {
+  FLOATS,
+  fromBfloat16,
+  randn,
+  relativeError,
+  rounded,
+  toBfloat16,
+  toFloat16,
+  uniform,
+} from '../support/reference.js'
+
+const LIMIT: Partial<Record<DType, number>> = { float32: 1e-5, float16: 2e-3, bfloat16: 1e-2 }
+
+function bytes(n: number, seed: number): Int8Array {
+  const next = uniform(seed)
+  return Int8Array.from({ length: n }, () => Math.floor(next() * 256) - 128)
+}
+
+function tensorOf(values: Float32Array, shape: number[], dtype: DType, device: string): Tensor {
+  if (dtype === 'float32') return Tensor.from(values, { shape, device })
+  const bits = Uint16Array.from(values, dtype === 'float16' ? toFloat16 : toBfloat16)
+  return Tensor.from(bits, { shape, dtype, device })
+}
+
+/** a [m, k] b [n, k]^T. */
+function product(a: ArrayLike<number>, b: ArrayLike<number>, m: number, n: number, k: number): Float64Array {
+  const out = new Float64Array(m * n)
+  for (let i = 0; i < m; i++) {
+    for (let j = 0; j < n; j++) {
+      let sum = 0
+      for (let t = 0; t < k; t++) sum += a[i * k + t]! * b[j * k + t]!
+      out[i * n + j] = sum
+    }
+  }
+  return out
+}
+
+const SHAPES: [number, number, number][] = [
+  [0, 5, 16],
+  [1, 1, 1],
+  [1, 7, 3],
+  [1, 33, 64],
+  [2, 5, 130],
+  [3, 17, 31],
+  [4, 16, 72],
+  [5, 19, 65],
+  [7, 18, 1030],
+  [64, 33, 100],
+  [67, 3, 257],
+]
+
+describe.each(devices())('int8 on %s', (device) => {
+  const on = device.name
+
+  it.each(SHAPES)('the product of [%i, K] and [%i, K], K = %i, is exact for every byte', async (m, n, k) => {
+    const a = bytes(m * k, 1)
+    const b = bytes(n * k, 2).fill(-128, 0, k)
+    if (m > 1) a.fill(-128, k, 2 * k)
+    const acc = ops.int8Matmul(
+      Tensor.from(a, { shape: [m, k], device: on }),
+      Tensor.from(b, { shape: [n, k], device: on }),
+    )
+    expect(await acc.data()).toEqual(Int32Array.from(product(a, b, m, n, k)))
+  })
+
+  describe.each(FLOATS)('%s', (dtype) => {
+    it('rows come back to half a step', async () => {
+      const [rows, k] = [5, 203]
+      const values = randn(rows * k, 3).map((v) => rounded(v, dtype))
+      const { codes, rowAbsmax } = ops.int8QuantizeRows(tensorOf(values, [rows, k], dtype, on))
+      const absmax = (await rowAbsmax.data()) as Float32Array
+      const back = await ops.int8DequantizeRows(codes, rowAbsmax, 'float32').floats()
+      for (let r = 0; r < rows; r++) {
+        const row = values.subarray(r * k, (r + 1) * k)
+        expect(absmax[r]).toBe(Math.max(...row.map(Math.abs)))
+        row.forEach((v, i) =>
+          expect(Math.abs(back[r * k + i]! - v)).toBeLessThanOrEqual((absmax[r]! / 254) * 1.0001),
+        )
+      }
+      const narrow = await ops.int8DequantizeRows(codes, rowAbsmax, dtype).floats()
+      expect(Array.from(narrow)).toEqual(Array.from(back, (v) => rounded(v, dtype)))
+    })
+
+    it.each(SHAPES)('layer [%i, K] x [%i, K], K = %i: no, some and only outlier columns', async (m, n, k) => {
+      const codes = bytes(n * k, 4)
+      const scb = randn(n, 5).map(Math.abs)
+      const bias = randn(n, 6)
+      const residual = randn(m * n, 7).map((v) => rounded(v, dtype))
+      const weight = Tensor.from(codes, { shape: [n, k], device: on })
+      const stats = Tensor.from(scb, { device: on })
+      for (const [threshold, share] of [
+        [0, 0],
+        [6, 0],
+        [6, 0.1],
+        [6, 1],
+      ] as const) {
+        const x = randn(m * k, 8).map((v) => Math.max(-5, Math.min(5, v)))
+        const next = uniform(9)
+        if (m > 0) for (let c = 0; c < k; c++) if (next() < share) x[Math.floor(next() * m) * k + c] = -11.25
+        const held = x.map((v) => rounded(v, dtype))
+        const input = tensorOf(held, [m, k], dtype, on)
+
+        const q = ops.int8QuantizeRows(input, threshold)
+        const quantised = (await q.codes.data()) as Int8Array
+        const absmax = (await q.rowAbsmax.data()) as Float32Array
+        const isOutlier = Array.from({ length: k }, (_, c) =>
+          threshold > 0
+            ? Array.from({ length: m }, (_, r) => held[r * k + c]!).some((v) => Math.abs(v) >= threshold)
+            : false,
+        )
+        if (q.outlierMask)
+          expect(Array.from((await q.outlierMask.data()) as Uint8Array, Boolean)).toEqual(isOutlier)
+        quantised.forEach((code, i) => {
+          const [row, column] = [Math.floor(i / k), i % k]
+          if (isOutlier[column]) expect(code).toBe(0)
+          else expect(Math.abs(code - (held[i]! * 127) / absmax[row]!)).toBeLessThan(0.50001)
+        })
+
+        const kept = held.map((v, i) => (isOutlier[i % k] ? v : 0))
+        const regular = product(quantised, codes, m, n, k)
+        const outlying = product(kept, codes, m, n, k)
+        const want = regular.map((sum, i) => {
+          const scale = scb[i % n]! / 127
+          return (
+            sum * (absmax[Math.floor(i / n)]! / 127) * scale +
+            outlying[i]! * scale +
+            bias[i % n]! +
+            residual[i]!
+          )
+        })
+        const y = ops.linear8bit(input, weight, stats, {
+          bias: Tensor.from(bias, { device: on }),
+          residual: tensorOf(residual, [m, n], dtype, on),
+          threshold,
+        })
+        expect(y.dtype).toBe(dtype)
+        expect(relativeError(await y.floats(), want)).toBeLessThan(LIMIT[dtype]!)
+      }
+    })
+  })
+
+  it('leading dimensions are rows', async () => {
+    const x = randn(2 * 3 * 40, 1)
+    const weight = Tensor.from(bytes(6 * 40, 2), { shape: [6, 40], device: on })
+    const scb = Tensor.full([6], 2, 'float32', on)
+    const cube = ops.linear8bit(Tensor.from(x, { shape: [2, 3, 40], device: on }), weight, scb)
+    const flat = ops.linear8bit(Tensor.from(x, { shape: [6, 40], device: on }), weight, scb)
+    expect(cube.shape).toEqual([2, 3, 6])
+    expect(await cube.data()).toEqual(await flat.data())
+  })
+
+  it('bfloat16 results beyond 65504 stay finite, and overflow float16 only with bnbExact', async () => {
+    const k = 64
+    const x = tensorOf(new Float32Array(k).fill(3), [1, k], 'bfloat16', on)
+    const weight = Tensor.from(new Int8Array(k).fill(127), { shape: [1, k], device: on })
+    const scb = Tensor.from(Float32Array.of(1000), { device: on })
+    const [own] = await ops.linear8bit(x, weight, scb).floats()
+    expect(own).toBe(fromBfloat16(toBfloat16(192000)))
+    const [exact] = await ops.linear8bit(x, weight, scb, { bnbExact: true }).floats()
+    expect(exact).toBe(Infinity)
+  })
+
+  it('a column is an outlier for every row of the call', async () => {
+    const x = Tensor.from(Float32Array.of(1, 2, 0.5, 4, 7, -1), { shape: [2, 3], device: on })
+    const q = ops.int8QuantizeRows(x, 6)
+    expect(Array.from((await q.outlierMask!.data()) as Uint8Array)).toEqual([0, 1, 0])
+    // 2 counts for its row's absmax, 7 does not
+    expect(Array.from((await q.rowAbsmax.data()) as Float32Array)).toEqual([2, 4])
+    expect(Array.from((await q.codes.data()) as Int8Array)).toEqual([64, 0, 32, 127, 0, -32])
+  })
+
+  it('zeros, NaN, infinities and the smallest numbers', async () => {
+    const rows = [
+      [0, -0, 0, 0],
+      [NaN, 1, 2, -2],
+      [Infinity, 1, 2, 3],
+      [1e-42, -1e-42, 5e-43, 0],
+    ]
+    const x = Tensor.from(Float32Array.from(rows.flat()), { shape: [4, 4], device: on })
+    const plain = ops.int8QuantizeRows(x)
+    expect(Array.from((await plain.codes.data()) as Int8Array)).toEqual(
+      [
+        [0, 0, 0, 0],
+        [0, 64, 127, -127],
+        [0, 0, 0, 0],
+        [127, -127, 64, 0],
+      ].flat(),
+    )
+    expect(Array.from((await plain.rowAbsmax.data()) as Float32Array).slice(0, 3)).toEqual([0, 2, Infinity])
+    const weight = Tensor.from(new Int8Array(8).fill(1), { shape: [2, 4], device: on })
+    const scb = Tensor.full([2], 127, 'float32', on)
+    const y = await ops.linear8bit(x, weight, scb).floats()
+    expect(Array.from(y.subarray(0, 2))).toEqual([0, 0])
+    expect(Array.from(y.subarray(4, 6))).toEqual([NaN, NaN])
+    // with a threshold the infinity is an outlier and reaches only its own row
+    const apart = await ops.linear8bit(x, weight, scb, { threshold: 6 }).floats()
+    expect(Array.from(apart.subarray(4, 6))).toEqual([Infinity, Infinity])
+    expect(Array.from(apart.subarray(0, 2))).toEqual([0, 0])
+  })
+
+  it('scaled sums take a bias of any float dtype', async () => {
+    const acc = Tensor.from(Int32Array.of(16129, -16129, 32258, 0, 1, 2), { shape: [2, 3], device: on })
+    const rows = Tensor.from(Float32Array.of(1, 2), { device: on })
+    const cols = Tensor.from(Float32Array.of(1, 0.5, 4), { device: on })
+    for (const dtype of FLOATS) {
+      const bias = tensorOf(Float32Array.of(1, 2, 3), [3], dtype, on)
+      const y = await ops.int8MatmulDequantize(acc, rows, cols, bias, 'float32').floats()
+      const want = [2, 1.5, 11, 1, 2 + 1 / 16129, 3 + 16 / 16129]
+      y.forEach((v, i) => expect(v).toBeCloseTo(want[i]!, 5))
+    }
+  })
+
+  it('refuses what does not fit, with a code', () => {
+    const x = Tensor.zeros([2, 8], 'float32', on)
+    const weight = Tensor.zeros([4, 8], 'int8', on)
+    const scb = Tensor.zeros([4], 'float32', on)
+    const code = (fn: () => unknown): string => {
+      try {
+        fn()
+      } catch (error) {
+        return (error as { code: string }).code
+      }
+      return 'nothing was thrown'
+    }
+    expect(code(() => ops.linear8bit(Tensor.zeros([2, 7], 'float32', on), weight, scb))).toBe(
+      'ERR_HALFBYTE_SHAPE',
+    )
+    expect(code(() => ops.linear8bit(x, weight, Tensor.zeros([3], 'float32', on)))).toBe('ERR_HALFBYTE_SHAPE')
+    expect(code(() => ops.linear8bit(x, x, scb))).toBe('ERR_HALFBYTE_DTYPE')
+    expect(code(() => ops.linear8bit(weight, weight, scb))).toBe('ERR_HALFBYTE_DTYPE')
+    expect(code(() => ops.linear8bit(x, weight, scb, { threshold: -1 }))).toBe('ERR_HALFBYTE_VALUE')
+    expect(code(() => ops.int8QuantizeRows(x, NaN))).toBe('ERR_HALFBYTE_VALUE')
+    expect(code(() => ops.int8QuantizeRows(weight))).toBe('ERR_HALFBYTE_DTYPE')
+    expect(code(() => ops.int8DequantizeRows(weight, scb, 'int32'))).toBe('ERR_HALFBYTE_DTYPE')
+    expect(code(() => ops.int8Matmul(weight, Tensor.zeros([4, 9], 'int8', on)))).toBe('ERR_HALFBYTE_SHAPE')
+    const acc = Tensor.zeros([2, 4], 'int32', on)
+    const two = Tensor.zeros([2], 'float32', on)
+    expect(code(() => ops.int8MatmulDequantize(acc, two, two))).toBe('ERR_HALFBYTE_SHAPE')
+    expect(code(() => ops.int8MatmulDequantize(x, two, scb))).toBe('ERR_HALFBYTE_DTYPE')
+    expect(code(() => ops.int8MatmulDequantize(acc, two, scb, undefined, 'int8'))).toBe('ERR_HALFBYTE_DTYPE')
+  })
+})
