@@ -18,11 +18,15 @@ const training = findGolden<{ threshold: number }>('int8_training')
 
 const halves = (bits: ArrayLike<number>): number[] => Array.from(bits, (b) => fromFloat16(b))
 
-/** Most units in the last place of float16 that two results are apart. */
-function halfSteps(a: ArrayLike<number>, b: ArrayLike<number>): number {
+/** Largest difference of float16 results, in units of the last place; below `slack` a difference counts as one. */
+function halfSteps(a: ArrayLike<number>, b: ArrayLike<number>, slack = 0): number {
   const line = (h: number): number => (h & 0x8000 ? -(h & 0x7fff) : h)
   let most = a.length === b.length ? 0 : Infinity
-  for (let i = 0; i < b.length; i++) most = Math.max(most, Math.abs(line(a[i]!) - line(b[i]!)))
+  for (let i = 0; i < b.length; i++) {
+    const steps = Math.abs(line(a[i]!) - line(b[i]!))
+    const small = Math.abs(fromFloat16(a[i]!) - fromFloat16(b[i]!)) < slack
+    most = Math.max(most, small ? Math.min(steps, 1) : steps)
+  }
   return most
 }
 
@@ -60,8 +64,8 @@ describe.each(devices())('int8 golden on %s', (device) => {
         const exact = await ops
           .linear8bit(of('x'), w.codes, w.rowAbsmax, { ...options, bnbExact: true })
           .data()
-        // the outlier product is a sum of few terms whose order is not defined
-        expect(halfSteps(exact as Uint16Array, golden)).toBeLessThanOrEqual(c.outliers ? 1 : 0)
+        // the order of the outlier product's sum is not defined, which shows where it cancels the rest
+        expect(halfSteps(exact as Uint16Array, golden, 1e-6)).toBeLessThanOrEqual(c.outliers ? 1 : 0)
 
         // our own rounding is at least as close to the product with the original weight, but for chance
         const truth = int8.data(name('y_exact')) as Float32Array
