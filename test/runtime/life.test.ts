@@ -29,13 +29,21 @@ describe('the process', () => {
     60_000,
   )
 
-  itCompiled('is kept alive by pending reads and by nothing else', async () => {
-    expect(await runScript('quiet-end.js')).toEqual(printed('read 400000\nend\n'))
-  })
-})
-
-itCompiled('the garbage collector frees what nobody disposed', async () => {
-  expect(await runScript('garbage.js', [], ['--expose-gc'])).toEqual(
-    printed('in use: true\nsum: 6\nkept after use: false\nleft: 0\n'),
+  itCompiled(
+    'is kept alive by pending reads and by nothing else',
+    async () => {
+      expect(await runScript('quiet-end.js')).toEqual(printed('read 400000\nend\n'))
+    },
+    60_000,
   )
 })
+
+itCompiled(
+  'the garbage collector frees what nobody disposed',
+  async () => {
+    expect(await runScript('garbage.js', [], ['--expose-gc'])).toEqual(
+      printed('in use: true\nsum: 6\nkept after use: false\nleft: 0\n'),
+    )
+  },
+  60_000,
+)

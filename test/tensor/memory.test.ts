@@ -73,13 +73,16 @@ describe.each(devices())('memory of %s', (on) => {
       await on.synchronize()
       expect(data[0]).toBe(5)
     }
-    // An ArrayBuffer that cannot be transferred is copied, or refused, by the version of Node.
-    try {
-      structuredClone(data.buffer, { transfer: [data.buffer] })
-    } catch (error) {
-      expect((error as Error).name).toBe('DataCloneError')
+    // An ArrayBuffer that is marked untransferable is copied, or refused, by the version of Node.
+    const { buffer } = data as { buffer: ArrayBuffer & { transfer?: () => ArrayBuffer } }
+    for (const take of [() => structuredClone(buffer, { transfer: [buffer] }), () => buffer.transfer?.()]) {
+      try {
+        take()
+      } catch (error) {
+        expect((error as Error).message).toMatch(/clone|transfer|detach/i)
+      }
+      expect(data.byteLength).toBe(16)
     }
-    expect(data.byteLength).toBe(16)
   })
 
   it('that can change size, is shared or is gone is refused', () => {
@@ -105,10 +108,10 @@ describe.each(devices())('memory of %s', (on) => {
     await on.synchronize()
     const before = on.memoryUsage().allocated
     on.resetPeakMemory()
-    for (let i = 0; i < 60; i++) {
-      Tensor.full([32 * MiB], 1, 'uint8', on)
+    for (let i = 0; i < 40; i++) {
+      Tensor.full([8 * MiB], 1, 'uint8', on)
       await on.synchronize()
     }
-    expect(on.memoryUsage().peak - before).toBeLessThan(60 * 32 * MiB * 0.6)
-  })
+    expect(on.memoryUsage().peak - before).toBeLessThan(40 * 8 * MiB * 0.7)
+  }, 30_000)
 })
