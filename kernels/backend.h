@@ -152,7 +152,7 @@ enum class Activation : uint8_t { none, silu, gelu, gelu_tanh, relu, sigmoid, ta
 struct AttentionOptions {
   float scale = 1.0f;
   bool causal = true;
-  int64_t window = 0;    // keys further back than this many positions are masked; 0: no limit
+  int64_t window = 0;    // keys at least this many positions back are masked; 0: no limit
   float softcap = 0.0f;  // scores become softcap * tanh(score / softcap); 0: off
   View alibi_slopes;     // float32 [H], optional: score += slope * (key position - query position)
   View sinks;  // float [H], optional: an extra logit per head that takes probability and gives no value
@@ -290,12 +290,13 @@ class Backend {
   /// head, pairs (i, i + R/2), or (2i, 2i + 1) when interleaved; the rest is copied. y may be x.
   virtual Status rope(Queue queue, View y, View x, View cos, View sin, View positions, bool interleaved) = 0;
   /// Writes k, v [T, KV, D] (row strides allowed) of the batch's tokens into the caches [blocks, block_len,
-  /// KV, D].
+  /// KV, D]. A token whose position has no valid block is not written.
   virtual Status paged_write(Queue queue, View key_cache, View value_cache, View k, View v,
                              const RaggedBatch& batch) = 0;
   /// y [T, H, Dv] = softmax(q k^T * scale + masks) v over the cached tokens of each sequence; q [T, H, D]
   /// (row stride allowed), H a multiple of KV, H / KV query heads share a key head.
-  virtual size_t paged_attention_workspace(const View& q, const View& key_cache,
+  /// A position without a valid block is as if it were not there; a row that sees no key gives zeros.
+  virtual size_t paged_attention_workspace(const View& q, const View& key_cache, const View& value_cache,
                                            const RaggedBatch& batch) const = 0;
   virtual Status paged_attention(Queue queue, View y, View q, View key_cache, View value_cache,
                                  const RaggedBatch& batch, const AttentionOptions& options,
@@ -304,14 +305,24 @@ class Backend {
   // -- choosing tokens
 
   /// out[r] (float32) = -log softmax(logits[r, :])[targets[r]]; logits float [R, V]; targets int32 or int64.
-  /// A negative target gives 0.
+  /// A negative target gives 0, one of V or more NaN. The sum runs in double.
   virtual Status cross_entropy(Queue queue, View out, View logits, View targets) = 0;
-  /// y [R] int32 = index of the largest element of each row, the lowest on ties.
+  /// y [R] int32 = index of the largest element of each row, the lowest on ties. NaN counts as -infinity.
   virtual Status argmax(Queue queue, View y, View x) = 0;
-  /// Chooses tokens int32 [S] from logits float [S, V]. params float32 [S, kSamplingColumns]; temperature 0
-  /// is greedy. Order as in transformers: repetition penalty over `seen` (uint8 [S, V], optional, updated
-  /// with the chosen token), temperature, top-k (0: off), top-p (1: off), min-p (0: off). rng int64 [S, 2] =
-  /// (seed, counter): the draw depends on nothing else, and the counter advances by one.
+  /// Chooses tokens int32 [S] from logits float [S, V]. params float32 [S, kSamplingColumns], rng int64 [S,
+  /// 2] = (seed, counter), seen uint8 [S, V] (optional). Per row, in transformers' order, l in fp32:
+  ///   l = logits; NaN counts as -infinity, +infinity as the largest float
+  ///   penalty      l = l < 0 ? l * penalty : l / penalty where seen; off unless it is positive and not 1
+  ///   greedy       temperature not above 0, or top_p not above 0 (the best token alone): argmax(l), no draw
+  ///   temperature  l = l / temperature, held within the finite floats
+  ///   top-k        keeps l >= the k-th largest l (ties stay); off when k < 1 or k >= V
+  ///   top-p        of what is kept, keeps a token when the tokens with strictly larger l have together less
+  ///                than top_p of the probability (ties stay together); off when top_p >= 1
+  ///   min-p        keeps exp(l - max l) >= min_p; off unless above 0, and never more than the best
+  ///   draw         u = uniform(seed, counter) of random.h; the token is the first kept one, by index, with
+  ///                exp(l - max l) summed up to it > u * the sum over all kept; sums in double
+  /// Any other NaN parameter is off. When every l is -infinity the token is 0. The counter advances by one
+  /// and seen[token] becomes 1 in every case.
   virtual size_t sample_workspace(const View& logits) const = 0;
   virtual Status sample(Queue queue, View tokens, View logits, View params, View rng, View seen,
                         View workspace) = 0;

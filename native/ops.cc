@@ -179,7 +179,7 @@ Status paged_attention(Backend& b, Queue q, A a, View workspace) {
   return b.paged_attention(q, a.out[0], a.in[0], a.in[1], a.in[2], batch(a.in + 3), options, workspace);
 }
 size_t paged_attention_space(const Backend& b, A a) {
-  return b.paged_attention_workspace(a.in[0], a.in[1], batch(a.in + 3));
+  return b.paged_attention_workspace(a.in[0], a.in[1], a.in[2], batch(a.in + 3));
 }
 
 // ---- choosing tokens

@@ -88,7 +88,8 @@ class CpuBackend final : public Backend {
   Status rope(Queue, View y, View x, View cos, View sin, View positions, bool interleaved) override;
   // attention.cc
   Status paged_write(Queue, View key_cache, View value_cache, View k, View v, const RaggedBatch&) override;
-  size_t paged_attention_workspace(const View& q, const View& key_cache, const RaggedBatch&) const override;
+  size_t paged_attention_workspace(const View& q, const View& key_cache, const View& value_cache,
+                                   const RaggedBatch&) const override;
   Status paged_attention(Queue, View y, View q, View key_cache, View value_cache, const RaggedBatch&,
                          const AttentionOptions&, View workspace) override;
   // sampling.cc
