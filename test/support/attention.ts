@@ -1,5 +1,5 @@
 /** Ragged batches over a scattered paged cache, and attention in double precision over plain arrays. */
-import { Tensor, ops, type DType } from '../../lib/index'
+import { Tensor, ops, type DeviceLike, type DType } from '../../lib/index'
 
 /** Deterministic numbers in [-1, 1). */
 export function noise(n: number, seed: number): Float32Array {
@@ -37,10 +37,10 @@ export interface Problem {
   sinks: Float32Array
 }
 
-const rounded = async (x: Float32Array, dtype: DType, device: string): Promise<Float32Array> =>
+const rounded = async (x: Float32Array, dtype: DType, device: DeviceLike): Promise<Float32Array> =>
   x.length === 0 ? x : Tensor.from(x, { device }).to(dtype).floats()
 
-export async function makeProblem(c: Case, device: string): Promise<Problem> {
+export async function makeProblem(c: Case, device: DeviceLike): Promise<Problem> {
   const dtype = c.dtype ?? 'float32'
   const valueDim = c.valueDim ?? c.headDim
   const tokens = c.queries.reduce((a, b) => a + b, 0)
@@ -107,7 +107,7 @@ export interface Cache {
 }
 
 /** Empty (NaN) caches, with blocks handed out to the sequences in a scattered order. */
-export function makeCache(c: Case, device: string, lengths = c.lengths): Cache {
+export function makeCache(c: Case, device: DeviceLike, lengths = c.lengths): Cache {
   const blockLen = c.blockLen ?? 16
   const need = lengths.map((n) => Math.ceil(n / blockLen))
   const width = Math.max(1, ...need) + 1
@@ -130,7 +130,7 @@ export function makeBatch(
   queries: number[],
   lengths: number[],
   table: number[][],
-  device: string,
+  device: DeviceLike,
 ): ops.RaggedBatch {
   const starts = [0]
   for (const n of queries) starts.push(starts.at(-1)! + n)
@@ -149,7 +149,7 @@ export function fillCache(
   cache: Cache,
   from: number[],
   to: number[],
-  device: string,
+  device: DeviceLike,
 ): void {
   const slice = (all: Float32Array[], dim: number) => {
     const row = c.kvHeads * dim
@@ -167,7 +167,7 @@ export function fillCache(
   )
 }
 
-export function attentionOptions(c: Case, p: Problem, device: string): ops.AttentionOptions {
+export function attentionOptions(c: Case, p: Problem, device: DeviceLike): ops.AttentionOptions {
   return {
     ...(c.scale !== undefined && { scale: c.scale }),
     causal: c.causal ?? true,
@@ -179,7 +179,7 @@ export function attentionOptions(c: Case, p: Problem, device: string): ops.Atten
 }
 
 /** The library's answer for the whole case at once. */
-export async function runAttention(c: Case, p: Problem, device: string): Promise<Float32Array> {
+export async function runAttention(c: Case, p: Problem, device: DeviceLike): Promise<Float32Array> {
   const cache = makeCache(c, device)
   fillCache(
     c,

@@ -127,7 +127,10 @@ export function pagedAttention(
   checkShape('pagedAttention', 'keyCache', keyCache, [blocks, blockLen, kvHeads, headDim])
   if (heads % kvHeads !== 0) fail('pagedAttention', `${heads} query heads do not share ${kvHeads} key heads`)
   for (const [name, t] of Object.entries({ alibiSlopes: options.alibiSlopes, sinks: options.sinks })) {
-    if (t) checkShape('pagedAttention', name, t, [heads])
+    if (!t) continue
+    if (name === 'sinks') checkFloat('pagedAttention', name, t)
+    else checkDTypes('pagedAttention', name, t, 'float32')
+    checkShape('pagedAttention', name, t, [heads])
   }
   const y = Tensor.empty([tokens, heads, valueDim], q.dtype, q.device)
   call(

@@ -34,7 +34,10 @@ export interface SampleState {
   seen?: Tensor | undefined
 }
 
-/** Chooses tokens int32 [S] from logits float [S, V], on the device. */
+/**
+ * Chooses tokens int32 [S] from logits float [S, V], on the device: repetition penalty, temperature, top-k, top-p and
+ * min-p in this order. The draw depends on seed and counter alone; kernels/backend.h has the exact definition.
+ */
 export function sample(logits: Tensor, state: SampleState): Tensor {
   checkFloat('sample', 'logits', logits)
   if (logits.ndim !== 2 || logits.shape[1] === 0)
@@ -44,7 +47,10 @@ export function sample(logits: Tensor, state: SampleState): Tensor {
   checkShape('sample', 'params', state.params, [sequences, 5])
   checkDTypes('sample', 'rng', state.rng, 'int64')
   checkShape('sample', 'rng', state.rng, [sequences, 2])
-  if (state.seen) checkShape('sample', 'seen', state.seen, [sequences, vocabulary])
+  if (state.seen) {
+    checkDTypes('sample', 'seen', state.seen, 'uint8')
+    checkShape('sample', 'seen', state.seen, [sequences, vocabulary])
+  }
   return withContiguous([logits], (x) => {
     const tokens = Tensor.empty([sequences], 'int32', logits.device)
     call('sample', [tokens, state.rng, state.seen], [x, state.params])

@@ -1,0 +1,74 @@
+/** Sampling in plain JavaScript, by transformers' rules and the definitions of kernels/backend.h. */
+
+export interface SamplingParams {
+  temperature?: number
+  topK?: number
+  topP?: number
+  minP?: number
+  penalty?: number
+}
+
+export const row = (p: SamplingParams): number[] => [
+  p.temperature ?? 1,
+  p.topK ?? 0,
+  p.topP ?? 1,
+  p.minP ?? 0,
+  p.penalty ?? 1,
+]
+
+/** Probabilities after every filter; 0 for what is not kept. Follows the processors one after the other. */
+export function probabilities(
+  logits: ArrayLike<number>,
+  p: SamplingParams,
+  seen?: ArrayLike<number>,
+): Float64Array {
+  const { temperature = 1, topK = 0, topP = 1, minP = 0, penalty = 1 } = p
+  let scores = Array.from(logits, (x, i) => {
+    if (!seen?.[i]) return x
+    return Math.fround(x < 0 ? x * Math.fround(penalty) : x / Math.fround(penalty))
+  })
+  scores = scores.map((x) => Math.fround(x / Math.fround(temperature)))
+  if (topK > 0) {
+    const kth = [...scores].sort((a, b) => b - a)[Math.min(topK, scores.length) - 1]!
+    scores = scores.map((x) => (x < kth ? -Infinity : x))
+  }
+  if (topP < 1) {
+    const chances = softmax(scores)
+    const ascending = scores.map((_, i) => i).sort((a, b) => scores[a]! - scores[b]!)
+    let sum = 0
+    const removed = new Set<number>()
+    for (const i of ascending.slice(0, -1)) {
+      sum += chances[i]!
+      if (sum <= 1 - Math.fround(topP)) removed.add(i)
+    }
+    scores = scores.map((x, i) => (removed.has(i) ? -Infinity : x))
+  }
+  if (minP > 0) {
+    const chances = softmax(scores)
+    const best = chances.reduce((a, b) => Math.max(a, b))
+    scores = scores.map((x, i) => (chances[i]! < Math.fround(minP) * best ? -Infinity : x))
+  }
+  return softmax(scores)
+}
+
+function softmax(scores: readonly number[]): Float64Array {
+  let top = -Infinity
+  for (const x of scores) top = Math.max(top, x)
+  const weights = Float64Array.from(scores, (x) => Math.exp(x - top))
+  const sum = weights.reduce((a, b) => a + b, 0)
+  return weights.map((x) => x / sum)
+}
+
+/** Philox 4x32-10 (SC 2011) with key `seed`, counter (counter, 0): uniform in [0, 1). */
+export function uniform(seed: bigint, counter: bigint): number {
+  const word = (1n << 32n) - 1n
+  let [a, b, c, d] = [counter & word, (counter >> 32n) & word, 0n, 0n]
+  let [k, l] = [seed & word, (seed >> 32n) & word]
+  for (let round = 0; round < 10; round++) {
+    const [x, y] = [0xd2511f53n * a, 0xcd9e8d57n * c]
+    ;[a, b, c, d] = [(y >> 32n) ^ b ^ k, y & word, (x >> 32n) ^ d ^ l, x & word]
+    k = (k + 0x9e3779b9n) & word
+    l = (l + 0xbb67ae85n) & word
+  }
+  return Number((a << 21n) | (b >> 11n)) / 2 ** 53
+}
