@@ -3,11 +3,13 @@ import { Tensor, ops, type DeviceLike, type DType } from '../../lib/index'
 
 /** Deterministic numbers in [-1, 1). */
 export function noise(n: number, seed: number): Float32Array {
+  const x = new Float32Array(n)
   let state = (seed * 2654435761 + 12345) >>> 0
-  return Float32Array.from({ length: n }, () => {
+  for (let i = 0; i < n; i++) {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0
-    return (state >>> 8) / 8388608 - 1
-  })
+    x[i] = (state >>> 8) / 8388608 - 1
+  }
+  return x
 }
 
 export interface Case {

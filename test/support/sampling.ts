@@ -29,7 +29,7 @@ export function probabilities(
   })
   scores = scores.map((x) => Math.fround(x / Math.fround(temperature)))
   if (topK > 0) {
-    const kth = [...scores].sort((a, b) => b - a)[Math.min(topK, scores.length) - 1]!
+    const kth = Float32Array.from(scores).sort().at(-Math.min(topK, scores.length))!
     scores = scores.map((x) => (x < kth ? -Infinity : x))
   }
   if (topP < 1) {
@@ -45,7 +45,8 @@ export function probabilities(
   }
   if (minP > 0) {
     const chances = softmax(scores)
-    const best = chances.reduce((a, b) => Math.max(a, b))
+    let best = 0
+    for (const chance of chances) best = Math.max(best, chance)
     scores = scores.map((x, i) => (chances[i]! < Math.fround(minP) * best ? -Infinity : x))
   }
   return softmax(scores)
@@ -54,9 +55,11 @@ export function probabilities(
 function softmax(scores: readonly number[]): Float64Array {
   let top = -Infinity
   for (const x of scores) top = Math.max(top, x)
-  const weights = Float64Array.from(scores, (x) => Math.exp(x - top))
-  const sum = weights.reduce((a, b) => a + b, 0)
-  return weights.map((x) => x / sum)
+  const chances = new Float64Array(scores.length)
+  let sum = 0
+  for (let i = 0; i < chances.length; i++) sum += chances[i] = Math.exp(scores[i]! - top)
+  for (let i = 0; i < chances.length; i++) chances[i]! /= sum
+  return chances
 }
 
 /** Philox 4x32-10 (SC 2011) with key `seed`, counter (counter, 0): uniform in [0, 1). */
