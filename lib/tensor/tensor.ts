@@ -221,7 +221,9 @@ export class Tensor implements Disposable {
 
   // -- views: same memory, no work
 
-  #view(shape: Shape, strides: readonly number[], offset: number): Tensor {
+  #view(shape: Shape, strides: readonly number[], start: number): Tensor {
+    // an empty view may begin at the very end of the memory, which is no element's place
+    const offset = sizeOf(shape) === 0 ? 0 : start
     const handle = rethrow(() => this.handle.view(DTYPES[this.dtype].id, shape, strides, offset))
     return new Tensor(handle, this.device, this.dtype, shape, strides, offset)
   }

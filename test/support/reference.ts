@@ -16,10 +16,11 @@ export function uniform(seed: number): () => number {
 /** Standard normal numbers (Box-Muller). */
 export function randn(n: number, seed: number): Float32Array {
   const next = uniform(seed)
-  return Float32Array.from({ length: n }, () => {
-    const radius = Math.sqrt(-2 * Math.log(1 - next()))
-    return radius * Math.cos(2 * Math.PI * next())
-  })
+  const values = new Float32Array(n)
+  for (let i = 0; i < n; i++) {
+    values[i] = Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next())
+  }
+  return values
 }
 
 const word = new Float32Array(1)

@@ -1,0 +1,377 @@
+/** fill, copy, elementwise ops, row gathers, mean, count of non-finite values: shapes, strides, dtypes. */
+import { devices, HalfbyteError, ops, Tensor, type DType } from '../../lib/index.js'
+import {
+  FLOATS,
+  fromBfloat16,
+  fromFloat16,
+  randn,
+  relativeError,
+  rounded,
+  TOLERANCE,
+} from '../support/reference.js'
+
+const DTYPES: DType[] = ['float32', 'float16', 'bfloat16', 'int8', 'uint8', 'int32', 'int64']
+
+async function numbers(tensor: Tensor): Promise<number[]> {
+  const data = await tensor.data()
+  if (tensor.dtype === 'float16') return Array.from(data as Uint16Array, fromFloat16)
+  if (tensor.dtype === 'bfloat16') return Array.from(data as Uint16Array, fromBfloat16)
+  return Array.from(data as ArrayLike<number | bigint>, Number)
+}
+
+describe.each(devices())('layout on %s', (device) => {
+  const from = (data: ArrayLike<number>, shape: number[], dtype: DType = 'float32') =>
+    Tensor.from(Float32Array.from(data), { shape, device }).to(dtype)
+
+  describe.each(DTYPES)('%s', (dtype) => {
+    it.each([[[0]], [[1]], [[]], [[7]], [[3, 0, 2]], [[70001]], [[2, 1, 3, 1, 2, 2]]])(
+      'fills %j',
+      async (shape) => {
+        const y = Tensor.full(shape, 5, dtype, device)
+        expect((await numbers(y)).every((x) => x === 5)).toBe(true)
+        expect((await y.data()).length).toBe(shape.reduce((a, b) => a * b, 1))
+      },
+    )
+
+    it('fills a strided view and leaves the rest', async () => {
+      const y = Tensor.zeros([4, 5, 3], dtype, device)
+      ops.fillInto(y.slice(1, 1, 3).transpose(0, 2), 9)
+      const values = await numbers(y)
+      values.forEach((v, i) => expect(v).toBe([1, 2].includes(Math.floor(i / 3) % 5) ? 9 : 0))
+    })
+
+    it.each(DTYPES)('converts to %s', async (to) => {
+      const source = dtype === 'uint8' ? [0, 1, 2, 100, 127] : [0, 1, -1, 2.75, -2.75, 100, -100, 127]
+      const x = from(source, [source.length], dtype)
+      const held = await numbers(x)
+      const isFloat = (FLOATS as readonly string[]).includes(to)
+      const expected = held.map((v) => (isFloat ? rounded(v, to) : Math.trunc(v)))
+      const fits = (v: number) => to !== 'uint8' || v >= 0
+      const actual = await numbers(x.to(to))
+      actual.forEach((v, i) => fits(expected[i]!) && expect(v).toBe(expected[i] === 0 ? 0 : expected[i]))
+    })
+  })
+
+  it('saturates floats outside an integer range and turns NaN into 0', async () => {
+    const x = from([1e30, -1e30, NaN, Infinity, -Infinity], [5])
+    expect(await x.to('int8').data()).toEqual(Int8Array.of(127, -128, 0, 127, -128))
+    expect(await x.to('uint8').data()).toEqual(Uint8Array.of(255, 0, 0, 255, 0))
+    expect(await x.to('int32').data()).toEqual(
+      Int32Array.of(2147483647, -2147483648, 0, 2147483647, -2147483648),
+    )
+    const most = 9223372036854775807n
+    expect(await x.to('int64').data()).toEqual(BigInt64Array.of(most, -most - 1n, 0n, most, -most - 1n))
+  })
+
+  it.each(['float16', 'bfloat16'] as const)('rounds float32 to %s, ties to even', async (dtype) => {
+    const values = new Float32Array(4099)
+    const random = randn(values.length, 1)
+    const edges = [
+      65504, 65519.99, 65520, -65536, 6e-8, 2.9e-8, 2.98e-8, 6.1e-5, 1.00048828125, 3.3895e38, -0, 0,
+    ]
+    edges.push(1.00390625, 1.01171875, Infinity, -Infinity, 1e-40)
+    values.forEach((_, i) => (values[i] = edges[i] ?? random[i]! * 2 ** ((i % 60) - 40)))
+    const actual = await numbers(from(values, [values.length]).to(dtype))
+    expect(actual).toEqual(Array.from(values, (v) => rounded(v, dtype)))
+  })
+
+  it('keeps every bit pattern of the 16-bit floats, through float32 and back', async () => {
+    const bits = Uint16Array.from({ length: 65536 }, (_, i) => i)
+    for (const dtype of ['float16', 'bfloat16'] as const) {
+      const decode = dtype === 'float16' ? fromFloat16 : fromBfloat16
+      const back = Tensor.from(bits, { dtype, device }).to('float32').to(dtype)
+      const data = (await back.data()) as Uint16Array
+      const wrong = data.findIndex((b, i) => b !== i && !Number.isNaN(decode(i)))
+      expect(wrong).toBe(-1)
+      expect(data.every((b, i) => Number.isNaN(decode(b)) === Number.isNaN(decode(i)))).toBe(true)
+    }
+  })
+
+  it.each([
+    [
+      [3, 5],
+      [1, 0],
+    ],
+    [
+      [70, 131],
+      [1, 0],
+    ],
+    [
+      [2, 3, 4],
+      [2, 0, 1],
+    ],
+    [
+      [33, 1, 65],
+      [2, 1, 0],
+    ],
+    [
+      [2, 3, 4, 2, 3, 2],
+      [5, 3, 1, 0, 2, 4],
+    ],
+    [
+      [5, 64, 40],
+      [0, 2, 1],
+    ],
+  ])('copies %j permuted by %j', async (shape, order) => {
+    const n = shape.reduce((a, b) => a * b, 1)
+    const x = Tensor.from(
+      Int32Array.from({ length: n }, (_, i) => i),
+      { shape, device },
+    )
+    const permuted = x.permute(...order)
+    const strides = permuted.strides
+    const expected: number[] = []
+    const walk = (d: number, at: number) => {
+      if (d === permuted.ndim) expected.push(at)
+      else for (let i = 0; i < permuted.shape[d]!; i++) walk(d + 1, at + i * strides[d]!)
+    }
+    walk(0, 0)
+    expect(Array.from((await permuted.data()) as Int32Array)).toEqual(expected)
+    const narrow = x
+      .to('float16')
+      .permute(...order)
+      .to('float32')
+    expect(Array.from((await narrow.data()) as Float32Array)).toEqual(
+      expected.map((v) => rounded(v, 'float16')),
+    )
+  })
+
+  it('reads elements at odd byte offsets of a parent and broadcasts in copies', async () => {
+    const x = from([1, 2, 3, 4, 5], [5], 'bfloat16').slice(0, 1, 4)
+    expect(await numbers(x.to('float32'))).toEqual([2, 3, 4])
+    expect(await numbers(from([1, 2], [2, 1]).expand(2, 3).contiguous())).toEqual([1, 1, 1, 2, 2, 2])
+  })
+
+  it('concatenates along each dimension', async () => {
+    const a = from([1, 2, 3, 4], [2, 2])
+    const b = from([5, 6], [2, 1])
+    expect(await numbers(ops.concat([a, b], 1))).toEqual([1, 2, 5, 3, 4, 6])
+    expect(await numbers(ops.concat([a, a.slice(0, 0, 1)]))).toEqual([1, 2, 3, 4, 1, 2])
+  })
+
+  const BINARY = {
+    add: (a: number, b: number) => a + b,
+    sub: (a: number, b: number) => a - b,
+    mul: (a: number, b: number) => a * b,
+    div: (a: number, b: number) => a / b,
+    minimum: Math.min,
+    maximum: Math.max,
+  }
+  describe.each(Object.entries(BINARY))('%s', (name, f) => {
+    const op = ops[name as keyof typeof BINARY]
+    it.each(FLOATS)('broadcasts in %s', async (dtype) => {
+      const cases: [number[], number[]][] = [
+        [
+          [5, 37],
+          [5, 37],
+        ],
+        [[5, 37], [37]],
+        [
+          [5, 1],
+          [1, 37],
+        ],
+        [
+          [3, 1, 2],
+          [4, 1],
+        ],
+        [[1], [0, 3]],
+        [[], [2, 2]],
+        [[20000], [1]],
+      ]
+      for (const [i, [left, right]] of cases.entries()) {
+        const size = (s: number[]) => s.reduce((a, b) => a * b, 1)
+        const a = from(randn(size(left), 2 * i), left, dtype)
+        const b = from(
+          randn(size(right), 2 * i + 1).map((v) => v + Math.sign(v)),
+          right,
+          dtype,
+        )
+        const y = op(a, b)
+        const [wideA, wideB] = [a.expand(...y.shape), b.expand(...y.shape)]
+        const [va, vb] = [await numbers(wideA.contiguous()), await numbers(wideB.contiguous())]
+        expect(await numbers(y)).toEqual(va.map((v, k) => rounded(f(v, vb[k]!), dtype)))
+      }
+    })
+
+    it('takes transposed operands and numbers', async () => {
+      const a = from(randn(12, 5), [3, 4])
+      const b = from(randn(12, 6), [4, 3])
+      const [va, vb] = [await numbers(a.transpose(0, 1)), await numbers(b)]
+      expect(await numbers(op(a.transpose(0, 1), b))).toEqual(va.map((v, k) => Math.fround(f(v, vb[k]!))))
+      expect(await numbers(op(a, 3))).toEqual((await numbers(a)).map((v) => Math.fround(f(v, 3))))
+    })
+
+    it('works on int32', async () => {
+      const a = Tensor.from(Int32Array.of(7, -7, 2147483647, 5), { device })
+      const b = Tensor.from(Int32Array.of(2, 2, 1, -3), { device })
+      const wrap = (x: number) => Math.trunc(x) | 0
+      expect(await numbers(op(a, b))).toEqual([f(7, 2), f(-7, 2), f(2147483647, 1), f(5, -3)].map(wrap))
+    })
+  })
+
+  it('divides int32 by zero and by -1 without harm', async () => {
+    const a = Tensor.from(Int32Array.of(-2147483648, 5), { device })
+    const b = Tensor.from(Int32Array.of(-1, 0), { device })
+    expect(await numbers(ops.div(a, b))).toEqual([-2147483648, 0])
+  })
+
+  it('carries NaN through minimum and maximum', async () => {
+    const a = from([NaN, 1, NaN, 2], [4])
+    const b = from([1, NaN, NaN, 3], [4])
+    expect(await numbers(ops.minimum(a, b))).toEqual([NaN, NaN, NaN, 2])
+    expect(await numbers(ops.maximum(a, b))).toEqual([NaN, NaN, NaN, 3])
+  })
+
+  it('adds in place', async () => {
+    const a = from([1, 2, 3, 4], [2, 2])
+    ops.addInto(a, from([10, 20], [2]))
+    expect(await numbers(a)).toEqual([11, 22, 13, 24])
+  })
+
+  const erf = (x: number): number => {
+    // Taylor near zero, a continued fraction for the complement elsewhere
+    if (Math.abs(x) < 2.5) {
+      let term = x
+      let sum = x
+      for (let n = 1; n < 80; n++) {
+        term *= -(x * x) / n
+        sum += term / (2 * n + 1)
+      }
+      return (2 / Math.sqrt(Math.PI)) * sum
+    }
+    let fraction = 0
+    for (let n = 80; n > 0; n--) fraction = n / 2 / (Math.abs(x) + fraction)
+    const complement = Math.exp(-x * x) / Math.sqrt(Math.PI) / (Math.abs(x) + fraction)
+    return Math.sign(x) * (1 - complement)
+  }
+  const sigmoid = (x: number) => 1 / (1 + Math.exp(-x))
+  const ACTIVATIONS: Record<ops.Activation, (x: number) => number> = {
+    none: (x) => x,
+    silu: (x) => x * sigmoid(x),
+    gelu: (x) => 0.5 * x * (1 + erf(x / Math.SQRT2)),
+    gelu_tanh: (x) => x * sigmoid(2 * Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)),
+    relu: (x) => Math.max(x, 0),
+    sigmoid,
+    tanh: Math.tanh,
+    exp: Math.exp,
+    neg: (x) => -x,
+  }
+  describe.each(Object.entries(ACTIVATIONS))('%s', (name, f) => {
+    const act = name as ops.Activation
+    it.each(FLOATS)('equals the exact function in %s', async (dtype) => {
+      for (const n of [0, 1, 15, 16, 17, 1000, 20011]) {
+        const x = from(
+          randn(n, n).map((v) => 2 * v),
+          [n],
+          dtype,
+        )
+        const input = await numbers(x)
+        const y = await numbers(ops.activation(x, act))
+        expect(y).toHaveLength(n)
+        y.forEach((v, i) => {
+          const exact = f(input[i]!)
+          const unit = dtype === 'float32' ? 1e-6 : dtype === 'float16' ? 2 ** -11 : 2 ** -8
+          if (Math.abs(v - exact) > unit * Math.abs(exact) + 1e-7)
+            expect([input[i], v]).toEqual([input[i], exact])
+        })
+      }
+    })
+
+    it.each(FLOATS)('gates in %s, rows of one product', async (dtype) => {
+      for (const [rows, cols] of [
+        [1, 1],
+        [3, 17],
+        [0, 4],
+        [5, 1000],
+      ] as const) {
+        const both = from(randn(rows * cols * 2, cols), [rows, 2 * cols], dtype)
+        const [gate, up] = [both.slice(1, 0, cols), both.slice(1, cols, 2 * cols)]
+        const [g, u] = [await numbers(gate), await numbers(up)]
+        const exact = g.map((v, i) => f(v) * u[i]!)
+        const y = ops.gatedActivation(gate, up, act)
+        expect(y.shape).toEqual([rows, cols])
+        expect(relativeError(await numbers(y), exact)).toBeLessThan(TOLERANCE[dtype])
+      }
+    })
+  })
+
+  it('has finite or exact ends of the activations', async () => {
+    const x = from([1e4, -1e4, 0, NaN], [4])
+    const ends = {
+      silu: [1e4, 0],
+      gelu: [1e4, 0],
+      gelu_tanh: [1e4, 0],
+      sigmoid: [1, 0],
+      tanh: [1, -1],
+    } as const
+    for (const [act, [high, low]] of Object.entries(ends)) {
+      const y = await numbers(ops.activation(x, act as ops.Activation))
+      expect(y[0]).toBe(high)
+      expect(y[1]).toBeCloseTo(low, 30)
+      expect(y[2]).toBe(act === 'sigmoid' ? 0.5 : 0)
+      expect(y[3]).toBeNaN()
+    }
+    expect(await numbers(ops.activation(from([1000, -1000], [2]), 'exp'))).toEqual([Infinity, 0])
+  })
+
+  describe.each(FLOATS)('gatherRows of %s', (dtype) => {
+    it.each(['int32', 'int64'] as const)('takes %s ids of any shape', async (ids) => {
+      const table = from(randn(7 * 5, 3), [7, 5], dtype)
+      const rows = await numbers(table)
+      const wanted = [
+        [6, 0, 3],
+        [3, 3, 1],
+      ]
+      const y = ops.gatherRows(table, Tensor.from(wanted, { dtype: ids, device }))
+      expect(y.shape).toEqual([2, 3, 5])
+      expect(await numbers(y)).toEqual(wanted.flat().flatMap((r) => rows.slice(5 * r, 5 * r + 5)))
+      const outside = await numbers(ops.gatherRows(table, Tensor.from([-1, 7, 2], { dtype: ids, device })))
+      expect(outside.slice(0, 10).every(Number.isNaN)).toBe(true)
+      expect(outside.slice(10)).toEqual(rows.slice(10, 15))
+      expect(ops.gatherRows(table, Tensor.empty([0], ids, device)).shape).toEqual([0, 5])
+    })
+  })
+
+  it('takes the mean in double', async () => {
+    const x = new Float32Array(300001).fill(0.1)
+    x[0] = 1e7
+    const exact = x.reduce((sum, v) => sum + v, 0) / x.length
+    expect(await ops.mean(from(x, [x.length])).item()).toBe(Math.fround(exact))
+    expect(await ops.mean(from([3], [1])).item()).toBe(3)
+  })
+
+  it.each(FLOATS)('counts NaN and infinities of %s', async (dtype) => {
+    for (const n of [1, 31, 100003]) {
+      const x = new Float32Array(n)
+      x[0] = NaN
+      x[n >> 1] = -Infinity
+      x[n - 1] = Infinity
+      const places = new Set([0, n >> 1, n - 1]).size
+      expect(await ops.countNonfinite(from(x, [n], dtype)).item()).toBe(places)
+    }
+    expect(await ops.countNonfinite(Tensor.full([5], 1e4, dtype, device)).item()).toBe(0)
+  })
+
+  it('refuses what does not fit', () => {
+    const a = from([1, 2, 3, 4], [2, 2])
+    const code = (body: () => unknown) => {
+      try {
+        body()
+      } catch (error) {
+        return error instanceof HalfbyteError ? error.code : error
+      }
+      return undefined
+    }
+    expect(code(() => ops.add(a, from([1, 2, 3], [3])))).toBe('ERR_HALFBYTE_SHAPE')
+    expect(code(() => ops.add(a, a.to('float16')))).toBe('ERR_HALFBYTE_DTYPE')
+    expect(code(() => ops.add(a.to('int8'), a.to('int8')))).toBe('ERR_HALFBYTE_DTYPE')
+    expect(code(() => ops.activation(a.to('int32'), 'silu'))).toBe('ERR_HALFBYTE_DTYPE')
+    expect(code(() => ops.activation(a, 'nope' as ops.Activation))).toBe('ERR_HALFBYTE_VALUE')
+    expect(code(() => ops.gatedActivation(a, from([1, 2], [2]), 'silu'))).toBe('ERR_HALFBYTE_SHAPE')
+    expect(code(() => ops.copyInto(a, from([1, 2], [2])))).toBe('ERR_HALFBYTE_SHAPE')
+    expect(code(() => ops.gatherRows(a, a))).toBe('ERR_HALFBYTE_DTYPE')
+    expect(code(() => ops.mean(a.to('float16')))).toBe('ERR_HALFBYTE_DTYPE')
+    expect(code(() => ops.concat([]))).toBe('ERR_HALFBYTE_SHAPE')
+    expect(code(() => ops.concat([a, from([1, 2, 3], [1, 3])]))).toBe('ERR_HALFBYTE_SHAPE')
+  })
+})
