@@ -3,6 +3,9 @@ import { devices, functional, HalfbyteError, ops, Tensor } from '../../lib/index
 import { native } from '../../lib/native.js'
 import { FLOATS, randn, rounded, uniform } from '../support/reference.js'
 
+// looking up globals is slow inside jest
+const { abs, ceil, floor, fround, max, min } = Math
+
 const NORMAL = randn(1024 * 1024, 1)
 const BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 const TYPES = ['nf4', 'fp4'] as const
@@ -45,9 +48,9 @@ describe.each(devices())('blocks on %s', (device) => {
       let absolute = 0
       let relative = 0
       for (let i = 0; i < y.length; i++) {
-        const error = Math.abs(y[i]! - values[i]!)
+        const error = abs(y[i]! - values[i]!)
         absolute += error
-        relative += error / (Math.abs(values[i]!) + 1e-8)
+        relative += error / (abs(values[i]!) + 1e-8)
       }
       absolute /= y.length
       relative /= y.length
@@ -69,7 +72,7 @@ describe.each(devices())('blocks on %s', (device) => {
           compressStatistics: true,
         })
         const y = await functional.dequantize4bit(codes, state).floats()
-        const absolute = y.reduce((sum, v, i) => sum + Math.abs(v - values[i]!), 0) / y.length
+        const absolute = y.reduce((sum, v, i) => sum + abs(v - values[i]!), 0) / y.length
         expect(absolute).toBeLessThan(0.11)
         for (const t of [x, codes, state]) t.dispose()
       },
@@ -81,11 +84,11 @@ describe.each(devices())('blocks on %s', (device) => {
           const x = tensor(randn(n, n + 1)).to(dtype)
           const values = await x.floats()
           const { codes, absmax } = ops.quantizeBlocks4(x, quantType, blocksize)
-          expect(codes.shape).toEqual([Math.ceil(n / 2), 1])
+          expect(codes.shape).toEqual([ceil(n / 2), 1])
           const bytes = (await codes.data()) as Uint8Array
           const scales = (await absmax.data()) as Float32Array
-          const blocks = Array.from({ length: Math.ceil(n / blocksize) }, (_, b) =>
-            values.subarray(b * blocksize, (b + 1) * blocksize).reduce((m, v) => Math.max(m, Math.abs(v)), 0),
+          const blocks = Array.from({ length: ceil(n / blocksize) }, (_, b) =>
+            values.subarray(b * blocksize, (b + 1) * blocksize).reduce((m, v) => max(m, abs(v)), 0),
           )
           expect(Array.from(scales)).toEqual(blocks)
           if (n % 2 === 1) expect(bytes[n >> 1]! & 15).toBe(quantType === 'nf4' ? 7 : 0)
@@ -94,7 +97,7 @@ describe.each(devices())('blocks on %s', (device) => {
             const y = await ops.dequantizeBlocks4(packed, to).floats()
             const expected = Array.from({ length: n }, (_, i) => {
               const nibble = i % 2 === 0 ? bytes[i >> 1]! >> 4 : bytes[i >> 1]! & 15
-              return rounded(Math.fround(code[nibble]! * scales[Math.floor(i / blocksize)]!), to) + 0
+              return rounded(fround(code[nibble]! * scales[floor(i / blocksize)]!), to) + 0
             })
             expect(Array.from(y, (v) => v + 0)).toEqual(expected)
           }
@@ -167,20 +170,20 @@ describe.each(devices())('blocks on %s', (device) => {
       const code = native.codebook(map)
       for (const n of [0, 1, 13, 256, 601]) {
         for (const dtype of FLOATS) {
-          const x = tensor(randn(n, n).map((v) => (map === 'dynamic' ? v : Math.abs(v)))).to(dtype)
+          const x = tensor(randn(n, n).map((v) => (map === 'dynamic' ? v : abs(v)))).to(dtype)
           const { codes, state } = functional.quantizeBlockwise(x, { code: tensor(code), blocksize })
           const [q, scales] = [await codes.data(), (await state.absmax.data()) as Float32Array]
           const values = await x.floats()
           for (let i = 0; i < n; i++) {
-            const scaled = values[i]! / scales[Math.floor(i / blocksize)]!
+            const scaled = values[i]! / scales[floor(i / blocksize)]!
             let best = Infinity
-            for (const c of code) best = Math.min(best, Math.abs(c - scaled))
-            const chosen = Math.abs(code[Number(q[i])]! - scaled)
+            for (const c of code) best = min(best, abs(c - scaled))
+            const chosen = abs(code[Number(q[i])]! - scaled)
             if (chosen > best + 1e-7) expect([i, chosen]).toEqual([i, best])
           }
           const y = await functional.dequantizeBlockwise(codes, state).floats()
           const expected = Array.from(y, (_, i) =>
-            rounded(Math.fround(code[Number(q[i])]! * scales[Math.floor(i / blocksize)]!), dtype),
+            rounded(fround(code[Number(q[i])]! * scales[floor(i / blocksize)]!), dtype),
           )
           expect(Array.from(y)).toEqual(expected)
         }
@@ -195,7 +198,7 @@ describe.each(devices())('blocks on %s', (device) => {
           code: tensor(native.codebook(map)),
         })
         const y = await functional.dequantizeBlockwise(codes, state).floats()
-        return y.reduce((sum, v, i) => sum + Math.abs(v - values[i]!), 0) / y.length
+        return y.reduce((sum, v, i) => sum + abs(v - values[i]!), 0) / y.length
       }
       expect(await error(NORMAL, 'dynamic')).toBeLessThan(0.011)
       expect(await error(even, 'dynamic')).toBeLessThan(0.0036)
@@ -204,7 +207,7 @@ describe.each(devices())('blocks on %s', (device) => {
 
     it('gathers int8 rows', async () => {
       const q = Int8Array.from({ length: 6 * 37 }, (_, i) => ((i * 37) % 255) - 127)
-      const scb = randn(6, 2).map(Math.abs)
+      const scb = randn(6, 2).map(abs)
       const table = Tensor.from(q, { shape: [6, 37], device })
       for (const dtype of FLOATS) {
         const y = ops.gatherRows8(
@@ -216,8 +219,7 @@ describe.each(devices())('blocks on %s', (device) => {
         const expected = [5, 0].flatMap((r) =>
           Array.from(
             q.subarray(37 * r, 37 * r + 37),
-            (v) =>
-              rounded(Math.fround(Math.fround(v * scb[r]!) * Math.fround(7.874015718698502e-3)), dtype) + 0,
+            (v) => rounded(fround(fround(v * scb[r]!) * fround(7.874015718698502e-3)), dtype) + 0,
           ),
         )
         const values = Array.from(await y.floats(), (v) => v + 0)

@@ -2,6 +2,9 @@
 import { devices, HalfbyteError, ops, Tensor } from '../../lib/index.js'
 import { FLOATS, randn, relativeError, rounded, TOLERANCE, type FloatDType } from '../support/reference.js'
 
+// looking up globals is slow inside jest
+const { sqrt } = Math
+
 interface Inputs {
   x: Float32Array
   weight: Float32Array | undefined
@@ -20,7 +23,7 @@ function reference(
     const row = Array.from(o.x.subarray(r * cols, (r + 1) * cols))
     const mean = kind === 'layer' ? row.reduce((a, b) => a + b, 0) / cols : 0
     const variance = row.reduce((a, b) => a + (b - mean) ** 2, 0) / cols
-    const scale = 1 / Math.sqrt(variance + eps)
+    const scale = 1 / sqrt(variance + eps)
     return row.map((v, c) => (v - mean) * scale * ((o.weight?.[c] ?? 1) + offset) + (o.bias?.[c] ?? 0))
   }).flat()
 }
@@ -33,7 +36,7 @@ const SHAPES = [
   [2, 17],
   [7, 64],
   [5, 129],
-  [64, 1000],
+  [6, 1000],
   [1, 4096],
 ] as const
 

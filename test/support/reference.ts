@@ -1,14 +1,17 @@
 /** Seeded random data, 16-bit floats, and what it takes to compare with a computation in doubles. */
 import { type DType } from '../../lib/index.js'
 
+// looking up globals is slow inside jest
+const { abs, cos, floor, fround, imul, log, log2, max, sqrt, PI } = Math
+
 /** Uniform numbers in [0, 1), the same for the same seed (a 32-bit mixing generator). */
 export function uniform(seed: number): () => number {
   let state = seed >>> 0
   return () => {
     state = (state + 0x9e3779b9) >>> 0
     let z = state
-    z = Math.imul(z ^ (z >>> 16), 0x85ebca6b)
-    z = Math.imul(z ^ (z >>> 13), 0xc2b2ae35)
+    z = imul(z ^ (z >>> 16), 0x85ebca6b)
+    z = imul(z ^ (z >>> 13), 0xc2b2ae35)
     return ((z ^ (z >>> 16)) >>> 0) / 2 ** 32
   }
 }
@@ -18,7 +21,7 @@ export function randn(n: number, seed: number): Float32Array {
   const next = uniform(seed)
   const values = new Float32Array(n)
   for (let i = 0; i < n; i++) {
-    values[i] = Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next())
+    values[i] = sqrt(-2 * log(1 - next())) * cos(2 * PI * next())
   }
   return values
 }
@@ -42,17 +45,17 @@ export function fromBfloat16(b: number): number {
 /** To the nearest float16, ties to even, subnormals included, as raw bits. */
 export function toFloat16(x: number): number {
   const sign = x < 0 || Object.is(x, -0) ? 0x8000 : 0
-  const a = Math.abs(x)
+  const a = abs(x)
   if (Number.isNaN(a)) return 0x7e00
   if (a >= 65520) return sign | 0x7c00
   // one unit of the last place at this size; below 2^-14 it stays that of the subnormals
-  const unit = 2 ** (Math.max(Math.floor(Math.log2(a || 2 ** -30)), -14) - 10)
-  let steps = Math.floor(a / unit)
+  const unit = 2 ** (max(floor(log2(a || 2 ** -30)), -14) - 10)
+  let steps = floor(a / unit)
   const rest = a / unit - steps
   if (rest > 0.5 || (rest === 0.5 && steps % 2 === 1)) steps++
   const value = steps * unit
   if (value < 2 ** -14) return sign | steps
-  const exponent = Math.floor(Math.log2(value))
+  const exponent = floor(log2(value))
   return sign | ((exponent + 15) << 10) | (value / 2 ** (exponent - 10) - 1024)
 }
 
@@ -71,19 +74,19 @@ export type FloatDType = (typeof FLOATS)[number]
 export function rounded(x: number, dtype: DType): number {
   if (dtype === 'float16') return fromFloat16(toFloat16(x))
   if (dtype === 'bfloat16') return fromBfloat16(toBfloat16(x))
-  return Math.fround(x)
+  return fround(x)
 }
 
 /** |a - b| / |b| in the Frobenius norm. */
 export function relativeError(a: ArrayLike<number>, b: ArrayLike<number>): number {
-  if (a.length !== b.length) return Infinity
+  if (a.length !== b.length) return 1 / 0
   let difference = 0
   let size = 0
   for (let i = 0; i < b.length; i++) {
     difference += (a[i]! - b[i]!) ** 2
     size += b[i]! ** 2
   }
-  return Math.sqrt(difference / (size || 1))
+  return sqrt(difference / (size || 1))
 }
 
 /** What one rounding to a dtype may cost. */
