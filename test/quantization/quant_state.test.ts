@@ -15,7 +15,10 @@ interface Case {
 }
 
 const golden = findGolden<Case>('linear4')
-const text = (bytes: unknown) => new TextDecoder().decode(bytes as Uint8Array)
+const parse = (bytes: unknown) =>
+  JSON.parse(new TextDecoder().decode(bytes as Uint8Array)) as Record<string, unknown> & {
+    nested_offset: number
+  }
 
 describe.each(devices())('QuantState on %s', (device) => {
   const cases = golden ? it.each(golden.cases) : it.skip.each([{ case: 0 } as Case])
@@ -41,8 +44,8 @@ describe.each(devices())('QuantState on %s', (device) => {
       compressStatistics: c.nested,
     })
     expect(await own.codes.data()).toEqual(golden!.data(`c${c.case}.state.weight`))
-    const ours = JSON.parse(text(await (await own.state.asDict(true)).get(stateName)!.data()))
-    const theirs = JSON.parse(text(golden!.data(name(stateName))))
+    const ours = parse(await (await own.state.asDict(true)).get(stateName)!.data())
+    const theirs = parse(golden!.data(name(stateName)))
     if (c.nested) expect(ours.nested_offset / theirs.nested_offset).toBeCloseTo(1, 6)
     expect({ ...ours, nested_offset: 0 }).toEqual({ ...theirs, nested_offset: 0 })
   })

@@ -1,5 +1,6 @@
 // Run in a process of its own by test/golden/isa.test.ts, on the built library: prints the instruction set that is used
 // and a digest of the codes, statistics and values of all block formats for one fixed set of inputs.
+const { Buffer } = require('node:buffer')
 const { createHash } = require('node:crypto')
 const { join } = require('node:path')
 const dist = join(__dirname, '..', '..', 'dist')
