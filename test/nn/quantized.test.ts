@@ -265,6 +265,15 @@ describe.each(devices())('4-bit layers on %s', (on) => {
     await expect(other.loadStateDict(json)).rejects.toMatchObject({ code: 'ERR_HALFBYTE_STATE_DICT' })
   })
 
+  it('find NaN in the statistics of a weight that is quantised already', async () => {
+    const state = await new LinearNF4(64, 12, { device: on, bias: false, compressStatistics: false }).stateDict()
+    state.set('weight.absmax', Tensor.full([12], NaN, 'float32', on))
+    const layer = new Linear4bit(64, 12, { device: 'meta', bias: false })
+    await layer.loadStateDict(state)
+    await expect(layer.checkFinite()).rejects.toThrow(/NaN or infinity in the weights of Linear4bit \(12\)/)
+    expect(() => layer.forward(filled([1, 64]))).toThrow(/NaN or infinite/)
+  })
+
   it('move to another device and stay what they are', async () => {
     const layer = new LinearNF4(64, 12, { device: on })
     const x = filled([2, 64])
