@@ -61,6 +61,8 @@ class Storage {
   void* data() const { return data_.load(std::memory_order_acquire); }
 
   Mark& mark(Device* by, Queue queue);
+  /// What the environment keeps the ArrayBuffer by; null for memory of the device.
+  void* token() const { return token_; }
 
   Device* const device;
   const size_t bytes;

@@ -115,6 +115,18 @@ napi_value make_tensor(Environment& self, StoragePtr storage, const View& view) 
   return make_object(self, self.tensor_class, std::move(handle));
 }
 
-TensorHandle& to_tensor(Environment& self, napi_value value) { return to_object<TensorHandle>(self, value); }
+TensorHandle& to_tensor(Environment& self, napi_value value) {
+  auto& handle = to_object<TensorHandle>(self, value);
+  if (void* token = handle.storage->token()) {
+    // The buffer is marked untransferable, but Node 22's ArrayBuffer.prototype.transfer() takes it away all
+    // the same.
+    napi_value buffer = nullptr;
+    bool detached = false;
+    napi_get_reference_value(self.env, static_cast<napi_ref>(token), &buffer);
+    if (buffer) napi_is_detached_arraybuffer(self.env, buffer, &detached);
+    if (detached) fail("ERR_HALFBYTE_VALUE", "The ArrayBuffer that the tensor uses was transferred away");
+  }
+  return handle;
+}
 
 }  // namespace halfbyte

@@ -14,7 +14,10 @@ export interface TensorOptions {
   dtype?: DType
   device?: DeviceLike
   shape?: Shape
-  /** false: use the typed array's own memory where the device can (the CPU); do not change it while work is queued. */
+  /**
+   * false: use the typed array's own memory where the device can (the CPU). Do not change it while work is queued, and
+   * do not transfer() its buffer while the tensor lives.
+   */
   copy?: boolean
 }
 
