@@ -160,7 +160,7 @@ static void tile_kernel(int64_t kc, const float* x, const float* w, float* c, in
 #pragma GCC unroll 32
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < MV; ++v) acc[r][v] = first ? zero() : load(c + r * stride_c + v * W);
+    for (int v = 0; v < MV; ++v) acc[r][v] = zero();
   int next = ahead->next;
   const int count = ahead->count;
   for (int64_t k = 0; k < kc; ++k) {
@@ -177,10 +177,13 @@ static void tile_kernel(int64_t kc, const float* x, const float* w, float* c, in
     }
   }
   ahead->next = next;
+  // sums of blocks rather than one long sum: the rounding errors of a long row grow with its blocks only
 #pragma GCC unroll 32
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    float* out = c + r * stride_c;
 #pragma GCC unroll 4
-    for (int v = 0; v < MV; ++v) store(c + r * stride_c + v * W, acc[r][v]);
+    for (int v = 0; v < MV; ++v) store(out + v * W, first ? acc[r][v] : add(load(out + v * W), acc[r][v]));
+  }
 }
 
 /// One task: weight rows [n, n + count) times the packed panel of rows [row, row + rows) of x. Weight offers

@@ -1,0 +1,140 @@
+/** 4-bit linear against the product, in doubles, with the weight that its codes stand for. */
+import { native } from '../../lib/native.js'
+import { devices, ops, Tensor, type Device } from '../../lib/index.js'
+import { thrown } from '../support/errors.js'
+import { expectProduct, randomOperand } from '../support/product.js'
+import { FLOATS, uniform, type FloatDType } from '../support/reference.js'
+
+interface Packed {
+  weight: Parameters<typeof ops.linear4bit>[1]
+  values: Float64Array
+}
+
+interface Format {
+  quantType?: 'nf4' | 'fp4'
+  blocksize?: number
+  nested?: boolean
+}
+
+const DYNAMIC = native.codebook('dynamic')
+
+/** A weight of random codes and statistics, and its values: codebook[code] * absmax in float32. */
+function randomPacked(n: number, k: number, on: Device, format: Format): Packed {
+  const { quantType = 'nf4', blocksize = 64, nested = false } = format
+  const random = uniform(n * 31 + k)
+  const codes = Uint8Array.from({ length: Math.ceil((n * k) / 2) }, () => 256 * random())
+  const blocks = Math.ceil((n * k) / blocksize)
+  const absmax = Float32Array.from({ length: blocks }, () => 0.1 + random())
+  const tensor = (data: Float32Array | Uint8Array) => Tensor.from(data, { device: on })
+  const weight = { codes: tensor(codes), quantType, blocksize, n, k }
+  const scales = { absmax: tensor(absmax), nestedAbsmax: {}, nestedCode: {}, offset: {} }
+  if (nested) {
+    const quantised = Uint8Array.from({ length: blocks }, () => 256 * random())
+    const outer = Float32Array.from({ length: Math.ceil(blocks / 256) }, () => 0.2 + 0.1 * random())
+    for (let b = 0; b < blocks; ++b)
+      absmax[b] = Math.fround(DYNAMIC[quantised[b]!]! * outer[b >> 8]!) + Math.fround(0.4)
+    Object.assign(scales, {
+      absmax: tensor(quantised),
+      nestedAbsmax: tensor(outer),
+      nestedCode: tensor(DYNAMIC),
+      offset: tensor(Float32Array.of(0.4)),
+    })
+  }
+  const book = native.codebook(quantType)
+  const values = Float64Array.from({ length: n * k }, (_, i) => {
+    const pair = codes[i >> 1]!
+    return Math.fround(book[i % 2 ? pair & 15 : pair >> 4]! * absmax[Math.floor(i / blocksize)]!)
+  })
+  const { nestedAbsmax, nestedCode, offset } = scales as unknown as Record<string, Tensor>
+  return {
+    weight: {
+      ...weight,
+      absmax: scales.absmax,
+      ...(nested ? { nestedAbsmax, nestedCode, offset } : {}),
+    },
+    values,
+  }
+}
+
+async function check(
+  on: Device,
+  [m, n, k]: readonly [number, number, number],
+  format: Format = {},
+  dtype: FloatDType = 'float32',
+  extras = false,
+): Promise<void> {
+  const { weight, values } = randomPacked(n, k, on, format)
+  const x = randomOperand([m, k], dtype, on, 1)
+  const bias = extras ? randomOperand([n], 'float32', on, 2) : undefined
+  const residual = extras ? randomOperand([m, n], dtype, on, 3) : undefined
+  const y = ops.linear4bit(x.tensor, weight, { bias: bias?.tensor, residual: residual?.tensor })
+  await expectProduct(y, x.values, values, k, bias?.values, residual?.values)
+}
+
+const BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+describe.each(devices())('4-bit linear on %s', (on) => {
+  describe.each(['nf4', 'fp4'] as const)('%s', (quantType) => {
+    describe.each([false, true])('nested: %s', (nested) => {
+      it.each(BLOCKSIZES)('blocks of %i', async (blocksize) => {
+        const format = { quantType, blocksize, nested }
+        await check(on, [1, 38, 192], format)
+        await check(on, [4, 21, 320], format)
+        await check(on, [12, 27, 576], format)
+        await check(on, [1, 50, 100], format) // blocks straddle rows
+        await check(on, [10, 26, 35], format) // rows begin within a byte
+      })
+    })
+  })
+
+  describe.each(FLOATS)('x %s', (dtype) => {
+    it.each([1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 33, 48, 64, 65, 100, 256, 257])('%i rows', async (m) => {
+      await check(on, [m, 26, 320], {}, dtype)
+      await check(on, [m, 25, 71], { nested: true }, dtype, true)
+    })
+  })
+
+  it.each([
+    [1, 1, 1],
+    [2, 3, 1],
+    [1, 1, 64],
+    [3, 2, 4160],
+    [8, 3, 4160],
+    [1, 2, 12352],
+    [5, 3, 4097],
+    [40, 5, 4097],
+  ] as const)('%i x %i x %i', async (...shape) => {
+    await check(on, shape, { blocksize: 128 }, 'float32', true)
+    await check(on, shape, { blocksize: 32, nested: true })
+  })
+
+  it('spreads a large weight over the threads', async () => {
+    await check(on, [1, 2053, 512])
+    await check(on, [2, 1031, 512], { nested: true })
+    await check(on, [9, 1031, 512])
+  })
+
+  it('gives no rows for no rows', async () => {
+    const { weight } = randomPacked(6, 64, on, {})
+    const y = ops.linear4bit(Tensor.empty([2, 0, 64], 'float16', on), weight)
+    expect(y.shape).toEqual([2, 0, 6])
+    expect((await y.data()).length).toBe(0)
+  })
+
+  it('refuses operands that do not fit', () => {
+    const { weight } = randomPacked(6, 64, on, {})
+    const x = Tensor.empty([2, 64], 'float32', on)
+    const refused = (change: object, input = x) => {
+      const { code, message } = thrown(() => ops.linear4bit(input, { ...weight, ...change }))
+      return `${code} ${message}`
+    }
+    expect(refused({}, Tensor.empty([2, 65], 'float32', on))).toMatch(/SHAPE.*\[2, 65\].*64 input features/)
+    expect(refused({}, Tensor.empty([2, 64], 'uint8', on))).toMatch(/DTYPE.*x is uint8/)
+    expect(refused({ n: 7 })).toMatch(/SHAPE.*codes.*\[7, 64\].*224 bytes/)
+    expect(refused({ blocksize: 128 })).toMatch(/SHAPE.*absmax has 6 blocks.*has 3/)
+    expect(refused({ blocksize: 48 })).toMatch(/VALUE.*blocksize 48/)
+    expect(refused({ quantType: 'int4' })).toMatch(/VALUE.*"int4".*nf4/)
+    expect(refused({ absmax: Tensor.empty([6], 'uint8', on) })).toMatch(/DTYPE.*absmax is uint8/)
+    expect(refused({ nestedAbsmax: Tensor.empty([1], 'float32', on) })).toMatch(/DTYPE.*absmax is float32/)
+  })
+})
