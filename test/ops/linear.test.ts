@@ -48,8 +48,8 @@ describe.each(devices())('linear on %s', (on) => {
   })
 
   it('spreads a large weight over the threads', async () => {
-    await check(on, [1, 2051, 640], 'float32', 'float32')
-    await check(on, [6, 2051, 640], 'float32', 'float16')
+    await check(on, [1, 1031, 160], 'float32', 'float32')
+    await check(on, [16, 1031, 160], 'float32', 'float16')
   })
 
   it('takes any leading shape, and strided operands', async () => {

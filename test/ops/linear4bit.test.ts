@@ -109,9 +109,9 @@ describe.each(devices())('4-bit linear on %s', (on) => {
   })
 
   it('spreads a large weight over the threads', async () => {
-    await check(on, [1, 2053, 512])
-    await check(on, [2, 1031, 512], { nested: true })
-    await check(on, [9, 1031, 512])
+    await check(on, [1, 2053, 320])
+    await check(on, [2, 1031, 384], { nested: true })
+    await check(on, [16, 1031, 192])
   })
 
   it('gives no rows for no rows', async () => {
