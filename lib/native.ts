@@ -62,7 +62,7 @@ export interface NativeDevice {
   endCapture(): NativeGraph
 }
 
-/** A file mapped read-only into memory. */
+/** A file that is open for reading, range by range. */
 export interface NativeMappedFile {
   readonly size: number
   /** Bytes copied into a fresh ArrayBuffer (a header, say). */
