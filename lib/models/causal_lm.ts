@@ -78,8 +78,17 @@ export class CausalLM extends Module {
     })
   }
 
-  /** Hidden states [T, hidden] of sequences, packed one after the other. */
+  /** Hidden states [T, hidden] of sequences, packed one after the other, after the last norm. */
   hiddenStates(inputIds: readonly (readonly number[])[]): Tensor {
+    return this.#states(inputIds, undefined)
+  }
+
+  /** The same after the first `layers` layers; 0: the embeddings. */
+  layerStates(inputIds: readonly (readonly number[])[], layers: number): Tensor {
+    return this.#states(inputIds, layers)
+  }
+
+  #states(inputIds: readonly (readonly number[])[], layers: number | undefined): Tensor {
     const sequences = inputIds.map((ids) => this.#checkIds(ids))
     const device = this.device!
     const longest = Math.max(0, ...sequences.map((ids) => ids.length))
@@ -90,7 +99,7 @@ export class CausalLM extends Module {
       const entries = sequences.map((tokens) => ({ tokens, cached: 0, blocks: cache.reserve(tokens.length) }))
       const packed = packBatch(entries, device)
       try {
-        return this.model.forward(packed.tokens, packed.batch, cache, longest)
+        return this.model.forward(packed.tokens, packed.batch, cache, longest, layers)
       } finally {
         packed[Symbol.dispose]()
         cache.dispose()

@@ -224,17 +224,23 @@ export class Decoder extends Module {
     }
   }
 
-  /** Hidden states [T, hidden] of tokens int32 [T] after the last norm. */
-  forward(tokens: Tensor, batch: RaggedBatch, cache: PagedKvCache, maxPosition: number): Tensor {
+  /** Hidden states [T, hidden] of tokens int32 [T] after the last norm, or after the first `count` layers. */
+  forward(
+    tokens: Tensor,
+    batch: RaggedBatch,
+    cache: PagedKvCache,
+    maxPosition: number,
+    count?: number,
+  ): Tensor {
     return tidy(() => {
       const context = this.context(batch, tokens.size, cache, maxPosition)
       let x = this.embed(tokens)
-      for (const layer of this.layers) {
+      for (const layer of [...this.layers].slice(0, count)) {
         const next = layer.forward(x, context)
         x.dispose()
         x = next
       }
-      return this.norm.forward(x)
+      return count === undefined ? this.norm.forward(x) : x
     })
   }
 

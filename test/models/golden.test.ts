@@ -1,0 +1,99 @@
+/** Models against transformers' results for the same checkpoints. */
+import { AutoModelForCausalLM, devices, getMemoryFootprint, type CausalLM, type Device } from '../../lib'
+import { golden } from '../support/files'
+import { error, footprints, margin, readGoldenModel } from '../support/golden_model'
+
+const FAMILIES = [
+  'gemma',
+  'gemma2',
+  'gemma3',
+  'granite',
+  'llama',
+  'llama-tied',
+  'mistral',
+  'olmo2',
+  'phi3',
+  'qwen2',
+  'qwen3',
+  'smollm3',
+]
+const QUANTISED = ['llama', 'phi3', 'qwen2', 'qwen3'].flatMap((name) =>
+  ['nf4', 'fp4', 'int8'].map((kind) => `${name}-bnb-${kind}`),
+)
+
+/** Share of the range that logits may be off. int8 goldens are float16. */
+const tolerance = (name: string) => (name.endsWith('int8') ? 5e-3 : 2e-4)
+
+function load(name: string, folder: string, device: Device): Promise<CausalLM> {
+  // bitsandbytes rounds what goes into an int8 layer, and what comes out, to float16
+  const quantizationConfig = name.endsWith('int8') ? { loadIn8bit: true, bnbExact: true } : undefined
+  return AutoModelForCausalLM.fromPretrained(folder, { device, quantizationConfig })
+}
+
+async function floats(tensor: { floats(): Promise<Float32Array>; dispose(): void }): Promise<Float32Array> {
+  try {
+    return await tensor.floats()
+  } finally {
+    tensor.dispose()
+  }
+}
+
+describe.each(devices())('on %s', (device) => {
+  describe.each([...FAMILIES, ...QUANTISED])('%s', (name) => {
+    const folder = golden(`models/${name}`)
+    if (!folder) {
+      it.skip(`no models/${name}: set HALFBYTE_GOLDEN to the golden data`, () => undefined)
+      return
+    }
+    const expected = readGoldenModel(folder)
+    const allowed = tolerance(name)
+    let model: CausalLM
+    beforeAll(async () => {
+      model = await load(name, folder, device)
+    })
+    afterAll(() => model.dispose())
+
+    it('has the footprint, and quantised the modules, that transformers reports', () => {
+      expect(getMemoryFootprint(model)).toBe(footprints[name])
+      const converted = model.replacement?.replaced.map(({ path }) => path).sort() ?? []
+      expect(converted).toEqual(footprints[`${name}.converted`] ?? [])
+    })
+
+    it('gives the logits of a sequence', async () => {
+      expect(error(await floats(model.forward(expected.sequences[0]!)), expected.logits)).toBeLessThan(allowed)
+    })
+
+    it('gives the logits of a batch without its padding', async () => {
+      const logits = model.logits(expected.sequences)
+      for (const [i, wanted] of expected.batchLogits.entries()) {
+        expect(error(await floats(logits[i]!), wanted)).toBeLessThan(allowed)
+      }
+    })
+
+    it('gives the hidden states after the first layer', async () => {
+      const states = model.layerStates([expected.sequences[0]!], 1)
+      expect(error(await floats(states), expected.firstLayer)).toBeLessThan(allowed)
+    })
+
+    it('gives the loss', async () => {
+      const loss = await model.loss(expected.sequences[0]!)
+      expect(Math.abs(loss - expected.loss)).toBeLessThan(allowed * 5)
+    })
+
+    it('generates the same tokens', async () => {
+      const prompt = expected.sequences[0]!
+      const { tokenIds } = await model.generate(prompt, {
+        maxNewTokens: expected.generated.length - prompt.length,
+        eosTokenId: null,
+      })
+      const ids = [...prompt, ...tokenIds]
+      const differs = ids.findIndex((id, i) => id !== expected.generated[i])
+      if (differs >= 0) {
+        // two tokens may be as good as each other, to the precision of the golden values
+        const logits = await floats(model.forward(expected.generated.slice(0, differs)))
+        expect(margin(logits.subarray(-expected.vocabulary))).toBeLessThan(name.endsWith('int8') ? allowed : 0)
+      }
+      expect(ids.length).toBe(expected.generated.length)
+    })
+  })
+})
