@@ -6,7 +6,7 @@
 import { HalfbyteError } from '../errors.js'
 import type { CausalLM } from '../models/causal_lm.js'
 import type { Graph } from '../tensor/device.js'
-import { addInto, argmax, sample, type SampleState } from '../tensor/ops.js'
+import { add, addInto, argmax, sample, type SampleState } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import { blocksFor, packBatch, PagedKvCache, type BatchEntry, type PackedBatch } from './cache.js'
@@ -21,6 +21,8 @@ export interface DecodingOptions {
   /** Steps in all: tokens to choose for each sequence. */
   steps: number
   sampling: Sampling
+  /** Tokens that are not chosen in the first `steps` steps. */
+  forbidden: { tokens: readonly number[]; steps: number }
   signal?: AbortSignal | undefined
   onPrefill?: ((done: number, total: number) => void) | undefined
 }
@@ -90,6 +92,9 @@ class Decoding implements Disposable {
   readonly #batch: PackedBatch
   readonly #one: Tensor
   readonly #state: SampleState | undefined
+  /** float32 [vocabulary], added to logits: -infinity for tokens that are forbidden as yet. */
+  readonly #bias: Tensor | undefined
+  #steps = 0
   #graph: Graph | undefined
 
   constructor(model: CausalLM, prompts: readonly (readonly number[])[], options: DecodingOptions) {
@@ -113,6 +118,12 @@ class Decoding implements Disposable {
     this.tokens = this.#batch.tokens
     this.#one = keep(Tensor.from(Int32Array.of(1), { device }))
     this.#state = sampleState(prompts, options.sampling, model)
+    const { tokens: banned, steps } = options.forbidden
+    if (steps > 0 && banned.length > 0) {
+      const bias = new Float32Array(model.spec.vocabSize)
+      for (const token of banned) bias[token] = -Infinity
+      this.#bias = keep(Tensor.from(bias, { device }))
+    }
     model.model.prepare(this.#positions, device)
   }
 
@@ -155,13 +166,17 @@ class Decoding implements Disposable {
         this.#choose(this.#model.model.forward(tokens, batch, this.#cache, this.#positions))
       })
     })
+    if (++this.#steps === this.#options.forbidden.steps) {
+      this.#bias?.write(new Float32Array(this.#model.spec.vocabSize))
+    }
     this.#graph.replay()
   }
 
   /** From hidden states [S, hidden]. */
   #choose(hidden: Tensor): void {
     tidy(() => {
-      const logits = this.#model.head(hidden)
+      let logits = this.#model.head(hidden)
+      if (this.#bias) logits = add(logits.to('float32'), this.#bias)
       this.tokens.copyFrom(this.#state ? sample(logits, this.#state) : argmax(logits))
     })
   }
@@ -207,6 +222,7 @@ class Decoding implements Disposable {
     this.#graph?.dispose()
     this.#batch[Symbol.dispose]()
     this.#one.dispose()
+    this.#bias?.dispose()
     this.#state?.params.dispose()
     this.#state?.rng.dispose()
     this.#state?.seen?.dispose()

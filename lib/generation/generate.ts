@@ -120,13 +120,18 @@ function sequences(model: CausalLM, prompts: readonly Prompt[], options: Generat
 }
 
 function decodeAll(model: CausalLM, all: readonly Sequence[], options: GenerateOptions) {
-  const { sampling } = readSettings(options, model.generationDefaults, model.spec.maxPositions)
+  const { sampling, eos, minNewTokens } = readSettings(
+    options,
+    model.generationDefaults,
+    model.spec.maxPositions,
+  )
   return decode(
     model,
     all.map((sequence) => sequence.promptIds),
     {
       steps: Math.max(...all.map((sequence) => sequence.limit)),
       sampling,
+      forbidden: { tokens: [...eos], steps: minNewTokens },
       signal: options.signal,
       onPrefill: options.onPrefill,
     },

@@ -8,6 +8,8 @@ export interface GenerateOptions {
   maxNewTokens?: number
   /** Most tokens in all, the prompt's included. */
   maxLength?: number
+  /** No end token is chosen before that many tokens. Default 0. */
+  minNewTokens?: number
   /** Draw tokens at random. Default: when a sampling option is given, else what generation_config.json says. */
   doSample?: boolean
   /** 0 is greedy. Default 1. */
@@ -50,6 +52,7 @@ export interface Settings {
   sampling: Sampling
   eos: ReadonlySet<number>
   stops: readonly string[]
+  minNewTokens: number
   /** Tokens to generate after a prompt of that many tokens. */
   newTokens(promptLength: number): number
 }
@@ -73,6 +76,7 @@ function inRange(name: string, value: number, low: number, high: number, whole =
 const KNOWN = new Set<keyof GenerateOptions>([
   'maxNewTokens',
   'maxLength',
+  'minNewTokens',
   'doSample',
   'temperature',
   'topK',
@@ -102,6 +106,7 @@ export function readSettings(
   return {
     sampling: readSampling(options, defaults),
     eos: new Set(ids),
+    minNewTokens: inRange('minNewTokens', options.minNewTokens ?? 0, 0, Infinity, true),
     stops: typeof stops === 'string' ? [stops] : stops,
     newTokens: (promptLength) => newTokens(promptLength, options, defaults, maxPositions),
   }

@@ -77,6 +77,7 @@ async function fromPretrained(folder: string, options: FromPretrainedOptions = {
   model.folder = folder
   model.generationDefaults = readGenerationDefaults(folder, config)
   if (existsSync(join(folder, 'tokenizer.json'))) model.tokenizer = await Tokenizer.fromPretrained(folder)
+  model.model.prepare(1, model.device!)
   return model.eval()
 }
 

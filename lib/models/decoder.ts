@@ -7,6 +7,7 @@ import { Embedding } from '../nn/embedding.js'
 import { ModuleList } from '../nn/containers.js'
 import { Linear } from '../nn/linear.js'
 import { Module } from '../nn/module.js'
+import { Buffer } from '../nn/parameter.js'
 import { RMSNorm } from '../nn/norms.js'
 import type { Device } from '../tensor/device.js'
 import {
@@ -16,13 +17,12 @@ import {
   pagedAttention,
   pagedWrite,
   raggedPositions,
-  rope,
   type Activation,
   type RaggedBatch,
 } from '../tensor/ops.js'
-import type { Tensor } from '../tensor/tensor.js'
+import { Tensor } from '../tensor/tensor.js'
 import { tidy } from '../tensor/tidy.js'
-import { RopeTables, type Tables } from './rope_tables.js'
+import { RotaryEmbedding } from './rotary.js'
 import type { DecoderSpec, LayerSpec } from './spec.js'
 
 /** Where a call's tokens stand and where their keys and values go. */
@@ -31,8 +31,8 @@ export interface ForwardContext {
   /** int32 [T]. */
   positions: Tensor
   cache: PagedKvCache
-  /** Tables of the layer's rotary embedding, which reach every position of the batch. */
-  rope(layer: LayerSpec): Tables
+  /** Rotates x [T, heads, D] as the layer wants it. */
+  rotate(x: Tensor, layer: LayerSpec): Tensor
 }
 
 export class Attention extends Module {
@@ -96,12 +96,10 @@ export class Attention extends Module {
   forward(x: Tensor, context: ForwardContext, residual?: Tensor): Tensor {
     const spec = this.#spec
     const layer = spec.layers[this.index]!
-    const { batch, cache, positions } = context
+    const { batch, cache } = context
     const [keys, values] = [cache.keys[this.index]!, cache.values[this.index]!]
     const [queries, plainKeys, v] = this.#project(x)
-    const tables = layer.rope && context.rope(layer)
-    const rotate = (t: Tensor) => (tables ? rope(t, tables.cos, tables.sin, positions) : t)
-    const [q, k] = [rotate(queries), rotate(plainKeys)]
+    const [q, k] = [context.rotate(queries, layer), context.rotate(plainKeys, layer)]
     pagedWrite(keys, values, k, v, batch)
     const y = pagedAttention(q, keys, values, batch, {
       scale: spec.attentionScale,
@@ -193,34 +191,46 @@ export class DecoderLayer extends Module {
   }
 }
 
+/** An embedding that is scaled, by a buffer of its own. */
+class ScaledEmbedding extends Embedding {
+  embed_scale = new Buffer([], { dtype: 'float32', persistent: false })
+}
+
 export class Decoder extends Module {
   embed_tokens: Embedding
   layers: ModuleList<DecoderLayer>
   norm: RMSNorm
+  /** One for each kind of position embedding that layers have. */
+  rotary_emb: RotaryEmbedding[]
   readonly #spec: DecoderSpec
-  readonly #tables = new RopeTables()
 
   constructor(spec: DecoderSpec) {
     super()
     this.#spec = spec
-    this.embed_tokens = new Embedding(spec.vocabSize, spec.hiddenSize)
+    const Table = spec.embeddingScaleBuffer ? ScaledEmbedding : Embedding
+    this.embed_tokens = new Table(spec.vocabSize, spec.hiddenSize)
     this.layers = new ModuleList(spec.layers.map((_, i) => new DecoderLayer(spec, i)))
     this.norm = new RMSNorm(spec.hiddenSize, { eps: spec.normEps, weightOffset: spec.normWeightOffset })
+    this.rotary_emb = spec.ropes.map((rope) => new RotaryEmbedding(rope))
   }
 
   /** Makes what calls with positions below `maxPosition` need, so that none of it falls into a capture. */
   prepare(maxPosition: number, device: Device): void {
-    for (const { rope } of this.#spec.layers) if (rope) this.#tables.get(rope, maxPosition, device)
+    for (const rotary of this.rotary_emb) rotary.tables(maxPosition, device)
+    if (this.embed_tokens instanceof ScaledEmbedding && !this.embed_tokens.embed_scale.isLoaded) {
+      this.embed_tokens.embed_scale.replace(Tensor.full([], this.#spec.embeddingScale, 'float32', device))
+    }
   }
 
   /** The context of a call. `maxPosition`: no token of the batch, now or in a replay, has this position or a later one. */
   context(batch: RaggedBatch, tokens: number, cache: PagedKvCache, maxPosition: number): ForwardContext {
-    const device = batch.lengths.device
+    const positions = raggedPositions(batch, tokens)
     return {
       batch,
       cache,
-      positions: raggedPositions(batch, tokens),
-      rope: (layer) => this.#tables.get(layer.rope!, maxPosition, device),
+      positions,
+      rotate: (x, { rope }) =>
+        rope ? this.rotary_emb[this.#spec.ropes.indexOf(rope)]!.forward(x, positions, maxPosition) : x,
     }
   }
 
@@ -248,18 +258,6 @@ export class Decoder extends Module {
   embed(tokens: Tensor): Tensor {
     const x = this.embed_tokens.forward(tokens)
     if (this.#spec.embeddingScale === 1) return x
-    const scaled = mul(x, this.#spec.embeddingScale)
-    x.dispose()
-    return scaled
-  }
-
-  override ownMove(device: Device): void {
-    super.ownMove(device)
-    this.#tables.dispose()
-  }
-
-  override ownDispose(): void {
-    super.ownDispose()
-    this.#tables.dispose()
+    return mul(x, this.#spec.embeddingScale)
   }
 }

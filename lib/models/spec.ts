@@ -23,6 +23,8 @@ export interface DecoderSpec {
   headDim: number
   maxPositions: number
   layers: LayerSpec[]
+  /** The different position embeddings of the layers. */
+  ropes: RopeSpec[]
   /** The output head is the embedding table. */
   tieWordEmbeddings: boolean
   activation: Activation
@@ -41,6 +43,8 @@ export interface DecoderSpec {
   attentionScale: number
   attentionSoftcap: number
   embeddingScale: number
+  /** The scale is a buffer of the embedding, as Gemma has it: it counts in the footprint. */
+  embeddingScaleBuffer: boolean
   residualScale: number
   logitScale: number
   logitSoftcap: number
@@ -89,6 +93,7 @@ export function readDecoderSpec(
     headDim,
     maxPositions,
     layers: [],
+    ropes: [],
     tieWordEmbeddings: config.boolean('tie_word_embeddings', false),
     activation: rest.activation ?? readActivation(config),
     normEps: config.number('rms_norm_eps', 1e-6),
@@ -102,6 +107,7 @@ export function readDecoderSpec(
     attentionScale: 1 / Math.sqrt(headDim),
     attentionSoftcap: 0,
     embeddingScale: 1,
+    embeddingScaleBuffer: false,
     residualScale: 1,
     logitScale: 1,
     logitSoftcap: 0,
@@ -109,6 +115,7 @@ export function readDecoderSpec(
   }
   if (!rest.layers) {
     const rope = readRope(config, { headDim, maxPositions, ...(partialRotaryFactor && { partialRotaryFactor }) })
+    spec.ropes = [rope]
     spec.layers = readWindows(config).map((window) => ({ rope, window }))
   }
   return spec

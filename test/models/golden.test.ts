@@ -82,10 +82,9 @@ describe.each(devices())('on %s', (device) => {
 
     it('generates the same tokens', async () => {
       const prompt = expected.sequences[0]!
-      const { tokenIds } = await model.generate(prompt, {
-        maxNewTokens: expected.generated.length - prompt.length,
-        eosTokenId: null,
-      })
+      // the golden texts go on where an end token would have been best
+      const count = expected.generated.length - prompt.length
+      const { tokenIds } = await model.generate(prompt, { maxNewTokens: count, minNewTokens: count })
       const ids = [...prompt, ...tokenIds]
       const differs = ids.findIndex((id, i) => id !== expected.generated[i])
       if (differs >= 0) {

@@ -10,6 +10,7 @@ function common(config: ConfigReader, own: Partial<DecoderSpec>): DecoderSpec {
   return readDecoderSpec(config, {
     normWeightOffset: 1,
     embeddingScale: Math.sqrt(config.count('hidden_size')),
+    embeddingScaleBuffer: true,
     tieWordEmbeddings: config.boolean('tie_word_embeddings', true),
     activation: !newer && named === 'gelu' ? 'gelu_tanh' : named,
     mlpBias: false,
@@ -57,6 +58,7 @@ export function gemma3(config: ConfigReader): DecoderSpec {
           config.number('rope_local_base_freq', 10000) ** ((-2 * i) / full.dim),
         ),
       }
+  const layers = each.map((window) => ({ window, rope: window > 0 ? sliding : full }))
   return common(config, {
     norms: 'both',
     queryKeyNorm: 'head',
@@ -64,6 +66,7 @@ export function gemma3(config: ConfigReader): DecoderSpec {
     attentionScale: config.number('query_pre_attn_scalar', 256) ** -0.5,
     attentionSoftcap: config.number('attn_logit_softcapping', 0),
     logitSoftcap: config.number('final_logit_softcapping', 0),
-    layers: each.map((window) => ({ window, rope: window > 0 ? sliding : full })),
+    ropes: [full, sliding].filter((rope) => layers.some((layer) => layer.rope === rope)),
+    layers,
   })
 }

@@ -1,0 +1,68 @@
+/** Rotary position embeddings as a module: the frequencies, and cos and sin of every position needed so far. */
+import { Module } from '../nn/module.js'
+import { Buffer } from '../nn/parameter.js'
+import type { Device } from '../tensor/device.js'
+import { rope, ropeTables } from '../tensor/ops.js'
+import { Tensor } from '../tensor/tensor.js'
+import { keep } from '../tensor/tidy.js'
+import type { RopeSpec } from './rope.js'
+
+export interface Tables {
+  cos: Tensor
+  sin: Tensor
+}
+
+/** Tables only grow, by doubling; smaller ones stay for calls that have them until the module is disposed. */
+export class RotaryEmbedding extends Module {
+  /** float32 [rotated elements / 2]; the two buffers are those that transformers has, and counts. */
+  inv_freq: Buffer
+  original_inv_freq: Buffer
+  readonly spec: RopeSpec
+  #made: (Tables & { rows: number })[] = []
+
+  constructor(spec: RopeSpec) {
+    super()
+    this.spec = spec
+    const buffer = () => new Buffer([spec.inverseFrequencies.length], { dtype: 'float32', persistent: false })
+    this.inv_freq = buffer()
+    this.original_inv_freq = buffer()
+  }
+
+  /** Tables for positions below `positions`. */
+  tables(positions: number, device: Device): Tables {
+    const last = this.#made.at(-1)
+    if (last && last.rows >= positions && last.cos.device === device) return last
+    for (const buffer of [this.inv_freq, this.original_inv_freq]) {
+      if (!buffer.isLoaded) buffer.replace(Tensor.from(this.spec.inverseFrequencies, { device }))
+    }
+    const rows = Math.max(256, 2 ** Math.ceil(Math.log2(positions)))
+    const { cos, sin } = ropeTables(this.inv_freq.value, rows, this.spec.scale)
+    const tables = { cos: keep(cos), sin: keep(sin), rows }
+    this.#made.push(tables)
+    return tables
+  }
+
+  /** x [T, heads, D] rotated by the positions int32 [T], all below `maxPosition`. */
+  forward(x: Tensor, positions: Tensor, maxPosition: number): Tensor {
+    const { cos, sin } = this.tables(maxPosition, x.device)
+    return rope(x, cos, sin, positions)
+  }
+
+  #free(): void {
+    for (const { cos, sin } of this.#made) {
+      cos.dispose()
+      sin.dispose()
+    }
+    this.#made = []
+  }
+
+  override ownMove(device: Device): void {
+    super.ownMove(device)
+    this.#free()
+  }
+
+  override ownDispose(): void {
+    super.ownDispose()
+    this.#free()
+  }
+}
