@@ -21,8 +21,13 @@ const QUANTISED = ['llama', 'phi3', 'qwen2', 'qwen3'].flatMap((name) =>
   ['nf4', 'fp4', 'int8'].map((kind) => `${name}-bnb-${kind}`),
 )
 
-/** Share of the range that logits may be off. int8 goldens are float16. */
-const tolerance = (name: string) => (name.endsWith('int8') ? 5e-3 : 2e-4)
+/**
+ * Share of the range that values may be off: the largest error, and its root mean square. The int8 models compute in
+ * float16, and LLM.int8() magnifies its roundings: where an activation lies between two of its 255 steps, the last bit
+ * of a float16 decides, and one step is 1/127 of the row. Noise of half a unit in the last place of the embeddings moves
+ * the first layer's states by up to 1e-2 of their range, 1.8e-3 in the mean, and so do two orders of rounding.
+ */
+const tolerance = (name: string) => (name.endsWith('int8') ? { most: 2e-2, mean: 4e-3 } : { most: name === 'gemma2' ? 2e-4 : 2e-6, mean: 2e-5 })
 
 function load(name: string, folder: string, device: Device): Promise<CausalLM> {
   // bitsandbytes rounds what goes into an int8 layer, and what comes out, to float16
@@ -59,25 +64,31 @@ describe.each(devices())('on %s', (device) => {
       expect(converted).toEqual(footprints[`${name}.converted`] ?? [])
     })
 
+    const check = (actual: Float32Array, wanted: Float32Array) => {
+      const { most, mean } = error(actual, wanted)
+  expect(most).toBeLessThan(allowed.most)
+      expect(mean).toBeLessThan(allowed.mean)
+    }
+
     it('gives the logits of a sequence', async () => {
-      expect(error(await floats(model.forward(expected.sequences[0]!)), expected.logits)).toBeLessThan(allowed)
+      check(await floats(model.forward(expected.sequences[0]!)), expected.logits)
     })
 
     it('gives the logits of a batch without its padding', async () => {
       const logits = model.logits(expected.sequences)
       for (const [i, wanted] of expected.batchLogits.entries()) {
-        expect(error(await floats(logits[i]!), wanted)).toBeLessThan(allowed)
+        check(await floats(logits[i]!), wanted)
       }
     })
 
     it('gives the hidden states after the first layer', async () => {
       const states = model.layerStates([expected.sequences[0]!], 1)
-      expect(error(await floats(states), expected.firstLayer)).toBeLessThan(allowed)
+      check(await floats(states), expected.firstLayer)
     })
 
     it('gives the loss', async () => {
       const loss = await model.loss(expected.sequences[0]!)
-      expect(Math.abs(loss - expected.loss)).toBeLessThan(allowed * 5)
+      expect(Math.abs(loss - expected.loss)).toBeLessThan(allowed.mean * 5)
     })
 
     it('generates the same tokens', async () => {
@@ -90,7 +101,7 @@ describe.each(devices())('on %s', (device) => {
       if (differs >= 0) {
         // two tokens may be as good as each other, to the precision of the golden values
         const logits = await floats(model.forward(expected.generated.slice(0, differs)))
-        expect(margin(logits.subarray(-expected.vocabulary))).toBeLessThan(name.endsWith('int8') ? allowed : 0)
+        expect(margin(logits.subarray(-expected.vocabulary))).toBeLessThan(name.endsWith('int8') ? allowed.most : 0)
       }
       expect(ids.length).toBe(expected.generated.length)
     })

@@ -54,17 +54,18 @@ export function readGoldenModel(folder: string): GoldenModel {
   }
 }
 
-/** Largest difference, as a share of the range of the expected values. */
-export function error(actual: Float32Array, expected: Float32Array): number {
+/** Largest difference and its root mean square, as shares of the range of the expected values. */
+export function error(actual: Float32Array, expected: Float32Array): { most: number; mean: number } {
   expect(actual.length).toBe(expected.length)
-  let [low, high, most] = [Infinity, -Infinity, 0]
+  let [low, high, most, squares] = [Infinity, -Infinity, 0, 0]
   expected.forEach((value, i) => {
     low = Math.min(low, value)
     high = Math.max(high, value)
     const difference = Math.abs(value - actual[i]!)
     if (!(difference <= most)) most = difference // NaN counts
+    squares += difference * difference
   })
-  return most / (high - low)
+  return { most: most / (high - low), mean: Math.sqrt(squares / expected.length) / (high - low) }
 }
 
 /** Distance of the two largest values, as a share of the range. */
