@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -54,6 +56,10 @@ void relax() {
 #endif
 }
 
+void yield() { std::this_thread::yield(); }
+
+constexpr int kSpins = 400;
+
 thread_local bool inside_region = false;
 
 struct Region {
@@ -64,8 +70,15 @@ struct Region {
 
 class Pool {
  public:
-  explicit Pool(int threads) : threads_(threads) {
-    for (int i = 1; i < threads; ++i) std::thread([this] { work(); }).detach();
+  explicit Pool(int threads) {
+    while (threads_ < threads) {
+      try {
+        std::thread([this] { work(); }).detach();
+      } catch (const std::system_error&) {
+        break;  // a limit on threads: go on with those there are
+      }
+      ++threads_;
+    }
   }
 
   int threads() const { return threads_; }
@@ -86,7 +99,8 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       region_ = Region{};  // a worker that comes late finds nothing to join
     }
-    while (active_.load(std::memory_order_acquire) != 0) relax();
+    // When the machine is busy a worker may not be running: let it.
+    for (int i = 0; active_.load(std::memory_order_acquire) != 0; ++i) i < kSpins ? relax() : yield();
   }
 
  private:
@@ -98,13 +112,24 @@ class Pool {
     }
   }
 
+  /// Regions follow each other within microseconds in a forward pass, and waking a sleeper costs its waker
+  /// more than ten: looks for the next one a while, giving way to other threads, before it sleeps.
+  void await_region(uint64_t seen) {
+    using Clock = std::chrono::steady_clock;
+    const auto come = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+    for (int i = 0; i < kSpins; ++i) {
+      if (come()) return;
+      relax();
+    }
+    const auto end = Clock::now() + std::chrono::microseconds(60);
+    while (!come() && Clock::now() < end) yield();
+  }
+
   void work() {
     inside_region = true;
     uint64_t seen = 0;
     for (;;) {
-      // Regions follow each other within microseconds in a forward pass: look for the next one before
-      // sleeping.
-      for (int i = 0; i < 400 && generation_.load(std::memory_order_acquire) == seen; ++i) relax();
+      await_region(seen);
       Region region;
       {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -119,7 +144,7 @@ class Pool {
     }
   }
 
-  const int threads_;
+  int threads_ = 1;  // fixed once constructed
   std::mutex region_mutex_, mutex_;
   std::condition_variable wake_;
   std::atomic<uint64_t> generation_{0};

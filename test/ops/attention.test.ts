@@ -81,8 +81,8 @@ describe.each(devices())('paged attention on %s', (device) => {
         const y = await ops
           .pagedAttention(q, cache.keys, cache.values, batch, attentionOptions(c, p, device))
           .floats()
-        found.set(y.subarray(0, counts[0]! * row), starts[0]!)
-        found.set(y.subarray(counts[0]! * row), starts[1]!)
+        found.set(y.subarray(0, counts[0]! * row), starts[0])
+        found.set(y.subarray(counts[0]! * row), starts[1])
       }
       expect(relativeError(found, whole)).toBeLessThan(1e-6)
     }

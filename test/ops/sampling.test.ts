@@ -27,7 +27,7 @@ async function draw(
   logits: Float32Array,
   params: SamplingParams,
   draws: number,
-  { seed = 1n, seen = undefined as Uint8Array | undefined, dtype = 'float32' as DType } = {},
+  { seed = 1n, seen = undefined as Uint8Array | undefined, dtype = 'float32' } = {},
 ): Promise<Int32Array> {
   const n = logits.length
   const repeat = <T extends Float32Array | Uint8Array>(x: T, into: T): T => {
