@@ -40,10 +40,9 @@ struct Scaled {
 
 namespace halfbyte::cpu::HALFBYTE_ISA {
 
-/// Columns of a panel that are converted at a time.
-constexpr int64_t kDepth = 1024;
-
 #if HALFBYTE_ISA_LEVEL == 0
+
+constexpr int64_t kDepth = 1024;
 
 /// One dot product at a time over 16-bit buffers, a form that compilers turn into multiply-adds of pairs.
 static int32_t dot_words(const int16_t* a, const int16_t* b, int64_t k) {
@@ -96,6 +95,7 @@ struct Words {
   using Ready = int16_t;  // what a converted panel holds
   static constexpr int64_t kStep = 16;
   static constexpr int kTileRows = 2;
+  static constexpr int64_t kDepth = 1024;  // columns of a panel that are converted at a time
   static constexpr bool kOffset = false;
   static V none() { return _mm256_setzero_si256(); }
   static V load_a(const int8_t* p) {
@@ -132,6 +132,7 @@ struct Words : Wide {
   using Ready = int16_t;
   static constexpr int64_t kStep = 32;
   static constexpr int kTileRows = 4;
+  static constexpr int64_t kDepth = 1024;  // columns of a panel that are converted at a time
   static constexpr bool kOffset = false;
   static V load_a(const int8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -147,6 +148,7 @@ struct Quads : Wide {
   using Ready = uint8_t;
   static constexpr int64_t kStep = 64;
   static constexpr int kTileRows = 4;
+  static constexpr int64_t kDepth = 2048;
   static constexpr bool kOffset = true;
   static V load_a(const int8_t* p) { return _mm512_loadu_si512(p); }
   static V load_b(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
@@ -221,7 +223,7 @@ static void tile_of_panel(const int8_t* a, int64_t lda, const typename Kind::Rea
     V x[R];
     for (int r = 0; r < R; ++r) x[r] = Kind::load_a(a + r * lda + i);
     for (int c = 0; c < 4; ++c) {
-      const V w = Kind::load_ready(b + c * kDepth + i);
+      const V w = Kind::load_ready(b + c * Kind::kDepth + i);
       for (int r = 0; r < R; ++r) s[r][c] = Kind::dot(s[r][c], x[r], w);
     }
   }
@@ -230,7 +232,7 @@ static void tile_of_panel(const int8_t* a, int64_t lda, const typename Kind::Rea
     V x[R];
     for (int r = 0; r < R; ++r) x[r] = Kind::load_a(padded<Kind>(last, a + r * lda + i, depth - i));
     for (int c = 0; c < 4; ++c) {
-      const V w = Kind::load_ready(b + c * kDepth + i);
+      const V w = Kind::load_ready(b + c * Kind::kDepth + i);
       for (int r = 0; r < R; ++r) s[r][c] = Kind::dot(s[r][c], x[r], w);
     }
   }
@@ -273,6 +275,27 @@ struct InPlace {
   }
 };
 
+/// The part of b that is converted next, fetched into the second-level cache row by row between the tiles.
+struct Ahead {
+  const int8_t* b;
+  int64_t rows, stride, bytes;
+  void fetch(int64_t begin, int64_t end) const {
+    for (int64_t r = begin; r < end && r < rows; ++r) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(b + r * stride + i, 0, 2);
+    }
+  }
+};
+
+template <typename Kind>
+static Ahead ahead_of(const Int8Product& p, int64_t panel, int64_t panel_end, int64_t k0) {
+  if (k0 >= p.k) {
+    k0 = 0;
+    if (++panel >= panel_end) return Ahead{p.b, 0, 0, 0};
+  }
+  const int64_t n0 = panel * kInt8PanelRows, rows = p.n - n0 < kInt8PanelRows ? p.n - n0 : kInt8PanelRows;
+  return Ahead{p.b + n0 * p.k + k0, rows, p.k, p.k - k0 < Kind::kDepth ? p.k - k0 : Kind::kDepth};
+}
+
 template <typename Kind>
 struct OfPanel {
   const int8_t* a;
@@ -280,10 +303,13 @@ struct OfPanel {
   const typename Kind::Ready* b;
   int64_t depth;
   int32_t* sums;
+  int64_t rows;
+  Ahead ahead;
   template <int R>
   void run(int64_t r) const {
+    ahead.fetch(r * kInt8PanelRows / rows, (r + R) * kInt8PanelRows / rows);
     for (int64_t c = 0; c < kInt8PanelRows; c += 4) {
-      tile_of_panel<Kind, R>(a + r * lda, lda, b + c * kDepth, depth, sums + r * kInt8PanelRows + c);
+      tile_of_panel<Kind, R>(a + r * lda, lda, b + c * Kind::kDepth, depth, sums + r * kInt8PanelRows + c);
     }
   }
 };
@@ -294,7 +320,7 @@ static void convert(typename Kind::Ready* out, const Int8Product& p, int64_t n0,
                     int64_t depth) {
   for (int64_t c = 0; c < kInt8PanelRows; ++c) {
     const int8_t* const in = p.b + (n0 + c < n1 ? n0 + c : n1 - 1) * p.k + k0;
-    typename Kind::Ready* const to = out + c * kDepth;
+    typename Kind::Ready* const to = out + c * Kind::kDepth;
     int64_t i = 0;
     for (; i + Kind::kStep <= depth; i += Kind::kStep) Kind::store_ready(to + i, Kind::load_b(in + i));
     if (i < depth) {
@@ -330,7 +356,7 @@ template <typename Kind>
 static void panels_of(const Int8Product& p, int64_t begin, int64_t end) {
   constexpr int64_t kGroup = 8;  // panels that stay in the second-level cache while the rows of a go by
   alignas(64) int32_t sums[kInt8BlockRows * kInt8PanelRows];
-  alignas(64) typename Kind::Ready panel[kInt8PanelRows * kDepth];
+  alignas(64) typename Kind::Ready panel[kInt8PanelRows * Kind::kDepth];
   int32_t start[kInt8BlockRows] = {};
   const bool in_place = p.m <= 4;
   for (int64_t group = begin; group < end; group += kGroup) {
@@ -353,10 +379,11 @@ static void panels_of(const Int8Product& p, int64_t begin, int64_t end) {
             in_tiles<Kind>(m1 - m0, InPlace<Kind>{p, m0, b, sums + c});
           }
         } else {
-          for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
-            const int64_t depth = p.k - k0 < kDepth ? p.k - k0 : kDepth;
+          for (int64_t k0 = 0; k0 < p.k; k0 += Kind::kDepth) {
+            const int64_t depth = p.k - k0 < Kind::kDepth ? p.k - k0 : Kind::kDepth;
             convert<Kind>(panel, p, n0, n1, k0, depth);
-            in_tiles<Kind>(m1 - m0, OfPanel<Kind>{p.a + m0 * p.lda + k0, p.lda, panel, depth, sums});
+            in_tiles<Kind>(m1 - m0, OfPanel<Kind>{p.a + m0 * p.lda + k0, p.lda, panel, depth, sums, m1 - m0,
+                                                  ahead_of<Kind>(p, index, group_end, k0 + depth)});
           }
         }
         p.sink(p.context, Int8Block{sums, m0, m1, n0, n1});

@@ -135,10 +135,22 @@ void int8_quantize(const View& x, int64_t rows, int64_t k, float threshold, bool
     }
   });
   if (!outliers || rows == 1) return;  // the outliers of a single row are 0 already
+  // outlier columns are few as a rule, and then listed; a mask over whole rows is for the other cases
+  constexpr int64_t kFew = 128;
+  int64_t few[kFew], count = 0;
+  for (int64_t c = 0; c < k && count <= kFew; ++c) {
+    if (!mask[c]) continue;
+    if (count < kFew) few[count] = c;
+    ++count;
+  }
   parallel_for(rows, 8 * row_grain(k), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       int8_t* const row = codes + r * ld;
-      for (int64_t c = 0; c < k; ++c) row[c] = static_cast<int8_t>(row[c] & (mask[c] - 1));
+      if (count <= kFew) {
+        for (int64_t i = 0; i < count; ++i) row[few[i]] = 0;
+      } else {
+        for (int64_t c = 0; c < k; ++c) row[c] = static_cast<int8_t>(row[c] & (mask[c] - 1));
+      }
     }
   });
 }

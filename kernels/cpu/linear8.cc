@@ -95,27 +95,32 @@ static void add_columns(float* sums, const float* x, int64_t ldx, const float* c
 template <typename T>
 static void outlier_sums(float* out, const Layer8& l, const Int8Block& b, const float* scb) {
   constexpr int64_t kChunk = 64;
+  constexpr int kRows = HALFBYTE_ISA_LEVEL == 512 ? 8 : HALFBYTE_ISA_LEVEL == 2 ? 4 : 2;
   alignas(64) float w[kChunk * kInt8PanelRows];
   __builtin_memset(out, 0, static_cast<size_t>((b.m1 - b.m0) * kInt8PanelRows) * sizeof(float));
   const int64_t rows = b.n1 - b.n0;
   for (int64_t j0 = 0; j0 < l.count; j0 += kChunk) {
     const int64_t n = l.count - j0 < kChunk ? l.count - j0 : kChunk;
+    // bytes first, all of them: a vector load right behind its byte stores would wait for them
+    int8_t codes[kChunk * kInt8PanelRows] = {};
+    for (int64_t c = 0; c < rows; ++c) {
+      const int8_t* const row = l.weight + (b.n0 + c) * l.k;
+      for (int64_t j = 0; j < n; ++j) codes[j * kInt8PanelRows + c] = row[l.columns[j0 + j]];
+    }
     for (int64_t j = 0; j < n; ++j) {
-      const int8_t* const column = l.weight + b.n0 * l.k + l.columns[j0 + j];
-      int8_t codes[kInt8PanelRows] = {};
-      for (int64_t c = 0; c < rows; ++c) codes[c] = column[c * l.k];
       for (int v = 0; v < kVectors; ++v) {
-        const F value = mul(mul(load_bytes(codes + v * W), load(scb + v * W)), set1(kInt8Scale));
-        store(w + j * kInt8PanelRows + v * W, l.exact ? rounded<T>(value) : value);
+        const int64_t at = j * kInt8PanelRows + v * W;
+        const F value = mul(mul(load_bytes(codes + at), load(scb + v * W)), set1(kInt8Scale));
+        store(w + at, l.exact ? rounded<T>(value) : value);
       }
     }
     const float* x = l.outliers + b.m0 * l.count + j0;
     float* sums = out;
     int64_t left = b.m1 - b.m0;
-    for (; left >= 2; left -= 2, x += 2 * l.count, sums += 2 * kInt8PanelRows) {
-      add_columns<2>(sums, x, l.count, w, n);
+    for (; left >= kRows; left -= kRows, x += kRows * l.count, sums += kRows * kInt8PanelRows) {
+      add_columns<kRows>(sums, x, l.count, w, n);
     }
-    if (left) add_columns<1>(sums, x, l.count, w, n);
+    for (; left > 0; --left, x += l.count, sums += kInt8PanelRows) add_columns<1>(sums, x, l.count, w, n);
   }
 }
 
