@@ -1,5 +1,5 @@
 // Run in a process of its own by test/golden/isa.test.ts, on the built library: prints the instruction set that is used
-// and a digest of the codes, statistics and values of all block formats for one fixed set of inputs.
+// and a digest of the codes, statistics and values of all formats for one fixed set of inputs.
 const { Buffer } = require('node:buffer')
 const { createHash } = require('node:crypto')
 const { join } = require('node:path')
@@ -52,6 +52,29 @@ async function main() {
       }
       for (const act of ['silu', 'gelu', 'gelu_tanh', 'tanh', 'exp']) {
         await add(`${n} ${dtype} ${act}`, ops.activation(x, act))
+      }
+    }
+  }
+  for (const [m, n, k] of [
+    [1, 5, 1],
+    [1, 33, 130],
+    [3, 17, 1025],
+    [7, 40, 64],
+    [70, 18, 257],
+  ]) {
+    const signed = (count) => Int8Array.from({ length: count }, () => Math.floor(next() * 256) - 128)
+    const a = Tensor.from(signed(m * k), { shape: [m, k], device: cpu })
+    const b = Tensor.from(signed(n * k), { shape: [n, k], device: cpu })
+    const sums = ops.int8Matmul(a, b)
+    await add(`int8 product ${m} ${n} ${k}`, sums)
+    const values = Float32Array.from({ length: m * k }, () => (next() - 0.5) * (next() < 0.02 ? 40 : 4))
+    for (const dtype of ['float32', 'float16', 'bfloat16']) {
+      const x = Tensor.from(values, { shape: [m, k], device: cpu }).to(dtype)
+      for (const threshold of [0, 6]) {
+        const { codes, rowAbsmax, outlierMask } = ops.int8QuantizeRows(x, threshold)
+        const y = ops.int8DequantizeRows(codes, rowAbsmax, dtype)
+        const rows = outlierMask ? [codes, rowAbsmax, outlierMask, y] : [codes, rowAbsmax, y]
+        await add(`int8 rows ${m} ${k} ${dtype} ${threshold}`, ...rows)
       }
     }
   }
