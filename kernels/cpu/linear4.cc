@@ -237,7 +237,23 @@ inline F lane_scales(const float* s) {
 /// absmax of `count` runs of 64 (32) weights that begin at `element`.
 template <bool B32>
 void fill_scales(const PackedWeight& w, int64_t element, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = w.scale((element + (B32 ? 32 : 64) * i) >> w.shift);
+  const int wider = w.shift - (B32 ? 5 : 6);
+  if (!w.nested || wider > 0) {
+    for (int64_t i = 0; i < count; ++i) out[i] = w.scale((element + (B32 ? 32 : 64) * i) >> w.shift);
+    return;
+  }
+  // a block a run: the outer absmax holds for up to 256 of them
+  const uint8_t* q = reinterpret_cast<const uint8_t*>(w.absmax);
+  for (int64_t block = element >> w.shift; count > 0;) {
+    int64_t same = kNestedBlocksize - block % kNestedBlocksize;
+    if (same > count) same = count;
+    const float outer = PackedWeight::at(w.nested, block / kNestedBlocksize), offset = w.offset;
+    for (int64_t i = 0; i < same; ++i)
+      out[i] = PackedWeight::at(w.nested_code, q[block + i]) * outer + offset;
+    out += same;
+    block += same;
+    count -= same;
+  }
 }
 
 constexpr int kScalesPerGroup64 = kGroup / 64, kScalesPerGroup32 = kGroup / 32;
