@@ -266,7 +266,11 @@ describe.each(devices())('4-bit layers on %s', (on) => {
   })
 
   it('find NaN in the statistics of a weight that is quantised already', async () => {
-    const state = await new LinearNF4(64, 12, { device: on, bias: false, compressStatistics: false }).stateDict()
+    const state = await new LinearNF4(64, 12, {
+      device: on,
+      bias: false,
+      compressStatistics: false,
+    }).stateDict()
     state.set('weight.absmax', Tensor.full([12], NaN, 'float32', on))
     const layer = new Linear4bit(64, 12, { device: 'meta', bias: false })
     await layer.loadStateDict(state)
