@@ -58,7 +58,8 @@ describe.each(devices())('memory of %s', (on) => {
     const before = on.memoryUsage().allocated
     for (let i = 0; i < 200; i++) await turn()
     await on.synchronize()
-    expect(on.memoryUsage().allocated).toBe(before)
+    // what earlier tests left to the garbage collector may go meanwhile
+    expect(on.memoryUsage().allocated).toBeLessThanOrEqual(before)
   })
 
   it('of an array is borrowed with copy: false, and not let go while in use', async () => {
