@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { getTrueFootprint } from 'halfbyte'
 import { runAsProgram, type Benchmark, type Row } from './support/benchmark.js'
 import { summarize } from './support/measure.js'
-import { forms, load as loadModel, shipped } from './support/models.js'
+import { folderOf, forms, load as loadModel } from './support/models.js'
 
 /** Reads every weight file once; returns the bytes. */
 function readFiles(folder: string): number {
@@ -22,7 +22,7 @@ export const load: Benchmark = {
   name: 'load',
   summary: 'time and peak memory of fromPretrained(), files in the page cache',
   async run({ device, model: given, rounds }) {
-    const folder = given ?? shipped
+    const folder = folderOf(given)
     const bytes = readFiles(folder)
     const samples = forms.map(() => [] as number[])
     const reading: number[] = []

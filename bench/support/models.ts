@@ -1,9 +1,26 @@
 /** The forms in which the benchmarks load a model. */
+import { existsSync } from 'node:fs'
 import { join } from 'node:path'
-import { AutoModelForCausalLM, type BitsAndBytesConfigOptions, type CausalLM, type Device } from 'halfbyte'
+import {
+  AutoModelForCausalLM,
+  HalfbyteError,
+  type BitsAndBytesConfigOptions,
+  type CausalLM,
+  type Device,
+} from 'halfbyte'
 
-/** The checkpoint that comes with the repository. */
-export const shipped = join(__dirname, '../../../models/tinypy-2m')
+const SHIPPED = join(__dirname, '../../../models/tinypy-2m')
+
+/** The folder that was named, else that of the checkpoint in the repository. */
+export function folderOf(given: string | undefined): string {
+  if (given === undefined && !existsSync(SHIPPED)) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_USAGE',
+      'the package holds no model; name a checkpoint with --model DIR',
+    )
+  }
+  return given ?? SHIPPED
+}
 
 export const forms: readonly [string, BitsAndBytesConfigOptions | undefined][] = [
   ['float32', undefined],
@@ -17,7 +34,7 @@ export function load(
   device: Device,
   quantizationConfig: BitsAndBytesConfigOptions | undefined,
 ): Promise<CausalLM> {
-  return AutoModelForCausalLM.fromPretrained(folder ?? shipped, {
+  return AutoModelForCausalLM.fromPretrained(folderOf(folder), {
     device,
     quantizationConfig,
     dtype: 'float32',
