@@ -170,6 +170,23 @@ struct Decoder {
     use(6, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 24), values));
     use(7, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 28), values));
   }
+  /// The same of two rows at a time, to use(j, vector, vector).
+  template <typename Use>
+  inline __attribute__((always_inline)) void both(const uint8_t* codes, const uint8_t* codes2,
+                                                  const Use& use) const {
+    const __m512i a = _mm512_loadu_si512(codes), b = _mm512_loadu_si512(codes2);
+    const auto step = [&](int j, __m512i a, __m512i b) __attribute__((always_inline)) {
+      use(j, _mm512_permutexvar_ps(a, values), _mm512_permutexvar_ps(b, values));
+    };
+    step(0, a, b);
+    step(1, _mm512_srli_epi32(a, 4), _mm512_srli_epi32(b, 4));
+    step(2, _mm512_srli_epi32(a, 8), _mm512_srli_epi32(b, 8));
+    step(3, _mm512_srli_epi32(a, 12), _mm512_srli_epi32(b, 12));
+    step(4, _mm512_srli_epi32(a, 16), _mm512_srli_epi32(b, 16));
+    step(5, _mm512_srli_epi32(a, 20), _mm512_srli_epi32(b, 20));
+    step(6, _mm512_srli_epi32(a, 24), _mm512_srli_epi32(b, 24));
+    step(7, _mm512_srli_epi32(a, 28), _mm512_srli_epi32(b, 28));
+  }
 };
 inline int column_of(int p) { return 8 * (p % 16) + ((p / 16) ^ 1); }
 
@@ -291,6 +308,50 @@ inline void dot_groups(const Decoder& decoder, const uint8_t* codes, const float
   for (int m = 0; m < MB; ++m) sum[m] = acc[m];
 }
 
+#if HALFBYTE_ISA_LEVEL == 512
+/// The same for two weight rows, which share what is loaded of x: several rows of x would otherwise wait for
+/// that.
+template <int MB, bool B32>
+inline void dot_groups_of_two(const Decoder& decoder, const uint8_t* codes, int64_t row_bytes,
+                              const float* scales, int64_t row_scales, const float* x, int64_t groups,
+                              int64_t ahead, F (*sum)[MB]) {
+  F acc[2][MB];
+#pragma GCC unroll 8
+  for (int m = 0; m < MB; ++m) {
+    acc[0][m] = sum[0][m];
+    acc[1][m] = sum[1][m];
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    prefetch_far(codes + ahead);
+    prefetch_far(codes + row_bytes + ahead);
+    F part[2][MB];
+    decoder.both(
+        codes, codes + row_bytes, [&](int j, F v, F w) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+          for (int m = 0; m < MB; ++m) {
+            const F xv = load(x + m * kGroup + j * W);
+            part[0][m] = j == 0 ? mul(v, xv) : fma(v, xv, part[0][m]);
+            part[1][m] = j == 0 ? mul(w, xv) : fma(w, xv, part[1][m]);
+          }
+        });
+    const F s = lane_scales<B32>(scales), t = lane_scales<B32>(scales + row_scales);
+#pragma GCC unroll 8
+    for (int m = 0; m < MB; ++m) {
+      acc[0][m] = fma(part[0][m], s, acc[0][m]);
+      acc[1][m] = fma(part[1][m], t, acc[1][m]);
+    }
+    codes += kGroup / 2;
+    scales += B32 ? kScalesPerGroup32 : kScalesPerGroup64;
+    x += MB * kGroup;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MB; ++m) {
+    sum[0][m] = acc[0][m];
+    sum[1][m] = acc[1][m];
+  }
+}
+#endif
+
 template <int MB, bool B32>
 void few_packed_of(const LinearArgs& a, const PackedWeight& w, const float* x, int64_t begin, int64_t end) {
   constexpr int rows_at_a_time = 16;
@@ -309,7 +370,27 @@ void few_packed_of(const LinearArgs& a, const PackedWeight& w, const float* x, i
     for (int64_t k = 0; k < a.k; k += piece) {
       const int64_t count = a.k - k < piece ? a.k - k : piece;
       const int64_t groups = count / kGroup, rest = count % kGroup;
-      for (int r = 0; r < rows; ++r) {
+      int r = 0;
+#if HALFBYTE_ISA_LEVEL == 512
+      if (MB > 1 && rest == 0) {
+        for (; r + 2 <= rows; r += 2) {
+          const int64_t element = (n + r) * a.k + k;
+          float filled[2 * (kPiece / 32)];
+          const float* scales = filled;
+          int64_t row_scales = kPiece / 32;
+          if (direct) {
+            scales = reinterpret_cast<const float*>(w.absmax) + (element >> w.shift);
+            row_scales = a.k >> w.shift;
+          } else {
+            fill_scales<B32>(w, element, count / run, filled);
+            fill_scales<B32>(w, element + a.k, count / run, filled + row_scales);
+          }
+          dot_groups_of_two<MB, B32>(decoder, w.codes + element / 2, a.k / 2, scales, row_scales, x + k * MB,
+                                     groups, ahead, acc + r);
+        }
+      }
+#endif
+      for (; r < rows; ++r) {
         const int64_t element = (n + r) * a.k + k;
         const uint8_t* codes = w.codes + element / 2;
         float filled[kPiece / 32 + 4];
