@@ -24,7 +24,7 @@ export class TextGenerationPipeline implements Disposable {
   }
 
   /** The continuation of a text, or the answer in a conversation. */
-  run(input: PipelineInput, options: GenerateOptions = {}): Promise<GenerateResult> {
+  async run(input: PipelineInput, options: GenerateOptions = {}): Promise<GenerateResult> {
     return this.model.generate(this.#prompt(input), { tokenizer: this.tokenizer, ...options })
   }
 
