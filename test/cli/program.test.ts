@@ -19,7 +19,7 @@ test('--version is that of the package', () => {
   expect(halfbyte('--version').stdout).toBe(`${version}\n`)
 })
 
-const commands = ['doctor', 'bench']
+const commands = ['generate', 'quantize', 'eval', 'inspect', 'doctor', 'bench']
 
 test.each(commands)('%s --help names --json and --device', (command) => {
   const { status, stdout } = halfbyte(command, '--help')
