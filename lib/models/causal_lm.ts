@@ -143,26 +143,17 @@ export class CausalLM extends Module {
   /** float32: -log p of each token but the first of every sequence, packed. */
   tokenLosses(inputIds: readonly (readonly number[])[]): Tensor {
     return tidy(() => {
-      const hidden = this.hiddenStates(inputIds)
-      // the last token of a sequence predicts nothing: a negative target costs 0, and the row is left out below
-      const targets = Int32Array.from(inputIds.flatMap((ids) => [...ids.slice(1), -1].slice(0, ids.length)))
+      // the last token of a sequence predicts nothing
+      const hidden = this.hiddenStates(inputIds.map((ids) => ids.slice(0, -1)))
+      const targets = Int32Array.from(inputIds.flatMap((ids) => ids.slice(1)))
       const wanted = Tensor.from(targets, { device: hidden.device })
       const rows = hidden.shape[0]!
-      const losses: Tensor[] = []
+      const losses: Tensor[] = [Tensor.empty([0], 'float32', hidden.device)]
       for (let at = 0; at < rows; at += LOSS_ROWS) {
         const end = Math.min(rows, at + LOSS_ROWS)
-        losses.push(
-          tidy(() => crossEntropy(this.head(hidden.slice(0, at, end)), wanted.slice(0, at, end))),
-        )
+        losses.push(tidy(() => crossEntropy(this.head(hidden.slice(0, at, end)), wanted.slice(0, at, end))))
       }
-      const all = concat(losses.length > 0 ? losses : [Tensor.empty([0], 'float32', hidden.device)])
-      let at = 0
-      const parts = inputIds.map((ids) => {
-        const from = at
-        at += ids.length
-        return all.slice(0, from, Math.max(from, at - 1))
-      })
-      return concat(parts)
+      return concat(losses)
     })
   }
 

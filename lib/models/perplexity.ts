@@ -4,7 +4,7 @@ import { abortable } from '../generation/decoding.js'
 import type { CausalLM } from './causal_lm.js'
 
 export interface PerplexityOptions {
-  /** Tokens of a window. Windows follow one another without overlap; the model sees nothing before them. Default 512. */
+  /** Tokens that the model sees at once, and predicts the next one after each of. Default 512. */
   window?: number
   signal?: AbortSignal | undefined
   onProgress?: ((done: number, total: number) => void) | undefined
@@ -18,7 +18,11 @@ export interface Perplexity {
   tokens: number
 }
 
-/** exp of the mean of -log p(next token), over all tokens but the first of each window. */
+/**
+ * exp of the mean of -log p(next token). Windows follow one another; in each of them the model sees nothing before the
+ * window, and the token after the last one is predicted too. What is left at the end, less than a window, counts only
+ * where there is no whole one.
+ */
 export async function perplexity(
   model: CausalLM,
   ids: readonly number[],
@@ -37,9 +41,9 @@ export async function perplexity(
     for (const loss of await abortable(losses, signal)) sum += loss
   }
   let before: Promise<Float32Array> | undefined
-  for (let at = 0; at + 1 < ids.length; at += window) {
+  for (let at = 0; at === 0 || at + window < ids.length; at += window) {
     signal?.throwIfAborted()
-    const part = ids.slice(at, at + window)
+    const part = ids.slice(at, at + window + 1)
     const losses = model.tokenLosses([part])
     tokens += losses.size
     const values = losses.floats().finally(() => losses.dispose())
