@@ -8,7 +8,8 @@ import {
   type FromPretrainedOptions,
   type LoadProgress,
 } from '../../lib'
-import { fixtures, temporaryFolder } from '../support/files'
+import { temporaryFolder } from '../support/files'
+import { goldenSubset } from '../support/golden'
 import { readSafetensors, type Stored } from '../support/safetensors'
 import { tinyWeights, writeTinyModel } from '../support/tiny_model'
 
@@ -36,7 +37,7 @@ describe.each(devices())('loading on %s', (device) => {
   })
 
   it('reads weights and statistics of a quantised checkpoint from different shards', async () => {
-    const source = join(fixtures, 'models', 'llama-bnb-nf4')
+    const source = join(goldenSubset, 'models', 'llama-bnb-nf4')
     const tensors = readSafetensors(join(source, 'model.safetensors'))
     const config = JSON.parse(
       (await import('node:fs')).readFileSync(join(source, 'config.json'), 'utf8'),
@@ -244,7 +245,7 @@ describe.each(devices())('loading on %s', (device) => {
     })
 
     it('has a weight that lacks its statistics', async () => {
-      const source = join(fixtures, 'models', 'llama-bnb-int8')
+      const source = join(goldenSubset, 'models', 'llama-bnb-int8')
       const tensors = readSafetensors(join(source, 'model.safetensors'))
       tensors.delete('model.layers.0.mlp.up_proj.SCB')
       const { readFileSync } = await import('node:fs')
@@ -355,7 +356,7 @@ describe('config.json', () => {
   const temporary = temporaryFolder()
 
   it('with another kind of quantisation than is asked for', async () => {
-    const loading = AutoModelForCausalLM.fromPretrained(join(fixtures, 'models', 'llama-bnb-nf4'), {
+    const loading = AutoModelForCausalLM.fromPretrained(join(goldenSubset, 'models', 'llama-bnb-nf4'), {
       device: 'cpu',
       quantizationConfig: { loadIn8bit: true },
     })
@@ -363,7 +364,7 @@ describe('config.json', () => {
   })
 
   it('quantised, with other use of the same weights', async () => {
-    using model = await AutoModelForCausalLM.fromPretrained(join(fixtures, 'models', 'llama-bnb-int8'), {
+    using model = await AutoModelForCausalLM.fromPretrained(join(goldenSubset, 'models', 'llama-bnb-int8'), {
       device: 'cpu',
       quantizationConfig: { loadIn8bit: true, llmInt8Threshold: 3 },
     })

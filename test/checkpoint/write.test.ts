@@ -12,7 +12,8 @@ import {
   type BitsAndBytesConfigOptions,
 } from '../../lib'
 import { writeAtomically } from '../../lib/checkpoint/write'
-import { fixtures, root, temporaryFolder } from '../support/files'
+import { root, temporaryFolder } from '../support/files'
+import { goldenSubset } from '../support/golden'
 import { readSafetensors } from '../support/safetensors'
 import { writeTinyModel } from '../support/tiny_model'
 
@@ -25,7 +26,7 @@ describe.each(devices())('writing from %s', (device) => {
   it.each(['llama', 'llama-bnb-nf4', 'llama-bnb-fp4', 'llama-bnb-int8'])(
     'gives the bytes that Python wrote: %s',
     async (name) => {
-      const source = join(fixtures, 'models', name)
+      const source = join(goldenSubset, 'models', name)
       const target = fresh()
       using model = await AutoModelForCausalLM.fromPretrained(source, { device })
       await model.savePretrained(target)

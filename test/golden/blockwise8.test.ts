@@ -1,7 +1,7 @@
 /** 8-bit blocks against bitsandbytes' bytes. */
 import { devices, functional, type DType } from '../../lib/index.js'
 import { native } from '../../lib/native.js'
-import { findGolden } from '../support/golden.js'
+import { readGolden } from '../support/golden.js'
 
 interface Case {
   case: number
@@ -10,7 +10,7 @@ interface Case {
   signed: boolean
 }
 
-const golden = findGolden<Case>('blockwise8')!
+const golden = readGolden<Case>('blockwise8')
 
 describe.each(devices())('8-bit blocks on %s', (device) => {
   it.each(golden.cases)(

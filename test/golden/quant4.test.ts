@@ -1,6 +1,6 @@
 /** 4-bit blocks against bitsandbytes' bytes. */
 import { devices, functional, QuantState, Tensor, type DType } from '../../lib/index.js'
-import { findGolden } from '../support/golden.js'
+import { readGolden } from '../support/golden.js'
 
 interface Case {
   case: number
@@ -12,7 +12,7 @@ interface Case {
   offset?: number
 }
 
-const golden = findGolden<Case>('quant4')!
+const golden = readGolden<Case>('quant4')
 
 /** Codes one by one; those of all-zero blocks are free (bitsandbytes' own devices differ there). */
 function nibbles(packed: Uint8Array, absmax: Float32Array, blocksize: number, n: number): Buffer {

@@ -1,6 +1,6 @@
 /** Models against transformers' results for the same checkpoints. */
 import { AutoModelForCausalLM, devices, getMemoryFootprint, type CausalLM, type Device } from '../../lib'
-import { golden } from '../support/files'
+import { goldenPath } from '../support/golden'
 import { error, footprints, margin, readGoldenModel } from '../support/golden_model'
 
 const FAMILIES = [
@@ -45,7 +45,7 @@ async function floats(tensor: { floats(): Promise<Float32Array>; dispose(): void
 
 describe.each(devices())('on %s', (device) => {
   describe.each([...FAMILIES, ...QUANTISED])('%s', (name) => {
-    const folder = golden(`models/${name}`)
+    const folder = goldenPath(`models/${name}`)
     if (!folder) {
       it.skip(`no models/${name}: set HALFBYTE_GOLDEN to the golden data`, () => undefined)
       return

@@ -1,12 +1,6 @@
 import { devices, packedAttention, SelfAttention, Tensor } from '../../lib/index.js'
+import { noise } from '../support/reference.js'
 
-const random = (count: number, seed = 1): Float32Array => {
-  let state = seed
-  return Float32Array.from({ length: count }, () => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
-    return state / 2147483648 - 1
-  })
-}
 const close = (a: ArrayLike<number>, b: ArrayLike<number>, limit = 1e-5) => {
   expect(a.length).toBe(b.length)
   let worst = 0
@@ -53,8 +47,8 @@ describe.each(devices())('attention on %s', (device) => {
     'of packed sequences of %p tokens',
     async (lengths) => {
       const tokens = lengths.reduce((a, b) => a + b, 0)
-      const q = random(tokens * heads * dim, 1)
-      const [k, v] = [random(tokens * shared * dim, 2), random(tokens * shared * dim, 3)]
+      const q = noise(tokens * heads * dim, 1)
+      const [k, v] = [noise(tokens * shared * dim, 2), noise(tokens * shared * dim, 3)]
       const tensor = (x: Float32Array, n: number) => Tensor.from(x, { shape: [tokens, n, dim], device })
       for (const causal of [true, false]) {
         const y = packedAttention(tensor(q, heads), tensor(k, shared), tensor(v, shared), { lengths, causal })
@@ -73,7 +67,7 @@ describe.each(devices())('attention on %s', (device) => {
 
   it('SelfAttention sees no later token and no other sequence', async () => {
     const layer = new SelfAttention(32, 4, { numKeyValueHeads: 2, ropeTheta: 10000, device })
-    const x = random(7 * 32, 5)
+    const x = noise(7 * 32, 5)
     const whole = await layer.forward(Tensor.from(x, { shape: [7, 32], device })).floats()
     const first = await layer.forward(Tensor.from(x.slice(0, 4 * 32), { shape: [4, 32], device })).floats()
     const rest = await layer.forward(Tensor.from(x.slice(4 * 32), { shape: [3, 32], device })).floats()
@@ -88,7 +82,7 @@ describe.each(devices())('attention on %s', (device) => {
     const plain = new SelfAttention(32, 4, { device })
     const rotary = new SelfAttention(32, 4, { ropeTheta: 100, device })
     await rotary.loadStateDict(await plain.stateDict())
-    const row = random(32, 8)
+    const row = noise(32, 8)
     const x = Tensor.from(
       Float32Array.from({ length: 96 }, (_, i) => row[i % 32]! * (i < 32 ? 1 : 2)),
       {

@@ -9,14 +9,8 @@ import {
   Sequential,
   Tensor,
 } from '../../lib/index.js'
+import { noise } from '../support/reference.js'
 
-const random = (count: number, seed = 1): Float32Array => {
-  let state = seed
-  return Float32Array.from({ length: count }, () => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
-    return state / 2147483648 - 1
-  })
-}
 const close = (a: ArrayLike<number>, b: ArrayLike<number>, limit = 1e-5) => {
   expect(a.length).toBe(b.length)
   let worst = 0
@@ -34,11 +28,11 @@ describe.each(devices())('layers on %s', (device) => {
     const turned = linear.weight.value.transpose(0, 1)
     await conv.loadParameter('weight', turned.clone())
     await conv.loadParameter('bias', linear.bias!.value.share())
-    const x = tensor(random(18), 3, 6)
+    const x = tensor(noise(18), 3, 6)
     const y = await linear.forward(x).floats()
     close(await conv.forward(x).floats(), y)
     expect(await conv.weight.value.floats()).toEqual(await turned.floats())
-    const residual = tensor(random(12, 9), 3, 4)
+    const residual = tensor(noise(12, 9), 3, 4)
     const sum = Float32Array.from(await residual.floats(), (r, i) => r + y[i]!)
     close(await linear.forward(x, residual).floats(), sum)
     close(await conv.forward(x, residual).floats(), sum)
@@ -48,7 +42,7 @@ describe.each(devices())('layers on %s', (device) => {
   })
 
   it('norms', async () => {
-    const x = random(20, 3)
+    const x = noise(20, 3)
     const rows = [0, 1, 2, 3].map((i) => [...x.subarray(5 * i, 5 * i + 5)])
     const rms = new RMSNorm(5, { device, eps: 1e-3 })
     const wanted = rows.flatMap((row) => {

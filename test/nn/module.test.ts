@@ -13,6 +13,7 @@ import {
   onMeta,
   tidy,
 } from '../../lib/index.js'
+import { rejection, thrown } from '../support/errors.js'
 
 class Block extends Module {
   up: Linear
@@ -48,20 +49,6 @@ class Net extends Module {
     return x
   }
 }
-
-const caught = (fn: () => unknown): HalfbyteError => {
-  try {
-    fn()
-  } catch (error) {
-    return error as HalfbyteError
-  }
-  throw new Error('nothing was thrown')
-}
-const rejected = (promise: Promise<unknown>): Promise<HalfbyteError> =>
-  promise.then(
-    () => Promise.reject(new Error('nothing was rejected')),
-    (error: unknown) => error as HalfbyteError,
-  )
 
 describe('Module', () => {
   const names = [
@@ -114,7 +101,7 @@ describe('Module', () => {
     const block = new Block(4)
     net.setSubmodule('layers.0', block)
     expect(net.layers.at(0)).toBe(block)
-    const error = caught(() => net.getSubmodule('layers.0.gate'))
+    const error = thrown(() => net.getSubmodule('layers.0.gate'))
     expect(error.code).toBe('ERR_HALFBYTE_VALUE')
     expect(error.message).toMatch(/layers\.0\.gate.*Block has up, down/)
     expect(() => net.setSubmodule('', other)).toThrow(/model itself/)
@@ -147,7 +134,7 @@ describe('Module', () => {
     expect(new Set([...net.namedParameters()].map(([, p]) => p.dtype))).toEqual(new Set(['bfloat16']))
     expect([...net.namedBuffers()].map(([, p]) => p.dtype)).toEqual(['float32', 'uint8'])
     expect(net.layers.at(0)!.scale.dtype).toBe('bfloat16')
-    expect(caught(() => net.to('int8')).code).toBe('ERR_HALFBYTE_DTYPE')
+    expect(thrown(() => net.to('int8')).code).toBe('ERR_HALFBYTE_DTYPE')
   })
 
   it('moves to another device of the process and keeps two tensors that are one', async () => {
@@ -188,7 +175,7 @@ describe('Module', () => {
       () => new Embedding(4, 0),
       () => new nn.RMSNorm(0),
     ]) {
-      expect(caught(make).code).toBe('ERR_HALFBYTE_SHAPE')
+      expect(thrown(make).code).toBe('ERR_HALFBYTE_SHAPE')
     }
   })
 })
@@ -224,7 +211,7 @@ describe('state dicts', () => {
     state.set('layers.7.up.weight', Tensor.zeros([2]))
     state.set('layers.1.up.weight', Tensor.zeros([8, 5]))
     state.set('extra.0.weight', Tensor.zeros([4, 4], 'int32'))
-    const error = await rejected(net.loadStateDict(state))
+    const error = await rejection(net.loadStateDict(state))
     expect(error).toBeInstanceOf(HalfbyteError)
     expect(error.code).toBe('ERR_HALFBYTE_STATE_DICT')
     expect(error.message).toContain('layers.0.down.bias is missing')
@@ -233,7 +220,7 @@ describe('state dicts', () => {
     expect(error.message).toContain('extra.0.weight is int32, the model has float32')
     expect(await net.embed.weight.value.floats()).toEqual(before)
 
-    const lenient = await rejected(net.loadStateDict(state, { strict: false }))
+    const lenient = await rejection(net.loadStateDict(state, { strict: false }))
     expect(lenient.message).not.toContain('is missing')
     state.set('layers.1.up.weight', Tensor.zeros([8, 4], 'float16'))
     state.set('extra.0.weight', Tensor.zeros([4, 4]))
@@ -285,10 +272,10 @@ describe('models without memory', () => {
     expect(net.acceptsParameter('layers.0.up.weight')).toBe(true)
     expect(net.acceptsParameter('layers.0.up.bias')).toBe(false)
     expect(net.acceptsParameter('layers.9.up.weight')).toBe(false)
-    const unknown = await rejected(net.loadParameter('layers.0.up.bias', Tensor.zeros([8])))
+    const unknown = await rejection(net.loadParameter('layers.0.up.bias', Tensor.zeros([8])))
     expect(unknown.code).toBe('ERR_HALFBYTE_STATE_DICT')
     expect(unknown.message).toMatch(/no 'layers\.0\.up\.bias'.*Linear has weight/)
-    const shape = await rejected(net.loadParameter('layers.0.up.weight', Tensor.zeros([4, 8])))
+    const shape = await rejection(net.loadParameter('layers.0.up.weight', Tensor.zeros([4, 8])))
     expect(shape.message).toBe('layers.0.up.weight has shape [4, 8], the model has [8, 4]')
     expect(() => net.layers.at(0)!.up.weight.value).toThrow(/^layers\.0\.up\.weight \[8, 4\] is used before/)
   })
@@ -296,6 +283,6 @@ describe('models without memory', () => {
   it('a Parameter of its own starts without value', () => {
     const parameter = new Parameter([2, 3])
     expect(parameter.isLoaded).toBe(false)
-    expect(caught(() => parameter.value).code).toBe('ERR_HALFBYTE_STATE_DICT')
+    expect(thrown(() => parameter.value).code).toBe('ERR_HALFBYTE_STATE_DICT')
   })
 })

@@ -1,4 +1,3 @@
-import { readFileSync } from 'node:fs'
 import {
   device,
   devices,
@@ -14,59 +13,13 @@ import {
   Tensor,
   type DType,
   type Module,
-  type TypedArray,
 } from '../../lib/index.js'
-import { itWithGolden } from '../support/files.js'
-import { readSafetensors, type Stored } from '../support/safetensors.js'
+import { readGolden } from '../support/golden.js'
+import { product } from '../support/product.js'
+import { noise, relativeError } from '../support/reference.js'
 
-const DTYPE_OF: Record<string, DType> = {
-  F32: 'float32',
-  F16: 'float16',
-  BF16: 'bfloat16',
-  I8: 'int8',
-  U8: 'uint8',
-  I32: 'int32',
-  I64: 'int64',
-}
-
-const random = (count: number, scale = 1): Float32Array => {
-  let state = 12345
-  return Float32Array.from({ length: count }, () => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
-    return (state / 2147483648 - 1) * scale
-  })
-}
-
-const relativeError = (a: ArrayLike<number>, b: ArrayLike<number>): number => {
-  let [difference, size] = [0, 0]
-  for (let i = 0; i < b.length; i++) {
-    difference += (a[i]! - b[i]!) ** 2
-    size += b[i]! ** 2
-  }
-  return Math.sqrt(difference / size)
-}
 const LIMIT = { float32: 1e-5, float16: 2e-3, bfloat16: 1e-2 } as const
 type Float = keyof typeof LIMIT
-
-/** x [M, K] times w [N, K] transposed plus bias, in double. */
-function product(
-  x: Float32Array,
-  w: Float32Array,
-  bias: Float32Array | undefined,
-  m: number,
-  n: number,
-): number[] {
-  const k = x.length / m
-  const y: number[] = []
-  for (let i = 0; i < m; i++) {
-    for (let j = 0; j < n; j++) {
-      let sum = bias?.[j] ?? 0
-      for (let l = 0; l < k; l++) sum += x[i * k + l]! * w[j * k + l]!
-      y.push(sum)
-    }
-  }
-  return y
-}
 
 interface Case {
   case: number
@@ -80,28 +33,19 @@ interface Case {
   bias: boolean
 }
 
+const golden = readGolden<Case>('linear4')
+
 describe.each(devices())('4-bit layers on %s', (on) => {
-  const tensor = ({ dtype, shape, data }: Stored) =>
-    Tensor.from(data as TypedArray, { dtype: DTYPE_OF[dtype]!, shape, device: on })
+  const tensor = (name: string) => golden.tensor(name, on.name)
   const filled = (shape: number[], dtype: DType = 'float32', scale = 1) => {
-    const values = random(
-      shape.reduce((a, b) => a * b, 1),
-      scale,
-    )
+    const values = noise(shape.reduce((a, b) => a * b, 1)).map((x) => scale * x)
     return Tensor.from(values, { shape, device: on }).to(dtype)
   }
 
-  itWithGolden('linear4.safetensors', "load bitsandbytes' state dicts and give its outputs", async (path) => {
-    const stored = readSafetensors(path)
-    const cases = JSON.parse(readFileSync(path.replace('.safetensors', '.json'), 'utf8')) as Case[]
-    expect(cases.length).toBeGreaterThan(0)
-    for (const c of cases) {
+  it("load bitsandbytes' state dicts and give its outputs", async () => {
+    for (const c of golden.cases) {
       const prefix = `c${c.case}.state.`
-      const state = new Map(
-        [...stored]
-          .filter(([name]) => name.startsWith(prefix))
-          .map(([name, value]) => [name.slice(prefix.length), tensor(value)]),
-      )
+      const state = new Map(golden.names(prefix).map((name) => [name, tensor(prefix + name)]))
       const layer = new Linear4bit(c.K, c.N, { bias: c.bias, device: 'meta', computeDtype: c.dtype })
       await layer.loadStateDict(state)
       expect([layer.quantType, layer.quantState!.blocksize, layer.quantState!.nested]).toEqual([
@@ -109,11 +53,11 @@ describe.each(devices())('4-bit layers on %s', (on) => {
         c.blocksize,
         c.nested,
       ])
-      const x = tensor(stored.get(`c${c.case}.x`)!)
+      const x = tensor(`c${c.case}.x`)
       const y = layer.forward(x)
       expect(y.dtype).toBe(c.dtype)
-      const exact = await tensor(stored.get(`c${c.case}.y_exact`)!).floats()
-      const theirs = await tensor(stored.get(`c${c.case}.y`)!).floats()
+      const exact = await tensor(`c${c.case}.y_exact`).floats()
+      const theirs = await tensor(`c${c.case}.y`).floats()
       const ours = await y.floats()
       expect(relativeError(ours, exact)).toBeLessThan(LIMIT[c.dtype])
       expect(relativeError(ours, theirs)).toBeLessThan(2 * LIMIT[c.dtype])
@@ -132,10 +76,8 @@ describe.each(devices())('4-bit layers on %s', (on) => {
     }
   })
 
-  itWithGolden('linear4.safetensors', "quantise bitsandbytes' weights to its own bytes", async (path) => {
-    const stored = readSafetensors(path)
-    const cases = JSON.parse(readFileSync(path.replace('.safetensors', '.json'), 'utf8')) as Case[]
-    for (const c of cases) {
+  it("quantise bitsandbytes' weights to its own bytes", async () => {
+    for (const c of golden.cases) {
       const layer = new Linear4bit(c.K, c.N, {
         bias: false,
         device: 'meta',
@@ -143,12 +85,12 @@ describe.each(devices())('4-bit layers on %s', (on) => {
         blocksize: c.blocksize,
         compressStatistics: c.nested,
       })
-      await layer.loadParameter('weight', tensor(stored.get(`c${c.case}.w`)!))
+      await layer.loadParameter('weight', tensor(`c${c.case}.w`))
       await layer.checkFinite()
       const state = await layer.stateDict()
       for (const name of ['weight', 'weight.absmax', 'weight.quant_map']) {
-        const theirs = stored.get(`c${c.case}.state.${name}`)!
-        expect([c.case, name, [...(await state.get(name)!.data())]]).toEqual([c.case, name, [...theirs.data]])
+        const theirs = golden.data(`c${c.case}.state.${name}`)
+        expect([c.case, name, [...(await state.get(name)!.data())]]).toEqual([c.case, name, [...theirs]])
       }
     }
   })
@@ -173,7 +115,7 @@ describe.each(devices())('4-bit layers on %s', (on) => {
       const y = layer.forward(x)
       expect([y.shape, y.dtype]).toEqual([[m, n], dtype])
       const weight = await layer.dequantizeWeight('float32').floats()
-      const exact = product(await x.floats(), weight, await dense.bias!.value.floats(), m, n)
+      const exact = product(await x.floats(), weight, k, await dense.bias!.value.floats())
       expect(relativeError(await y.floats(), exact)).toBeLessThan(LIMIT[dtype])
       const residual = filled([m, n], dtype, 3)
       const sum = await layer.forward(x, residual).floats()
@@ -300,10 +242,7 @@ describe.each(devices())('4-bit layers on %s', (on) => {
 
 describe.each(devices())('8-bit layers on %s', (on) => {
   const filled = (shape: number[], dtype: DType = 'float32', scale = 1) => {
-    const values = random(
-      shape.reduce((a, b) => a * b, 1),
-      scale,
-    )
+    const values = noise(shape.reduce((a, b) => a * b, 1)).map((x) => scale * x)
     return Tensor.from(values, { shape, device: on }).to(dtype)
   }
 
@@ -323,14 +262,13 @@ describe.each(devices())('8-bit layers on %s', (on) => {
       const rows = ops.int8QuantizeRows(x)
       const left = await ops.int8DequantizeRows(rows.codes, rows.rowAbsmax, 'float32').floats()
       const right = await layer.dequantizeWeight('float32').floats()
-      const exact = product(left, right, await dense.bias!.value.floats(), m, n)
+      const exact = product(left, right, k, await dense.bias!.value.floats())
       expect(relativeError(await y.floats(), exact)).toBeLessThan(dtype === 'float32' ? 2e-5 : LIMIT[dtype])
       const dense64 = product(
         await x.floats(),
         await dense.weight.value.floats(),
+        k,
         await dense.bias!.value.floats(),
-        m,
-        n,
       )
       if (m > 1) expect(relativeError(await y.floats(), dense64)).toBeLessThan(0.03)
     }
@@ -338,7 +276,7 @@ describe.each(devices())('8-bit layers on %s', (on) => {
 
   it('keep outlier columns in the precision of the input', async () => {
     const dense = new Linear(128, 32, { device: on, bias: false })
-    const values = random(4 * 128, 0.5)
+    const values = noise(4 * 128).map((x) => x / 2)
     for (let row = 0; row < 4; row++) values[row * 128 + 17] = 60
     const x = Tensor.from(values, { shape: [4, 128], device: on })
     const exact = await dense.forward(x).floats()

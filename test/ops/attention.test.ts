@@ -6,10 +6,10 @@ import {
   makeCache,
   makeProblem,
   referenceAttention,
-  relativeError,
   runAttention,
   type Case,
 } from '../support/attention'
+import { relativeError } from '../support/reference'
 
 const base = { heads: 4, kvHeads: 2, headDim: 16 }
 const mixed = { queries: [1, 37, 0, 5, 1], lengths: [1, 100, 9, 5, 200] }

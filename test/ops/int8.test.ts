@@ -1,5 +1,6 @@
 /** LLM.int8() ops against plain computations in doubles, over shapes, dtypes, outliers and odd values. */
 import { devices, ops, Tensor, type DType } from '../../lib/index.js'
+import { product } from '../support/product.js'
 import {
   FLOATS,
   fromBfloat16,
@@ -22,19 +23,6 @@ function tensorOf(values: Float32Array, shape: number[], dtype: DType, device: s
   if (dtype === 'float32') return Tensor.from(values, { shape, device })
   const bits = Uint16Array.from(values, dtype === 'float16' ? toFloat16 : toBfloat16)
   return Tensor.from(bits, { shape, dtype, device })
-}
-
-/** a [m, k] b [n, k]^T. */
-function product(a: ArrayLike<number>, b: ArrayLike<number>, m: number, n: number, k: number): Float64Array {
-  const out = new Float64Array(m * n)
-  for (let i = 0; i < m; i++) {
-    for (let j = 0; j < n; j++) {
-      let sum = 0
-      for (let t = 0; t < k; t++) sum += a[i * k + t]! * b[j * k + t]!
-      out[i * n + j] = sum
-    }
-  }
-  return out
 }
 
 const SHAPES: [number, number, number][] = [
@@ -62,7 +50,7 @@ describe.each(devices())('int8 on %s', (device) => {
       Tensor.from(a, { shape: [m, k], device: on }),
       Tensor.from(b, { shape: [n, k], device: on }),
     )
-    expect(await acc.data()).toEqual(Int32Array.from(product(a, b, m, n, k)))
+    expect(await acc.data()).toEqual(Int32Array.from(product(a, b, k)))
   })
 
   describe.each(FLOATS)('%s', (dtype) => {
@@ -119,8 +107,8 @@ describe.each(devices())('int8 on %s', (device) => {
         expect(off).toEqual(new Int8Array(m * k))
 
         const kept = held.map((v, i) => (isOutlier[i % k] ? v : 0))
-        const regular = product(quantised, codes, m, n, k)
-        const outlying = product(kept, codes, m, n, k)
+        const regular = product(quantised, codes, k)
+        const outlying = product(kept, codes, k)
         const want = regular.map((sum, i) => {
           const scale = scb[i % n]! / 127
           return (

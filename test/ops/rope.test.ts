@@ -1,5 +1,6 @@
 import { devices, ops, Tensor, type DType } from '../../lib/index'
-import { makeBatch, noise } from '../support/attention'
+import { makeBatch } from '../support/attention'
+import { noise } from '../support/reference'
 
 const fround = Math.fround
 

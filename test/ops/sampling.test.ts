@@ -1,5 +1,5 @@
 import { devices, ops, Tensor, type DeviceLike, type DType } from '../../lib/index'
-import { noise } from '../support/attention'
+import { noise } from '../support/reference'
 import { probabilities, row, uniform, type SamplingParams } from '../support/sampling'
 
 /** Normally distributed logits. */

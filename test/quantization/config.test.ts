@@ -1,7 +1,7 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { BitsAndBytesConfig, HalfbyteError } from '../../lib/index.js'
-import { itWithGolden } from '../support/files.js'
+import { itWithGolden } from '../support/golden.js'
 
 const fails = (make: () => unknown, message: RegExp) => {
   expect(make).toThrow(HalfbyteError)

@@ -23,7 +23,9 @@ import {
   Tensor,
   type Shape,
 } from '../../lib/index.js'
-import { golden, itWithGolden } from '../support/files.js'
+import { thrown } from '../support/errors.js'
+import { goldenPath, itWithGolden } from '../support/golden.js'
+import { relativeError } from '../support/reference.js'
 
 const nf4 = new BitsAndBytesConfig({ loadIn4bit: true, bnb4bitQuantType: 'nf4' })
 const int8 = new BitsAndBytesConfig({ loadIn8bit: true })
@@ -49,14 +51,6 @@ function at<M extends Module>(model: Module, path: string, kind: abstract new (.
 const paths = (report: { replaced: { path: string }[] }) => report.replaced.map(({ path }) => path)
 const kinds = (model: Module) =>
   Object.fromEntries([...model.namedModules()].map(([path, module]) => [path, module.constructor.name]))
-const thrown = (fn: () => unknown): HalfbyteError => {
-  try {
-    fn()
-  } catch (error) {
-    return error as HalfbyteError
-  }
-  throw new Error('nothing was thrown')
-}
 
 describe.each([
   ['4-bit', nf4, 'Linear4bit'],
@@ -293,7 +287,7 @@ describe('footprints', () => {
         ['llama-bnb-fp4', 'float32'],
         ['llama-bnb-int8', 'float16'],
       ] as const) {
-        const file = golden(`models/${name}/config.json`)
+        const file = goldenPath(`models/${name}/config.json`)
         if (!file) continue // not all of them are in the fixtures
         const config = JSON.parse(readFileSync(file, 'utf8')) as Record<string, unknown>
         const model = onMeta(() => llama(config), { dtype })
@@ -310,15 +304,6 @@ describe('footprints', () => {
     },
   )
 })
-
-const relativeError = (a: ArrayLike<number>, b: ArrayLike<number>): number => {
-  let [difference, size] = [0, 0]
-  for (let i = 0; i < b.length; i++) {
-    difference += (a[i]! - b[i]!) ** 2
-    size += b[i]! ** 2
-  }
-  return Math.sqrt(difference / size)
-}
 
 describe.each(devices())('patching weights in memory on %s', (device) => {
   class Net extends Module {

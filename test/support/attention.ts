@@ -1,16 +1,6 @@
 /** Ragged batches over a scattered paged cache, and attention in double precision over plain arrays. */
 import { Tensor, ops, type DeviceLike, type DType } from '../../lib/index'
-
-/** Deterministic numbers in [-1, 1). */
-export function noise(n: number, seed: number): Float32Array {
-  const x = new Float32Array(n)
-  let state = (seed * 2654435761 + 12345) >>> 0
-  for (let i = 0; i < n; i++) {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0
-    x[i] = (state >>> 8) / 8388608 - 1
-  }
-  return x
-}
+import { noise } from './reference'
 
 export interface Case {
   /** Query tokens of each sequence, and its cached tokens with these. */
@@ -195,15 +185,4 @@ export async function runAttention(c: Case, p: Problem, device: DeviceLike): Pro
   const q = Tensor.from(p.q, { shape: [tokens, c.heads, c.headDim], device }).to(c.dtype ?? 'float32')
   const batch = makeBatch(c.queries, c.lengths, cache.table, device)
   return ops.pagedAttention(q, cache.keys, cache.values, batch, attentionOptions(c, p, device)).floats()
-}
-
-/** Relative Frobenius error. */
-export function relativeError(actual: ArrayLike<number>, expected: ArrayLike<number>): number {
-  let difference = 0
-  let norm = 0
-  for (let i = 0; i < expected.length; i++) {
-    difference += (actual[i]! - expected[i]!) ** 2
-    norm += expected[i]! ** 2
-  }
-  return norm === 0 ? Math.sqrt(difference) : Math.sqrt(difference / norm)
 }

@@ -1,11 +1,11 @@
 /**
- * bitsandbytes' own results, as cases (NAME.json) and their tensors (NAME.safetensors): all of them from the folder that
- * HALFBYTE_GOLDEN names, else the committed subset.
+ * What bitsandbytes and transformers computed: files under the folder that HALFBYTE_GOLDEN names, else their committed
+ * subset. A test of data that neither has is skipped and says so.
  */
 import { existsSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { Tensor, type DType } from '../../lib/index.js'
-import { fixtures } from './files.js'
+import { root } from './files.js'
 import { readSafetensors, type Data, type Stored } from './safetensors.js'
 
 const DTYPES: Record<string, DType> = {
@@ -18,6 +18,24 @@ const DTYPES: Record<string, DType> = {
   I64: 'int64',
 }
 
+/** The committed subset. */
+export const goldenSubset = join(root, 'test', 'fixtures', 'golden')
+
+/** The path of a file or folder of golden data, undefined where there is none. */
+export function goldenPath(path: string): string | undefined {
+  const folders = [process.env['HALFBYTE_GOLDEN'], goldenSubset]
+  const folder = folders.find((f) => f && existsSync(join(f, path)))
+  return folder && join(folder, path)
+}
+
+/** it() with the path of golden data, or a skipped test that says which are missing. */
+export function itWithGolden(path: string, name: string, body: (path: string) => Promise<void> | void): void {
+  const found = goldenPath(path)
+  if (found) it(name, async () => body(found))
+  else it.skip(`${name} (no ${path}: set HALFBYTE_GOLDEN to the golden data)`, () => undefined)
+}
+
+/** Cases (NAME.json) and their tensors (NAME.safetensors). */
 export class Golden<Case> {
   readonly cases: readonly Case[]
   readonly #tensors: Map<string, Stored>
@@ -27,8 +45,11 @@ export class Golden<Case> {
     this.#tensors = readSafetensors(`${path}.safetensors`)
   }
 
-  has(name: string): boolean {
-    return this.#tensors.has(name)
+  /** The rest of every name that starts like this. */
+  names(prefix: string): string[] {
+    return [...this.#tensors.keys()].flatMap((name) =>
+      name.startsWith(prefix) ? [name.slice(prefix.length)] : [],
+    )
   }
 
   stored(name: string): Stored {
@@ -47,9 +68,9 @@ export class Golden<Case> {
   }
 }
 
-/** undefined where neither HALFBYTE_GOLDEN nor test/fixtures/golden has it. */
-export function findGolden<Case>(name: string): Golden<Case> | undefined {
-  const folders = [process.env['HALFBYTE_GOLDEN'], join(fixtures, 'golden')]
-  const folder = folders.find((f) => f && existsSync(join(f, `${name}.safetensors`)))
-  return folder ? new Golden<Case>(join(folder, name)) : undefined
+/** The committed subset has them, if HALFBYTE_GOLDEN does not. */
+export function readGolden<Case>(name: string): Golden<Case> {
+  const file = goldenPath(`${name}.safetensors`)
+  if (!file) throw new Error(`no golden data ${name}`)
+  return new Golden<Case>(file.replace(/\.safetensors$/, ''))
 }

@@ -1,7 +1,7 @@
 /** What transformers computed with a small checkpoint, and the comparison with it. */
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { golden } from './files'
+import { goldenPath } from './golden'
 import { readSafetensors } from './safetensors'
 
 export interface GoldenModel {
@@ -18,7 +18,7 @@ export interface GoldenModel {
   generated: number[]
 }
 
-const summaryFile = golden('models/summary.json')
+const summaryFile = goldenPath('models/summary.json')
 export const footprints = summaryFile
   ? (JSON.parse(readFileSync(summaryFile, 'utf8')) as { footprint: Record<string, number | string[]> })
       .footprint

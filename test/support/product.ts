@@ -40,6 +40,27 @@ export function randomOperand(
   }
 }
 
+/** x [M, K] w [N, K]^T + bias [N] + residual [M, N]. */
+export function product(
+  x: ArrayLike<number>,
+  w: ArrayLike<number>,
+  k: number,
+  bias?: ArrayLike<number>,
+  residual?: ArrayLike<number>,
+): Float64Array {
+  const n = w.length / k
+  const m = x.length / k
+  const y = new Float64Array(m * n)
+  for (let i = 0; i < m; ++i) {
+    for (let j = 0; j < n; ++j) {
+      let sum = (bias?.[j] ?? 0) + (residual?.[i * n + j] ?? 0)
+      for (let t = 0; t < k; ++t) sum += x[i * k + t]! * w[j * k + t]!
+      y[i * n + j] = sum
+    }
+  }
+  return y
+}
+
 /** Expects y [..., N] = x [..., K] w [N, K]^T + bias + residual. */
 export async function expectProduct(
   y: Tensor,
@@ -49,16 +70,7 @@ export async function expectProduct(
   bias?: Float64Array,
   residual?: Float64Array,
 ): Promise<void> {
-  const n = w.length / k
-  const m = x.length / k
-  const expected = new Float64Array(m * n)
-  for (let i = 0; i < m; ++i) {
-    for (let j = 0; j < n; ++j) {
-      let sum = (bias?.[j] ?? 0) + (residual?.[i * n + j] ?? 0)
-      for (let t = 0; t < k; ++t) sum += x[i * k + t]! * w[j * k + t]!
-      expected[i * n + j] = sum
-    }
-  }
+  const expected = product(x, w, k, bias, residual)
   const data = (await y.data()) as ArrayLike<number>
   const dtype = y.dtype as FloatDType
   const from = { float32: (v: number) => v, float16: fromFloat16, bfloat16: fromBfloat16 }[dtype]

@@ -16,6 +16,12 @@ export function uniform(seed: number): () => number {
   }
 }
 
+/** Numbers in [-1, 1), the same for the same seed. */
+export function noise(n: number, seed = 1): Float32Array {
+  const next = uniform(seed)
+  return Float32Array.from({ length: n }, () => 2 * next() - 1)
+}
+
 /** Standard normal numbers (Box-Muller). */
 export function randn(n: number, seed: number): Float32Array {
   const next = uniform(seed)
