@@ -6,6 +6,7 @@ import type { Tensor } from '../tensor/tensor.js'
 import { tidy } from '../tensor/tidy.js'
 import { kaimingUniform } from './init.js'
 import { Module } from './module.js'
+import { laidTransposed } from './moving.js'
 import { Parameter, type Placement } from './parameter.js'
 
 export interface LinearLayerOptions {
@@ -56,18 +57,25 @@ export class Linear extends Module {
 }
 
 /**
- * GPT-2's linear layer: the same product with the weight given as [inFeatures, outFeatures]. Loaded weights lie in memory
- * the other way round, as the product wants them.
+ * GPT-2's linear layer: the same product with the weight given as [inFeatures, outFeatures]. It lies in memory the other
+ * way round, as the product wants it.
  */
 export class Conv1D extends Linear {
   protected override makeWeight(options: ConstructorParameters<typeof Parameter>[1]): Parameter {
-    return new Parameter([this.inFeatures, this.outFeatures], options)
+    const weight = new Parameter([this.inFeatures, this.outFeatures], options)
+    const drawn = weight.tensor
+    if (drawn) {
+      weight.replace(laidTransposed(drawn))
+      if (weight.tensor !== drawn) drawn.dispose()
+    }
+    return weight
   }
 
   override async ownLoad(name: string, tensor: Tensor): Promise<void> {
     if (name !== 'weight' || this.weight.reject(tensor)) return super.ownLoad(name, tensor)
-    const stored = tidy(() => tensor.transpose(0, 1).clone().transpose(0, 1))
-    tensor.dispose()
+    const { dtype = tensor.dtype, device = tensor.device } = this.weight
+    const stored = tidy(() => laidTransposed(tensor.to({ dtype, device })))
+    if (stored !== tensor) tensor.dispose()
     return super.ownLoad(name, stored)
   }
 

@@ -17,10 +17,9 @@
  */
 import { HalfbyteError } from '../errors.js'
 import type { Device } from '../tensor/device.js'
-import { DTYPES, type DType } from '../tensor/dtype.js'
 import { Tensor } from '../tensor/tensor.js'
 import type { PackedWeight } from './packed.js'
-import { readTarget, type MoveTarget } from './move_target.js'
+import { moveModule, type MoveTarget } from './moving.js'
 import { Parameter, TensorProperty } from './parameter.js'
 import { loadStateDict, ownProblems, type LoadStateDictResult, type OwnProblems } from './state_dict.js'
 
@@ -305,28 +304,7 @@ export abstract class Module implements Disposable {
    * layers moves, but is not cast: ERR_HALFBYTE_DTYPE says why, and nothing is changed.
    */
   to(target: MoveTarget): this {
-    const { dtype, device } = readTarget(target)
-    if (dtype) this.#checkCast(dtype)
-    const moved = new Map<Tensor, Tensor>()
-    const everything = [...this.namedParameters({ removeDuplicate: false })].concat([
-      ...this.namedBuffers({ removeDuplicate: false }),
-    ])
-    for (const parameter of new Set(everything.map(([, parameter]) => parameter))) {
-      const cast =
-        dtype && parameter.kind === 'parameter' && DTYPES[parameter.dtype ?? dtype].isFloat
-          ? dtype
-          : undefined
-      const old = parameter.tensor
-      if (!old) {
-        parameter.retarget({ dtype: cast, device })
-        continue
-      }
-      const value = moved.get(old) ?? old.to({ ...(cast && { dtype: cast }), ...(device && { device }) })
-      moved.set(old, value)
-      if (value !== old) parameter.replace(value)
-    }
-    for (const [old, value] of moved) if (old !== value) old.dispose()
-    if (device) for (const module of this.modules()) module.ownMove(device)
+    moveModule(this, target)
     return this
   }
 
@@ -338,21 +316,6 @@ export abstract class Module implements Disposable {
   /** Why the dtype of this module cannot be changed, or undefined when it can. */
   ownCastRefusal(): string | undefined {
     return [...this.ownPacked()].map((weight) => weight.castRefusal()).find((reason) => reason !== undefined)
-  }
-
-  #checkCast(dtype: DType): void {
-    if (!DTYPES[dtype].isFloat) {
-      throw new HalfbyteError('ERR_HALFBYTE_DTYPE', `to: a model is cast to a float dtype, not to ${dtype}`)
-    }
-    for (const [path, module] of this.namedModules()) {
-      const reason = module.ownCastRefusal()
-      if (reason) {
-        throw new HalfbyteError(
-          'ERR_HALFBYTE_DTYPE',
-          `to: the model cannot be cast to ${dtype}: ${path || 'it'} is a ${module.constructor.name}, ${reason}`,
-        )
-      }
-    }
   }
 
   // -- life

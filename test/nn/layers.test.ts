@@ -41,6 +41,22 @@ describe.each(devices())('layers on %s', (device) => {
     await new Conv1D(6, 4, { device }).loadStateDict(state)
   })
 
+  it('Conv1D keeps its weight as the product wants it: drawn, loaded, cast and moved', async () => {
+    const conv = new Conv1D(6, 4, { device })
+    const isLaid = () => conv.weight.value.transpose(0, 1).isContiguous
+    expect(isLaid()).toBe(true)
+    const before = await conv.weight.value.floats()
+    conv.to('bfloat16')
+    expect([isLaid(), conv.weight.value.shape, conv.weight.dtype]).toEqual([true, [6, 4], 'bfloat16'])
+    conv.to({ dtype: 'float32', device })
+    expect(isLaid()).toBe(true)
+    close(await conv.weight.value.floats(), before, 4e-3)
+    const values = noise(24, 2)
+    await conv.to('float16').loadParameter('weight', tensor(values, 6, 4))
+    expect([isLaid(), conv.weight.dtype]).toEqual([true, 'float16'])
+    close(await conv.weight.value.floats(), values, 1e-3)
+  })
+
   it('norms', async () => {
     const x = noise(20, 3)
     const rows = [0, 1, 2, 3].map((i) => [...x.subarray(5 * i, 5 * i + 5)])

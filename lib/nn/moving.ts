@@ -1,0 +1,76 @@
+/** Moving and casting whole models; see Module.to. */
+import { HalfbyteError } from '../errors.js'
+import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
+import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
+import type { Tensor } from '../tensor/tensor.js'
+import { tidy } from '../tensor/tidy.js'
+import type { Module } from './module.js'
+
+/** Where Module.to() moves a model, and what it casts it to. */
+export type MoveTarget = DType | DeviceLike | { dtype?: DType; device?: DeviceLike }
+
+function readTarget(target: MoveTarget): { dtype?: DType; device?: Device } {
+  if (typeof target === 'string' && Object.hasOwn(DTYPES, target)) return { dtype: target as DType }
+  if (typeof target === 'string' || 'native' in target) return { device: toDevice(target) }
+  return {
+    ...(target.dtype && { dtype: checkDType(target.dtype, 'to') }),
+    ...(target.device && { device: toDevice(target.device) }),
+  }
+}
+
+function checkCast(model: Module, dtype: DType): void {
+  if (!DTYPES[dtype].isFloat) {
+    throw new HalfbyteError('ERR_HALFBYTE_DTYPE', `to: a model is cast to a float dtype, not to ${dtype}`)
+  }
+  for (const [path, module] of model.namedModules()) {
+    const reason = module.ownCastRefusal()
+    if (reason) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_DTYPE',
+        `to: the model cannot be cast to ${dtype}: ${path || 'it'} is a ${module.constructor.name}, ${reason}`,
+      )
+    }
+  }
+}
+
+/** A matrix [m, n] that lies in memory as [n, m]; itself where it does so already. */
+export function laidTransposed(matrix: Tensor): Tensor {
+  return tidy(() => {
+    const turned = matrix.transpose(0, 1)
+    return turned.isContiguous ? matrix : turned.clone().transpose(0, 1)
+  })
+}
+
+/** As Tensor.to(), but a matrix that lies in memory the other way round goes on doing so. */
+function moved(tensor: Tensor, target: { dtype?: DType; device?: Device }): Tensor {
+  if (tensor.ndim !== 2 || tensor.isContiguous) return tensor.to(target)
+  return tidy(() => {
+    const turned = tensor.transpose(0, 1)
+    const value = turned.to(target)
+    return value === turned ? tensor : value.transpose(0, 1)
+  })
+}
+
+export function moveModule(model: Module, target: MoveTarget): void {
+  const { dtype, device } = readTarget(target)
+  if (dtype) checkCast(model, dtype)
+  const values = new Map<Tensor, Tensor>()
+  const everything = [
+    ...model.namedParameters({ removeDuplicate: false }),
+    ...model.namedBuffers({ removeDuplicate: false }),
+  ]
+  for (const parameter of new Set(everything.map(([, parameter]) => parameter))) {
+    const isCast = dtype && parameter.kind === 'parameter' && DTYPES[parameter.dtype ?? dtype].isFloat
+    const cast = isCast ? dtype : undefined
+    const old = parameter.tensor
+    if (!old) {
+      parameter.retarget({ dtype: cast, device })
+      continue
+    }
+    const value = values.get(old) ?? moved(old, { ...(cast && { dtype: cast }), ...(device && { device }) })
+    values.set(old, value)
+    if (value !== old) parameter.replace(value)
+  }
+  for (const [old, value] of values) if (old !== value) old.dispose()
+  if (device) for (const module of model.modules()) module.ownMove(device)
+}
