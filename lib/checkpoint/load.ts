@@ -4,11 +4,10 @@
  * those that bitsandbytes quantised take the same way.
  */
 import { HalfbyteError } from '../errors.js'
-import { Linear } from '../nn/linear.js'
 import type { Module } from '../nn/module.js'
 import type { Parameter } from '../nn/parameter.js'
 import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from '../quantization/config.js'
-import { quantizedLinear, replaceWithQuantizedLinear, type ReplacementReport } from '../quantization/patch.js'
+import { replaceWithQuantizedLinear, type ReplacementReport } from '../quantization/patch.js'
 import { defaultDevice, device as toDevice, type DeviceLike } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { countNonfinite } from '../tensor/ops.js'
@@ -115,24 +114,10 @@ function quantizeLayers(
     })
   }
   // the checkpoint knows best which layers are quantised: also a head that was converted on request
-  const linears = [...model.namedModules()].filter(
-    (entry): entry is [string, Linear] => entry[1] instanceof Linear,
-  )
-  const packed = new Set(
-    [...checkpoint.tensors.keys()]
-      .filter((name) => name.endsWith('.weight') && isPacked(checkpoint, name))
-      .map((name) => placeOf(model, name)?.slice(0, -'.weight'.length)),
-  )
-  const report = replaceWithQuantizedLinear(model, config, {
-    modulesToNotConvert: linears.map(([path]) => path).filter((path) => !packed.has(path)),
-  })
-  for (const [path, module] of linears) {
-    if (packed.has(path) && report.kept.some((kept) => kept.path === path)) {
-      model.setSubmodule(path, quantizedLinear(module, config))
-      report.kept = report.kept.filter((kept) => kept.path !== path)
-    }
-  }
-  return report
+  const packed = [...checkpoint.tensors.keys()]
+    .filter((name) => name.endsWith('.weight') && isPacked(checkpoint, name))
+    .flatMap((name) => placeOf(model, name)?.slice(0, -'.weight'.length) ?? [])
+  return replaceWithQuantizedLinear(model, config, { only: packed })
 }
 
 /** Pairs tensors and places; one ERR_HALFBYTE_CHECKPOINT for all that does not fit. `shapes`: of the dense model. */

@@ -32,6 +32,8 @@ export interface ReplacementReport {
 export interface ReplaceOptions {
   /** Further modules that stay as they are; see matchesModule() for how they are named. */
   modulesToNotConvert?: readonly string[]
+  /** Paths of the modules that are replaced, no others, whatever skip lists and the model's structure say. */
+  only?: readonly string[]
 }
 
 /** The quantised layer that `config` wants in the place of `linear`. */
@@ -58,6 +60,24 @@ function bytesAfter(layer: Linear4bit | Linear8bit, config: BitsAndBytesConfig):
   return packedBytes(n, k) + statisticsBytes(n, k, config.blocksize, config.bnb4bitUseDoubleQuant)
 }
 
+/** Why a layer cannot be replaced. */
+function whyNot(path: string, module: Linear): string | undefined {
+  if (module instanceof Linear4bit || module instanceof Linear8bit) return 'quantised already'
+  return path === '' ? 'it is the model itself' : undefined
+}
+
+/** Why a layer stays as it is by the rules, of which the model's structure comes first. */
+function whyKept(
+  path: string,
+  module: Linear,
+  structure: ReadonlyMap<string, string>,
+  namedBy: string | undefined,
+): string | undefined {
+  const reason = structure.get(path) ?? (namedBy && `named by '${namedBy}'`)
+  if (reason || module.constructor === Linear || module.constructor === Conv1D) return reason
+  return `${module.constructor.name} is a class of its own`
+}
+
 /**
  * Replaces the linear layers (Linear and Conv1D, of whatever depth) of any Module tree by quantised ones, in place.
  * What stays: the output head (getOutputEmbeddings() where the model has it, else layers named lm_head, score,
@@ -72,23 +92,21 @@ export function replaceWithQuantizedLinear(
   options: ReplaceOptions = {},
 ): ReplacementReport {
   const settings = config instanceof BitsAndBytesConfig ? config : new BitsAndBytesConfig(config)
-  const entries = [...(settings.llmInt8SkipModules ?? []), ...(options.modulesToNotConvert ?? [])]
-  const structure = keptByStructure(model)
+  const entries = options.only ?? [
+    ...(settings.llmInt8SkipModules ?? []),
+    ...(options.modulesToNotConvert ?? []),
+  ]
+  const only = options.only && new Set(options.only)
+  const structure = only ? new Map<string, string>() : keptByStructure(model)
   const report: ReplacementReport = { replaced: [], kept: [], unmatched: [] }
   const matched = new Set<string>()
   for (const [path, module] of [...model.namedModules()]) {
     if (!(module instanceof Linear)) continue
-    const named = entries.filter((entry) => matchesModule(entry, path))
+    const named = entries.filter((entry) => (only ? entry === path : matchesModule(entry, path)))
     for (const entry of named) matched.add(entry)
     const reason =
-      module instanceof Linear4bit || module instanceof Linear8bit
-        ? 'quantised already'
-        : (structure.get(path) ??
-          (named.length > 0 ? `named by '${named[0]}'` : undefined) ??
-          (module.constructor !== Linear && module.constructor !== Conv1D
-            ? `${module.constructor.name} is a class of its own`
-            : undefined) ??
-          (path === '' ? 'it is the model itself' : undefined))
+      whyNot(path, module) ??
+      (only ? (named.length > 0 ? undefined : 'not asked for') : whyKept(path, module, structure, named[0]))
     if (reason !== undefined) {
       report.kept.push({ path, reason })
       continue
@@ -96,7 +114,8 @@ export function replaceWithQuantizedLinear(
     const bytesBefore = module.weight.nbytes
     const layer = quantizedLinear(module, settings)
     replaceEverywhere(model, module, layer)
-    module.weight.dispose()
+    const { identity } = module.weight
+    if (!only || !model.parameters().some((other) => other.identity === identity)) module.weight.dispose()
     report.replaced.push({
       path,
       from: module.constructor.name,

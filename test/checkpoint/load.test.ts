@@ -4,12 +4,14 @@ import {
   devices,
   getMemoryFootprint,
   getTrueFootprint,
+  Linear8bit,
   type CausalLM,
   type FromPretrainedOptions,
   type LoadProgress,
 } from '../../lib'
 import { temporaryFolder } from '../support/files'
 import { goldenSubset } from '../support/golden'
+import { relativeError } from '../support/reference'
 import { readSafetensors, type Stored } from '../support/safetensors'
 import { tinyWeights, writeTinyModel } from '../support/tiny_model'
 
@@ -50,6 +52,25 @@ describe.each(devices())('loading on %s', (device) => {
           : 'a.safetensors',
     )
     expect(await logitsOf(folder, on())).toEqual(await logitsOf(source, on()))
+  })
+
+  it('takes a checkpoint of which nothing but the head is quantised', async () => {
+    const weights = tinyWeights()
+    const codes = Int8Array.from({ length: 50 * 64 }, (_, i) => ((i * 37) % 255) - 127)
+    weights.set('lm_head.weight', { dtype: 'I8', shape: [50, 64], data: codes })
+    weights.set('lm_head.SCB', { dtype: 'F32', shape: [50], data: new Float32Array(50).fill(0.5) })
+    const config = { quantization_config: { quant_method: 'bitsandbytes', load_in_8bit: true } }
+    const folder = writeTinyModel(fresh(), config, weights)
+    using model = await AutoModelForCausalLM.fromPretrained(folder, on())
+    const quantized = [...model.namedModules()].flatMap(([path, module]) =>
+      module instanceof Linear8bit ? [{ path, module }] : [],
+    )
+    expect(quantized.map(({ path }) => path)).toEqual(['lm_head'])
+    using weight = quantized[0]!.module.dequantizeWeight('float32')
+    const dense = Float32Array.from(codes, (code) => Math.fround(code * 0.5) / 127)
+    expect(relativeError(await weight.floats(), dense)).toBeLessThan(1e-6)
+    using logits = model.forward(ids)
+    expect((await logits.floats()).every(Number.isFinite)).toBe(true)
   })
 
   it('ties what the config ties, also when the checkpoint has the head as well', async () => {

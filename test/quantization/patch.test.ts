@@ -305,6 +305,39 @@ describe('footprints', () => {
   )
 })
 
+describe('replaceWithQuantizedLinear, only', () => {
+  class Own extends Linear {}
+  const model = () =>
+    new Tree({ up: linear(), layers: new ModuleList([new Own(4, 4, meta), linear()]), lm_head: linear() })
+
+  it('replaces what is listed, heads and classes of their own too, by whole paths', () => {
+    const some = model()
+    const config = new BitsAndBytesConfig({ loadIn4bit: true, llmInt8SkipModules: ['lm_head'] })
+    const report = replaceWithQuantizedLinear(some, config, { only: ['lm_head', 'layers.0', '1', 'gone'] })
+    expect(paths(report)).toEqual(['layers.0', 'lm_head'])
+    expect(report.kept).toEqual([
+      { path: 'up', reason: 'not asked for' },
+      { path: 'layers.1', reason: 'not asked for' },
+    ])
+    expect(report.unmatched).toEqual(['1', 'gone'])
+    at(some, 'lm_head', Linear4bit)
+    const error = thrown(() => replaceWithQuantizedLinear(model(), int8, { only: [] }))
+    expect(error.code).toBe('ERR_HALFBYTE_NO_LINEAR')
+  })
+
+  it('leaves the memory of a tied weight to the other module', async () => {
+    const table = new Embedding(8, 64, { device: 'cpu' })
+    const head = new Linear(64, 8, { device: 'cpu', bias: false })
+    head.weight.dispose()
+    head.weight = table.weight
+    const tied = new Tree({ table, head })
+    expect(paths(replaceWithQuantizedLinear(tied, nf4, { only: ['head'] }))).toEqual(['head'])
+    expect(at(tied, 'head', Linear4bit).weight.isLoaded).toBe(true)
+    expect((await table.weight.value.floats()).length).toBe(512)
+    tied.dispose()
+  })
+})
+
 describe.each(devices())('patching weights in memory on %s', (device) => {
   class Net extends Module {
     fc1 = new Linear(96, 64, { device })
