@@ -1,11 +1,12 @@
 # The second way to build the addon, for machines without CMake; keep the flags equal to CMakeLists.txt.
 {
+  'variables': { 'cuda%': '<!(node scripts/cuda.cjs build)' },
   'targets': [
     {
       'target_name': 'halfbyte',
       'sources': [
         '<!@(node scripts/sources.cjs native .cc)',
-        '<!@(node scripts/sources.cjs kernels .cc)',
+        '<!@(node scripts/sources.cjs kernels/cpu .cc)',
       ],
       'include_dirs': ['kernels', '<!(node -p "require(\'node-addon-api\').include_dir")'],
       'defines': [
@@ -19,6 +20,36 @@
       ],
       'ldflags': [
         '-Wl,--exclude-libs,ALL', '-Wl,--gc-sections', '-Wl,-z,nodelete', '-static-libstdc++', '-static-libgcc',
+      ],
+      'conditions': [
+        ['cuda==0', { 'sources': ['kernels/no_cuda.cc'] }, {
+          'sources': [
+            '<!@(node scripts/sources.cjs kernels/cuda .cc)',
+            '<!@(node scripts/sources.cjs kernels/cuda .cu)',
+          ],
+          'include_dirs': ['<!(node scripts/cuda.cjs include)'],
+          'defines': ['HALFBYTE_CUDA_ARCHS="<!(node scripts/cuda.cjs archs)"'],
+          'libraries': ['-L<!(node scripts/cuda.cjs lib)', '-lcudart_static', '-lrt', '-lpthread', '-ldl'],
+          'rules': [
+            {
+              'rule_name': 'nvcc',
+              'extension': 'cu',
+              'message': 'NVCC <(RULE_INPUT_PATH)',
+              # make knows nothing of what a rule's file includes: every header is named
+              'inputs': [
+                '<!@(node scripts/sources.cjs kernels .h)',
+                '<!@(node scripts/sources.cjs kernels .cuh)',
+              ],
+              'outputs': ['<(INTERMEDIATE_DIR)/<(RULE_INPUT_ROOT).cu.o'],
+              'process_outputs_as_sources': 1,
+              'action': [
+                '<!(node scripts/cuda.cjs nvcc)', '-c', '<(RULE_INPUT_PATH)', '-o', '<@(_outputs)', '-std=c++17', '-O3',
+                '-Ikernels', '--compress-mode=size', '-Xcompiler=-fPIC,-fvisibility=hidden,-Wall',
+                '<!@(node scripts/cuda.cjs flags)',
+              ],
+            },
+          ],
+        }],
       ],
       'xcode_settings': {
         'CLANG_CXX_LANGUAGE_STANDARD': 'c++17',

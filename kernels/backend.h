@@ -331,4 +331,17 @@ class Backend {
 /// The CPU device. Never fails. Every call returns a device of its own on the one process-wide pool.
 std::unique_ptr<Backend> make_cpu_backend(int index);
 
+struct CudaInfo {
+  bool compiled = false;
+  int devices = 0;
+  std::string archs;    // what the kernels were compiled for
+  std::string driver;   // CUDA version that the driver supports, "" without one
+  std::string runtime;  // CUDA version of the runtime inside
+  std::string reason;   // why devices is 0
+};
+/// Never fails and never initialises a context.
+CudaInfo cuda_info();
+/// Code::driver when the driver is too old for the runtime, Code::cuda for anything else.
+Status make_cuda_backend(int index, std::unique_ptr<Backend>* out);
+
 }  // namespace halfbyte

@@ -79,11 +79,12 @@ napi_value cpu_info(Call& call) {
 
 napi_value cuda_info(Call& call) {
   const napi_env env = call.env;
-  return object_of(env, {{"compiled", make_bool(env, false)},
-                         {"archs", make_string(env, "")},
-                         {"driver", make_string(env, "")},
-                         {"runtime", make_string(env, "")},
-                         {"reason", make_string(env, "this build of the addon has no CUDA backend")}});
+  const CudaInfo info = halfbyte::cuda_info();
+  return object_of(env, {{"compiled", make_bool(env, info.compiled)},
+                         {"archs", make_string(env, info.archs)},
+                         {"driver", make_string(env, info.driver)},
+                         {"runtime", make_string(env, info.runtime)},
+                         {"reason", make_string(env, info.reason)}});
 }
 
 napi_value open_file(Call& call) {

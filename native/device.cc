@@ -1,5 +1,6 @@
 #include "device.h"
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 
@@ -22,16 +23,30 @@ class ReleaseWork final : public Work {
   size_t bytes_;
 };
 
-/// N of "cpu:N", or -1.
-int cpu_index(const std::string& name) {
-  if (name == "cpu") return 0;
-  if (name.compare(0, 4, "cpu:") != 0 || name.size() < 5 || name.size() > 7) return -1;
+/// N of "<type>:N", 0 of "<type>", or -1.
+int index_of(const std::string& name, const std::string& type) {
+  if (name == type) return 0;
+  const size_t digits = type.size() + 1;
+  if (name.compare(0, digits, type + ":") != 0 || name.size() == digits || name.size() > digits + 3)
+    return -1;
   int index = 0;
-  for (size_t i = 4; i < name.size(); ++i) {
+  for (size_t i = digits; i < name.size(); ++i) {
     if (name[i] < '0' || name[i] > '9') return -1;
     index = index * 10 + (name[i] - '0');
   }
   return index;
+}
+
+/// A backend with one issuing thread calls a driver that takes itself down at exit, while that thread still
+/// runs. Registered after the driver's own handler, so run before it.
+void halt_at_exit(Lane* lane) {
+  static auto* lanes = new std::vector<Lane*>;
+  if (lanes->empty()) {
+    std::atexit([] {
+      for (Lane* lane : *lanes) lane->halt();
+    });
+  }
+  lanes->push_back(lane);
 }
 
 }  // namespace
@@ -39,6 +54,7 @@ int cpu_index(const std::string& name) {
 Device::Device(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {
   lanes_[0] = new Lane(*this);
   lanes_[1] = backend_->issue_threads() == 2 ? new Lane(*this) : lanes_[0];
+  if (lanes_[0] == lanes_[1]) halt_at_exit(lanes_[0]);
 }
 
 void Device::append(Queue queue, WorkPtr work, std::vector<Point> after) {
@@ -72,13 +88,25 @@ void Device::order_after(Queue queue, const Point& point) {
   if (source.issue_threads() == 2) return;  // its work is done when it has been called
   // Issued is not done. Work of this device goes through this thread, so an event recorded now lies behind
   // the point; another device's work that others wait for ends on the host (Work::ends_on_host).
-  if (point.device != this) return;
+  if (point.device == this) follow(queue, point.queue);
+}
+
+void Device::follow(Queue queue, Queue other) {
   Event event;
-  if (source.record(point.queue, &event).ok()) source.wait(queue, event);
+  if (backend_->record(other, &event).ok()) backend_->wait(queue, event);
 }
 
 void Device::release(Queue queue, void* data, size_t bytes, const std::vector<Mark>& marks) {
   if (backend_->issue_threads() == 2) {
+    backend_->release(queue, data, bytes);
+    return;
+  }
+  if (running_device() == this) {
+    // The last to let go was work that this thread has just issued, so all that touched the memory is issued:
+    // it is free for what comes next on its queue, once that stands behind the device's other queue.
+    for (const Mark& mark : marks) {
+      if (mark.device == this && mark.queue != queue) follow(queue, mark.queue);
+    }
     backend_->release(queue, data, bytes);
     return;
   }
@@ -90,25 +118,33 @@ void Device::release(Queue queue, void* data, size_t bytes, const std::vector<Ma
   append(queue, std::make_shared<ReleaseWork>(data, bytes), std::move(after));
 }
 
-std::vector<std::string> device_names() { return {"cpu"}; }
+std::vector<std::string> device_names() {
+  std::vector<std::string> names{"cpu"};
+  const CudaInfo info = cuda_info();
+  for (int i = 0; i < info.devices; ++i) names.push_back("cuda:" + std::to_string(i));
+  return names;
+}
 
 Device& find_device(const std::string& name) {
   static std::mutex* mutex = new std::mutex;
-  static auto* devices = new std::map<int, Device*>;
-  const int index = cpu_index(name);
-  if (index < 0 || index >= kMostCpuDevices) {
-    if (name.compare(0, 4, "cuda") == 0) {
-      fail("ERR_HALFBYTE_DEVICE",
-           "There is no device " + name +
-               ": this build of the addon has no CUDA backend. Use 'cpu', or build on a "
-               "machine with the CUDA toolkit (nvcc)");
-    }
+  static auto* devices = new std::map<std::pair<bool, int>, Device*>;
+  const int cpu = index_of(name, "cpu"), cuda = index_of(name, "cuda");
+  if (cuda < 0 && (cpu < 0 || cpu >= kMostCpuDevices)) {
     fail("ERR_HALFBYTE_DEVICE", "There is no device " + name + "; the names are cpu, cpu:1 to cpu:" +
                                     std::to_string(kMostCpuDevices - 1) + " and cuda:N");
   }
   std::lock_guard<std::mutex> lock(*mutex);
-  Device*& device = (*devices)[index];
-  if (!device) device = new Device(make_cpu_backend(index));
+  Device*& device = (*devices)[{cuda >= 0, cuda >= 0 ? cuda : cpu}];
+  if (device) return *device;
+  std::unique_ptr<Backend> backend;
+  if (cuda < 0) {
+    backend = make_cpu_backend(cpu);
+  } else if (Status status = make_cuda_backend(cuda, &backend); !status.ok()) {
+    fail(status.code == Code::driver ? "ERR_HALFBYTE_DRIVER" : "ERR_HALFBYTE_DEVICE",
+         "There is no device " + name + ": " + status.message +
+             ". Use 'cpu', or see what `halfbyte doctor` says");
+  }
+  device = new Device(std::move(backend));
   return *device;
 }
 

@@ -28,6 +28,8 @@ class Device {
   void release(Queue queue, void* data, size_t bytes, const std::vector<Mark>& marks);
 
  private:
+  /// Work of `queue` from here on runs after all that was issued on the other one.
+  void follow(Queue queue, Queue other);
   Lane& lane(Queue queue) { return *lanes_[static_cast<int>(queue)]; }
   void append(Queue queue, WorkPtr work, std::vector<Point> after);
 

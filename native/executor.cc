@@ -17,6 +17,8 @@ namespace {
 // waking a thread costs the JavaScript side a system call.
 constexpr int kSpins = 1000;
 
+thread_local Device* running = nullptr;
+
 void relax() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -146,7 +148,10 @@ uint64_t Lane::push(WorkPtr work, Queue queue, std::vector<Point> after, uint64_
   return ticket;
 }
 
+Device* running_device() { return running; }
+
 void Lane::loop() {
+  running = &device_;
   std::vector<Entry> batch;
   for (;;) {
     for (int i = 0; i < kSpins && waiting_entries_.load(std::memory_order_acquire) == 0; ++i) relax();
@@ -159,6 +164,7 @@ void Lane::loop() {
       waiting_entries_.store(0, std::memory_order_release);
     }
     for (Entry& entry : batch) {
+      const std::lock_guard<std::mutex> busy(busy_);
       for (const Point& point : entry.after) device_.order_after(entry.queue, point);
       perform(*entry.work, device_.backend(), entry.queue);
       // Memory goes before the ticket is reported, so that whoever waited sees it gone.

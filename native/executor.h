@@ -49,10 +49,15 @@ class Lane {
   /// on first use; throws std::system_error when there is none to be had.
   uint64_t push(WorkPtr work, Queue queue, std::vector<Point> after, uint64_t& submitted);
 
+  /// Lets the entry that is being worked on end, and none start after it. At process exit only: a driver that
+  /// is being taken down must not be called any more.
+  void halt() { busy_.lock(); }
+
  private:
   void loop();
 
   Device& device_;
+  std::mutex busy_;  // held while an entry is worked on
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<Entry> entries_;
@@ -60,6 +65,9 @@ class Lane {
   bool started_ = false;
   bool asleep_ = false;
 };
+
+/// The device whose work the calling thread runs, or null.
+Device* running_device();
 
 /// Runs one piece of work: passes failures on, allocates, calls run() and done(). Never throws.
 void perform(Work& work, Backend& backend, Queue queue);

@@ -24,12 +24,46 @@ class Replay final : public Work {
   const char* name() const override { return "replay"; }
   bool passes_failures() const override { return false; }
   Status run(Backend& backend, Queue queue) override {
+    if (!graph_ && !listed_ && !(backend.has_graphs() && capture(backend, queue))) listed_ = true;
+    if (graph_ && !spoilt()) return launch(backend);
     for (const WorkPtr& work : recording_->works) perform(*work, backend, queue);
     return {};
   }
 
  private:
+  /// Turns the works into a graph of the backend's own, on the first replay. Failing that, replays stay a
+  /// list.
+  bool capture(Backend& backend, Queue queue) {
+    for (const WorkPtr& work : recording_->works) {
+      if (work->ends_on_host()) return false;
+    }
+    if (!backend.begin_capture().ok()) return false;
+    for (const WorkPtr& work : recording_->works) perform(*work, backend, queue);
+    const bool captured = backend.end_capture(&graph_).ok();
+    if (!captured || spoilt()) graph_ = nullptr;  // the list finds the failure again, where it belongs
+    return graph_ != nullptr;
+  }
+
+  bool spoilt() const {
+    for (const Use& use : uses) {
+      if (use.storage->failure) return true;
+    }
+    return false;
+  }
+
+  Status launch(Backend& backend) {
+    const Status status = backend.launch(graph_);
+    if (status.ok()) return status;
+    const FailurePtr failure = failure_of(name(), status);
+    for (const Use& use : uses) {
+      if (use.writes) use.storage->failure = failure;
+    }
+    return status;
+  }
+
   std::shared_ptr<const Recording> recording_;
+  Graph graph_;
+  bool listed_ = false;
 };
 
 struct GraphHandle final : Handle {

@@ -64,7 +64,7 @@ const loads = (binary) =>
 
 async function buildAddon() {
   const forced = options.has('--native')
-  const cuda = cudaSetting(root)
+  const cuda = cudaSetting()
   const sources = ['native', 'kernels', 'CMakeLists.txt', 'binding.gyp']
   const hash = hashOf(root, sources, { cuda, arch: process.arch, platform: process.platform })
   const fresh = ['build-cmake', 'build'].some(

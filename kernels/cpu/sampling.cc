@@ -189,8 +189,7 @@ int64_t choose(const SampleKernels& kernels, DType dtype, const void* logits, in
   if (temperature != 1) {
     for (int64_t i = 0; i < n; ++i) {
       // -infinity stays: what a caller has masked is never chosen
-      const float x = l[i] / temperature;
-      l[i] = x > kLargest ? kLargest : x < -kLargest && l[i] >= -kLargest ? -kLargest : x;
+      if (l[i] >= -kLargest) l[i] = std::max(-kLargest, std::min(kLargest, l[i] / temperature));
     }
   }
   const float most = kernels.most(DType::f32, l, n);

@@ -2,6 +2,7 @@
 import { spawnSync } from 'node:child_process'
 import { existsSync } from 'node:fs'
 import { resolve } from 'node:path'
+import cuda from '../cuda.cjs'
 import { SetupError } from './run.mjs'
 
 export const minNode = [20, 19]
@@ -66,16 +67,20 @@ export function nodeHeaders() {
 }
 
 /**
- * HALFBYTE_CUDA: AUTO builds the CUDA backend where there is a GPU to run it, ON wherever there is nvcc, OFF never.
- * The sources are in kernels/cuda.
+ * Whether the CUDA backend is to be built, and for which GPUs ('' when not). HALFBYTE_CUDA: AUTO builds it where there
+ * are nvcc and a GPU to run it, ON wherever there is nvcc, OFF never; scripts/cuda.cjs decides.
  */
-export function cudaSetting(root) {
+export function cudaSetting() {
   const setting = (process.env.HALFBYTE_CUDA || 'AUTO').toUpperCase()
   if (!['ON', 'OFF', 'AUTO'].includes(setting)) {
     throw new SetupError(`HALFBYTE_CUDA is ${process.env.HALFBYTE_CUDA}; it may be ON, OFF or AUTO.`)
   }
-  if (setting === 'ON' && !existsSync(`${root}/kernels/cuda`)) {
-    throw new SetupError('HALFBYTE_CUDA is ON, but this version of halfbyte has no CUDA backend.')
+  if (cuda.build() === '0') return ''
+  if (!cuda.nvcc()) {
+    throw new SetupError(
+      'HALFBYTE_CUDA is ON, but there is no nvcc on the PATH nor in /usr/local/cuda: install the CUDA toolkit, name it\n' +
+        'by CUDA_HOME, or build the CPU backend alone with HALFBYTE_CUDA=OFF.',
+    )
   }
-  return setting
+  return cuda.archs()
 }

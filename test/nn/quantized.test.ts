@@ -227,7 +227,9 @@ describe.each(devices())('4-bit layers on %s', (on) => {
     layer.to('cpu:1')
     expect(layer.weight.value.device).toBe(device('cpu:1'))
     expect([...layer.ownStatistics()].every(([, t]) => t.device === device('cpu:1'))).toBe(true)
-    expect(await layer.forward(x.to('cpu:1')).floats()).toEqual(y)
+    const moved = await layer.forward(x.to('cpu:1')).floats()
+    // another kind of device adds in another order
+    expect(relativeError(moved, y)).toBeLessThanOrEqual(on.type === 'cpu' ? 0 : 1e-6)
   })
 
   it('free everything', () => {
@@ -352,7 +354,9 @@ describe.each(devices())('8-bit layers on %s', (on) => {
     const y = await layer.forward(x).floats()
     layer.to({ device: 'cpu:1' })
     expect(layer.scb!.device).toBe(device('cpu:1'))
-    expect(await layer.forward(x.to('cpu:1')).floats()).toEqual(y)
+    const moved = await layer.forward(x.to('cpu:1')).floats()
+    // another kind of device adds in another order
+    expect(relativeError(moved, y)).toBeLessThanOrEqual(on.type === 'cpu' ? 0 : 1e-6)
     layer.dispose()
     expect(layer.scb).toBeUndefined()
   })

@@ -64,7 +64,7 @@ test.each([
     { PATH: '/nowhere', PYTHON: '' },
     /CMake 3\.24 or newer \(not found\) or with node-gyp, which needs Python 3/,
   ],
-  ["cudaSetting('.')", { HALFBYTE_CUDA: 'MAYBE' }, /HALFBYTE_CUDA is MAYBE; it may be ON, OFF or AUTO/],
+  ['cudaSetting()', { HALFBYTE_CUDA: 'MAYBE' }, /HALFBYTE_CUDA is MAYBE; it may be ON, OFF or AUTO/],
 ])('%s says what is missing', (call, env, message) => {
   const text = evaluate(
     `import * as needs from ${part('needs')}

@@ -1,4 +1,5 @@
 // --expose-gc: what nobody disposed is freed by the garbage collector, borrowed arrays live exactly as long as needed.
+process.env.HALFBYTE_DEVICE = 'cpu' // borrowing is the CPU's
 const { setTimeout: sleep } = require('node:timers/promises')
 const { Tensor, device, ops } = require('../../../dist/index.js')
 

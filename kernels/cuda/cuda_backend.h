@@ -1,0 +1,122 @@
+// The CUDA backend: two streams a device, driven by one native thread. Each op family implements its methods
+// in its own .cu file of this folder; nothing here waits for the device but synchronize().
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+
+#include "../backend.h"
+
+namespace halfbyte::cuda {
+
+class CudaBackend final : public Backend {
+ public:
+  static Status create(int index, std::unique_ptr<Backend>* out);
+  ~CudaBackend() override;
+
+  // device.cu
+  std::string name() const override;
+  int issue_threads() const override { return 1; }
+  bool host_memory() const override { return false; }
+  Status allocate(Queue, size_t bytes, void** out) override;
+  void release(Queue, void* data, size_t bytes) override;
+  MemoryInfo memory() const override;
+  void reset_peak() override;
+  Status allocate_host(size_t bytes, void** out) override;
+  void release_host(void* data, size_t bytes) override;
+  Status upload(Queue, void* device, const void* host, size_t bytes) override;
+  Status download(Queue, void* host, const void* device, size_t bytes) override;
+  Status record(Queue, Event* out) override;
+  Status wait(Queue, const Event&) override;
+  Status synchronize(const Event&) override;
+  bool has_graphs() const override { return true; }
+  Status begin_capture() override;
+  Status end_capture(Graph* out) override;
+  Status launch(const Graph&) override;
+
+  // elementwise.cu
+  Status fill(Queue, View y, double value) override;
+  Status copy(Queue, View y, View x) override;
+  Status binary(Queue, View y, View a, View b, Binary op) override;
+  Status activation(Queue, View y, View x, Activation act) override;
+  Status gated_activation(Queue, View y, View gate, View up, Activation act) override;
+  // gather.cu
+  Status gather_rows(Queue, View y, View table, View ids) override;
+  Status gather_rows_4bit(Queue, View y, const Weight4& w, View ids) override;
+  Status gather_rows_8bit(Queue, View y, View codes, View scb, View ids) override;
+  // reduce.cu
+  Status mean(Queue, View y, View x) override;
+  Status count_nonfinite(Queue, View y, View x) override;
+  // norms.cu
+  Status rms_norm(Queue, View y, View sum, View x, View residual, View weight, float eps,
+                  float weight_offset) override;
+  Status layer_norm(Queue, View y, View sum, View x, View residual, View weight, View bias,
+                    float eps) override;
+
+  // quantize4.cu
+  Status quantize_4bit(Queue, View codes, View absmax, View x, QuantType type, int64_t blocksize) override;
+  Status dequantize_4bit(Queue, View y, const Weight4& w) override;
+  // blockwise8.cu
+  Status quantize_blockwise(Queue, View codes, View absmax, View x, View code, int64_t blocksize) override;
+  Status dequantize_blockwise(Queue, View y, View codes, View absmax, View code, int64_t blocksize) override;
+
+  // int8_rows.cu
+  Status int8_quantize_rows(Queue, View codes, View row_absmax, View outlier_mask, View x, float threshold,
+                            bool fp16_input) override;
+  Status int8_dequantize_rows(Queue, View y, View codes, View scb) override;
+  // int8_matmul.cu
+  Status int8_matmul(Queue, View acc, View a, View b) override;
+  Status int8_matmul_dequantize(Queue, View y, View acc, View row_absmax, View col_absmax,
+                                View bias) override;
+  // linear8.cu
+  size_t linear_8bit_workspace(const View& x, const View& weight, float threshold) const override;
+  Status linear_8bit(Queue, View y, View x, View weight, View scb, const Epilogue&, float threshold,
+                     bool bnb_exact, View workspace) override;
+
+  // linear.cu
+  size_t linear_workspace(const View& x, const View& weight) const override;
+  Status linear(Queue, View y, View x, View weight, const Epilogue&, View workspace) override;
+  // linear4.cu
+  size_t linear_4bit_workspace(const View& x, const Weight4& w) const override;
+  Status linear_4bit(Queue, View y, View x, const Weight4& w, const Epilogue&, View workspace) override;
+
+  // rope.cu
+  Status rope_tables(Queue, View cos, View sin, View inv_freq, float scale) override;
+  Status ragged_positions(Queue, View positions, const RaggedBatch&) override;
+  Status rope(Queue, View y, View x, View cos, View sin, View positions, bool interleaved) override;
+  // attention.cu
+  Status paged_write(Queue, View key_cache, View value_cache, View k, View v, const RaggedBatch&) override;
+  size_t paged_attention_workspace(const View& q, const View& key_cache, const View& value_cache,
+                                   const RaggedBatch&) const override;
+  Status paged_attention(Queue, View y, View q, View key_cache, View value_cache, const RaggedBatch&,
+                         const AttentionOptions&, View workspace) override;
+  // sampling.cu
+  Status cross_entropy(Queue, View out, View logits, View targets) override;
+  Status argmax(Queue, View y, View x) override;
+  size_t sample_workspace(const View& logits) const override;
+  Status sample(Queue, View tokens, View logits, View params, View rng, View seen, View workspace) override;
+
+ private:
+  explicit CudaBackend(int index) : index_(index) {}
+  cudaStream_t stream(Queue queue) const { return streams_[static_cast<int>(queue)]; }
+  /// Makes this device current in the calling thread.
+  Status enter() const;
+  void count(int64_t bytes);
+  /// Names the op (or the call) of a CUDA failure; a sticky one marks the device lost.
+  Status check(cudaError_t error, const char* op);
+
+  int index_;
+  int multiprocessors_ = 0;
+  cudaStream_t streams_[2] = {};
+  cudaMemPool_t pool_ = nullptr;
+  bool capturing_ = false;
+  std::multimap<size_t, void*> arena_;  // released during the capture going on, by size
+  std::atomic<bool> lost_{false};
+  std::atomic<int64_t> allocated_{0};
+  std::atomic<int64_t> peak_{0};
+};
+
+}  // namespace halfbyte::cuda

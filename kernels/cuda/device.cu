@@ -1,0 +1,302 @@
+// Memory, streams, events and graphs of one CUDA device.
+//
+// Memory comes from the device's stream-ordered pool with a release threshold that keeps it, so that a warm
+// op allocates without a call into the driver's allocator. During a capture memory is taken on the copy
+// stream and waited for: it is an address that the graph keeps, not a node of it. What is released during a
+// capture is handed out again within it and then belongs to the graph, which frees it at its end.
+#include <vector>
+
+#include "cuda_backend.h"
+
+namespace halfbyte {
+
+struct EventState {
+  cudaEvent_t event = nullptr;
+  ~EventState() {
+    if (event) cudaEventDestroy(event);
+  }
+};
+
+struct GraphState {
+  cudaGraphExec_t exec = nullptr;
+  int device = 0;
+  cudaStream_t stream = nullptr;
+  std::vector<void*> arena;
+  ~GraphState() {
+    if (cudaSetDevice(device) != cudaSuccess) return;
+    if (exec) cudaGraphExecDestroy(exec);
+    for (void* block : arena) cudaFreeAsync(block, stream);
+  }
+};
+
+namespace cuda {
+namespace {
+
+std::string version_name(int version) {
+  return version <= 0 ? "" : std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+/// Errors after which the context is gone for the process.
+bool is_sticky(cudaError_t error) {
+  switch (error) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchFailure:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorECCUncorrectable:
+    case cudaErrorNvlinkUncorrectable:
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+Status CudaBackend::check(cudaError_t error, const char* op) {
+  if (error == cudaSuccess) return {};
+  cudaGetLastError();  // a launch error that is not sticky must not be met again by the next op
+  const std::string text = name() + ": " + op + ": " + cudaGetErrorString(error);
+  if (is_sticky(error)) {
+    lost_ = true;
+    return Status::error(Code::device_lost, text + "; the device is lost to this process");
+  }
+  return Status::error(Code::cuda, text);
+}
+
+Status CudaBackend::enter() const {
+  if (lost_) return Status::error(Code::device_lost, name() + " was lost to an earlier CUDA failure");
+  const cudaError_t error = cudaSetDevice(index_);
+  if (error != cudaSuccess) return Status::error(Code::cuda, name() + ": " + cudaGetErrorString(error));
+  return {};
+}
+
+Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
+  const CudaInfo info = cuda_info();
+  if (info.devices == 0) {
+    return Status::error(info.driver.empty() ? Code::cuda : Code::driver,
+                         "cuda:" + std::to_string(index) + ": " + info.reason);
+  }
+  if (index < 0 || index >= info.devices) {
+    return Status::error(Code::cuda, "cuda:" + std::to_string(index) + " is not there; this machine has " +
+                                         std::to_string(info.devices) + " CUDA device(s)");
+  }
+  std::unique_ptr<CudaBackend> backend(new CudaBackend(index));
+  if (Status status = backend->enter(); !status.ok()) return status;
+  for (cudaStream_t& stream : backend->streams_) {
+    Status status =
+        backend->check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+    if (!status.ok()) return status;
+  }
+  cudaMemPoolProps props = {};
+  props.allocType = cudaMemAllocationTypePinned;
+  props.location.type = cudaMemLocationTypeDevice;
+  props.location.id = index;
+  Status status = backend->check(cudaMemPoolCreate(&backend->pool_, &props), "creating the memory pool");
+  if (!status.ok()) return status;
+  uint64_t keep = UINT64_MAX;
+  status = backend->check(cudaMemPoolSetAttribute(backend->pool_, cudaMemPoolAttrReleaseThreshold, &keep),
+                          "configuring the memory pool");
+  if (!status.ok()) return status;
+  status = backend->check(
+      cudaDeviceGetAttribute(&backend->multiprocessors_, cudaDevAttrMultiProcessorCount, index),
+      "reading attributes");
+  if (!status.ok()) return status;
+  *out = std::move(backend);
+  return {};
+}
+
+CudaBackend::~CudaBackend() {
+  if (cudaSetDevice(index_) != cudaSuccess) return;
+  for (cudaStream_t stream : streams_) {
+    if (stream) cudaStreamDestroy(stream);
+  }
+  if (pool_) cudaMemPoolDestroy(pool_);
+}
+
+std::string CudaBackend::name() const { return "cuda:" + std::to_string(index_); }
+
+Status CudaBackend::allocate(Queue queue, size_t bytes, void** out) {
+  if (Status status = enter(); !status.ok()) return status;
+  const size_t size = bytes ? bytes : 1;
+  if (capturing_) {
+    const auto found = arena_.lower_bound(size);
+    if (found != arena_.end() && found->first <= 2 * size) {
+      *out = found->second;
+      arena_.erase(found);
+      count(static_cast<int64_t>(bytes));
+      return {};
+    }
+  }
+  const cudaStream_t on = capturing_ ? stream(Queue::copy) : stream(queue);
+  cudaError_t error = cudaMallocFromPoolAsync(out, size, pool_, on);
+  if (error == cudaErrorMemoryAllocation) {
+    // what the pool keeps may be in pieces: give it back to the driver and try once more
+    cudaGetLastError();
+    if (!capturing_) {
+      cudaStreamSynchronize(stream(Queue::compute));
+      cudaStreamSynchronize(stream(Queue::copy));
+      cudaMemPoolTrimTo(pool_, 0);
+      error = cudaMallocFromPoolAsync(out, size, pool_, on);
+    }
+  }
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    const MemoryInfo info = memory();
+    return Status::error(Code::out_of_memory, name() + ": " + std::to_string(bytes) + " bytes asked, " +
+                                                  std::to_string(info.free) + " of " +
+                                                  std::to_string(info.total) +
+                                                  " free; dispose tensors or use a smaller batch");
+  }
+  if (error != cudaSuccess) return check(error, "allocating");
+  if (capturing_) {
+    if (Status status = check(cudaStreamSynchronize(on), "allocating"); !status.ok()) return status;
+  }
+  count(static_cast<int64_t>(bytes));
+  return {};
+}
+
+void CudaBackend::count(int64_t bytes) {
+  const int64_t now = allocated_.fetch_add(bytes) + bytes;
+  int64_t peak = peak_.load();
+  while (now > peak && !peak_.compare_exchange_weak(peak, now)) {
+  }
+}
+
+void CudaBackend::release(Queue queue, void* data, size_t bytes) {
+  if (!data) return;
+  allocated_.fetch_sub(static_cast<int64_t>(bytes));
+  if (capturing_ && queue == Queue::compute) {
+    arena_.emplace(bytes ? bytes : 1, data);
+    return;
+  }
+  if (lost_ || cudaSetDevice(index_) != cudaSuccess) return;
+  cudaFreeAsync(data, stream(queue));
+}
+
+MemoryInfo CudaBackend::memory() const {
+  MemoryInfo info;
+  size_t free = 0, total = 0;
+  if (!lost_ && cudaSetDevice(index_) == cudaSuccess && cudaMemGetInfo(&free, &total) == cudaSuccess) {
+    uint64_t reserved = 0, used = 0;
+    cudaMemPoolGetAttribute(pool_, cudaMemPoolAttrReservedMemCurrent, &reserved);
+    cudaMemPoolGetAttribute(pool_, cudaMemPoolAttrUsedMemCurrent, &used);
+    info.total = static_cast<int64_t>(total);
+    info.free = static_cast<int64_t>(free + (reserved - used));
+    info.reserved = static_cast<int64_t>(reserved);
+  }
+  info.allocated = allocated_.load();
+  info.peak = peak_.load();
+  return info;
+}
+
+void CudaBackend::reset_peak() { peak_.store(allocated_.load()); }
+
+Status CudaBackend::allocate_host(size_t bytes, void** out) {
+  if (Status status = enter(); !status.ok()) return status;
+  return check(cudaHostAlloc(out, bytes ? bytes : 1, cudaHostAllocPortable), "allocating pinned memory");
+}
+void CudaBackend::release_host(void* data, size_t) {
+  if (data && !lost_ && cudaSetDevice(index_) == cudaSuccess) cudaFreeHost(data);
+}
+
+Status CudaBackend::upload(Queue queue, void* device, const void* host, size_t bytes) {
+  if (Status status = enter(); !status.ok()) return status;
+  if (bytes == 0) return {};
+  return check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream(queue)), "uploading");
+}
+Status CudaBackend::download(Queue queue, void* host, const void* device, size_t bytes) {
+  if (Status status = enter(); !status.ok()) return status;
+  if (bytes == 0) return {};
+  return check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream(queue)), "downloading");
+}
+
+Status CudaBackend::record(Queue queue, Event* out) {
+  if (Status status = enter(); !status.ok()) return status;
+  auto state = std::make_shared<EventState>();
+  Status status = check(cudaEventCreateWithFlags(&state->event, cudaEventDisableTiming), "creating an event");
+  if (!status.ok()) return status;
+  status = check(cudaEventRecord(state->event, stream(queue)), "recording an event");
+  if (status.ok()) *out = std::move(state);
+  return status;
+}
+Status CudaBackend::wait(Queue queue, const Event& event) {
+  if (!event) return {};
+  if (Status status = enter(); !status.ok()) return status;
+  return check(cudaStreamWaitEvent(stream(queue), event->event, 0), "waiting for an event");
+}
+Status CudaBackend::synchronize(const Event& event) {
+  if (!event) return {};
+  if (Status status = enter(); !status.ok()) return status;
+  return check(cudaEventSynchronize(event->event), "synchronising");
+}
+
+Status CudaBackend::begin_capture() {
+  if (Status status = enter(); !status.ok()) return status;
+  Status status =
+      check(cudaStreamBeginCapture(stream(Queue::compute), cudaStreamCaptureModeRelaxed), "capturing");
+  capturing_ = status.ok();
+  return status;
+}
+Status CudaBackend::end_capture(Graph* out) {
+  capturing_ = false;
+  cudaGraph_t graph = nullptr;
+  Status status = check(cudaStreamEndCapture(stream(Queue::compute), &graph), "ending a capture");
+  if (!status.ok()) {
+    for (const auto& [size, block] : arena_) cudaFreeAsync(block, stream(Queue::compute));
+    arena_.clear();
+    return status;
+  }
+  auto state = std::make_shared<GraphState>();
+  state->device = index_;
+  state->stream = stream(Queue::compute);
+  for (const auto& [size, block] : arena_) state->arena.push_back(block);
+  arena_.clear();
+  status = check(cudaGraphInstantiate(&state->exec, graph, 0), "instantiating a graph");
+  cudaGraphDestroy(graph);
+  if (status.ok()) *out = std::move(state);
+  return status;
+}
+Status CudaBackend::launch(const Graph& graph) {
+  if (Status status = enter(); !status.ok()) return status;
+  return check(cudaGraphLaunch(graph->exec, stream(Queue::compute)), "launching a graph");
+}
+
+}  // namespace cuda
+
+CudaInfo cuda_info() {
+  CudaInfo info;
+  info.compiled = true;
+#ifdef HALFBYTE_CUDA_ARCHS
+  info.archs = HALFBYTE_CUDA_ARCHS;
+#endif
+  int driver = 0, runtime = 0;
+  cudaRuntimeGetVersion(&runtime);
+  info.runtime = cuda::version_name(runtime);
+  if (cudaDriverGetVersion(&driver) == cudaSuccess) info.driver = cuda::version_name(driver);
+  if (driver == 0) {
+    info.reason = "no NVIDIA driver is installed";
+    return info;
+  }
+  const cudaError_t error = cudaGetDeviceCount(&info.devices);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    info.devices = 0;
+    info.reason =
+        error == cudaErrorInsufficientDriver
+            ? "the driver supports CUDA " + info.driver + ", this build needs " + info.runtime + " or newer"
+            : cudaGetErrorString(error);
+  }
+  return info;
+}
+
+Status make_cuda_backend(int index, std::unique_ptr<Backend>* out) {
+  return cuda::CudaBackend::create(index, out);
+}
+
+}  // namespace halfbyte

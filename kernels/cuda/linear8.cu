@@ -1,0 +1,190 @@
+// The LLM.int8() forward: y = int8 product of the quantised rows of x and the weight, scaled, plus the
+// outlier columns in x's precision, bias and residual.
+//
+// Launches: row quantisation (int8_rows.cu), compaction of the outlier mask into a list and a count, the
+// int32 product, and finish_kernel, which scales the sums and adds the outlier stream. The count is read on
+// the device only, so a threshold does not change the sequence of launches; the list holds up to K columns,
+// so any count is right. finish_kernel: 64 columns x 16 rows of y a block; outlier columns pass through
+// shared memory 32 at a time.
+#include "cublaslt.h"
+#include "int8_product.cuh"
+#include "output.cuh"
+
+namespace halfbyte::cuda {
+namespace {
+
+/// Where the parts of the workspace start.
+struct Parts {
+  size_t codes, row_absmax, mask, list, acc, product, total;
+};
+
+size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+Parts parts_of(int64_t m, int64_t n, int64_t k, bool threshold) {
+  Parts p{};
+  size_t at = 0;
+  const auto take = [&](int64_t bytes) {
+    const size_t begin = at;
+    at += round_up(static_cast<size_t>(bytes));
+    return begin;
+  };
+  p.codes = take(m * k);
+  p.row_absmax = take(m * 4);
+  p.mask = take(threshold ? k : 0);
+  p.list = take(threshold ? (k + 1) * 4 : 0);
+  p.acc = take(m * n * 4);
+  p.product = take(m > 8 && has_cublaslt() ? static_cast<int64_t>(kCublasWorkspace) : 0);
+  p.total = at;
+  return p;
+}
+
+/// list[0] = number of marked columns, list[1 ...] = their indices, ascending. One block of 1024.
+__global__ void compact_kernel(int32_t* list, const uint8_t* mask, int64_t k) {
+  __shared__ int counts[32];
+  __shared__ int before;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (threadIdx.x == 0) before = 0;
+  __syncthreads();
+  for (int64_t start = 0; start < k; start += blockDim.x) {
+    const int64_t i = start + threadIdx.x;
+    const bool marked = i < k && mask[i];
+    const unsigned vote = __ballot_sync(0xffffffffu, marked);
+    if (lane == 0) counts[warp] = __popc(vote);
+    __syncthreads();
+    int base = before;
+    for (int w = 0; w < warp; ++w) base += counts[w];
+    if (marked) list[1 + base + __popc(vote & ((1u << lane) - 1))] = static_cast<int32_t>(i);
+    __syncthreads();
+    if (threadIdx.x == blockDim.x - 1) before = base + __popc(vote);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) list[0] = before;
+}
+
+__device__ __forceinline__ float round_half(float x) { return __half2float(__float2half_rn(x)); }
+
+constexpr int kRows = 16, kColumns = 64, kChunk = 32;
+
+template <typename T>
+__global__ void __launch_bounds__(256)
+    finish_kernel(Output<T> out, const int32_t* __restrict__ acc, const T* __restrict__ x,
+                  const int8_t* __restrict__ weight, const float* __restrict__ row_absmax,
+                  const float* __restrict__ scb, const int32_t* __restrict__ list, int64_t m, int64_t k,
+                  bool exact) {
+  __shared__ float xs[kRows][kChunk + 1], ws[kColumns][kChunk + 1];
+  const int64_t first_row = blockIdx.y * int64_t{kRows}, first_column = blockIdx.x * int64_t{kColumns};
+  const int column = threadIdx.x % kColumns, row_group = threadIdx.x / kColumns;  // 4 groups of 4 rows
+  const int count = list ? list[0] : 0;
+  float outliers[4] = {};
+  for (int start = 0; start < count; start += kChunk) {
+    const int here = min(kChunk, count - start);
+    for (int i = threadIdx.x; i < kColumns * kChunk; i += 256) {
+      const int r = i / kChunk, c = i % kChunk;
+      float value = 0.0f;
+      if (c < here && first_column + r < out.n) {
+        value = weight[(first_column + r) * k + list[1 + start + c]] * scb[first_column + r] * kInt8Scale;
+        if (exact) value = to_float(from_float<T>(value));
+      }
+      ws[r][c] = value;
+    }
+    for (int i = threadIdx.x; i < kRows * kChunk; i += 256) {
+      const int r = i / kChunk, c = i % kChunk;
+      xs[r][c] =
+          c < here && first_row + r < m ? to_float(x[(first_row + r) * k + list[1 + start + c]]) : 0.0f;
+    }
+    __syncthreads();
+    for (int c = 0; c < here; ++c) {
+      const float w = ws[column][c];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) outliers[i] = fmaf(xs[row_group * 4 + i][c], w, outliers[i]);
+    }
+    __syncthreads();
+  }
+  const int64_t n = first_column + column;
+  if (n >= out.n) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = first_row + row_group * 4 + i;
+    if (row >= m) continue;
+    const float scaled =
+        __fmul_rn(__fmul_rn(static_cast<float>(acc[row * out.n + n]), row_absmax[row]), scb[n]);
+    if (!exact) {
+      out.store(row, n, fmaf(scaled, kInt8ProductScale, outliers[i]));
+      continue;
+    }
+    // bitsandbytes: float16 product, bias inside it only when the bias is float16, then the model's dtype,
+    // then outliers
+    const bool fused = out.bias && out.bias_dtype == DType::f16;
+    float value = round_half(fmaf(scaled, kInt8ProductScale, fused ? out.bias_at(n) : 0.0f));
+    if (out.bias && !fused) value = round_half(value + round_half(out.bias_at(n)));
+    value = to_float(from_float<T>(value));
+    if (count > 0) value = to_float(from_float<T>(value + outliers[i]));
+    if (out.residual) value += to_float(out.residual[row * out.n + n]);
+    out.y[row * out.n + n] = from_float<T>(value);
+  }
+}
+
+View part(const View& workspace, size_t at, DType dtype, int64_t size) {
+  View v;
+  v.data = workspace.as<char>() + at;
+  v.dtype = dtype;
+  v.ndim = 1;
+  v.shape[0] = size;
+  v.strides[0] = 1;
+  return v;
+}
+
+}  // namespace
+
+size_t CudaBackend::linear_8bit_workspace(const View& x, const View& weight, float threshold) const {
+  if (weight.ndim != 2) return 0;
+  return parts_of(x.rows(), weight.shape[0], weight.shape[1], threshold > 0.0f).total;
+}
+
+Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View scb, const Epilogue& epilogue,
+                                float threshold, bool bnb_exact, View workspace) {
+  if (Status status = enter(); !status.ok()) return status;
+  if (weight.ndim != 2 || weight.dtype != DType::i8 || !weight.is_contiguous() || scb.dtype != DType::f32 ||
+      scb.size() != weight.shape[0] || !scb.is_contiguous()) {
+    return refuse("linear_8bit", "the weight must be int8 [N, K] with scb float32 [N]");
+  }
+  const int64_t m = x.rows(), n = weight.shape[0], k = weight.shape[1];
+  if (Status status = check_linear("linear_8bit", y, x, n, k, epilogue); !status.ok()) return status;
+  if (y.size() == 0) return {};
+  const Parts parts = parts_of(m, n, k, threshold > 0.0f);
+  if (static_cast<size_t>(workspace.size()) < parts.total)
+    return refuse("linear_8bit", "the workspace is too small");
+  const cudaStream_t on = stream(queue);
+
+  View codes = part(workspace, parts.codes, DType::i8, m * k);
+  const View row_absmax = part(workspace, parts.row_absmax, DType::f32, m);
+  const View mask = threshold > 0.0f ? part(workspace, parts.mask, DType::u8, k) : View{};
+  int32_t* list = threshold > 0.0f ? part(workspace, parts.list, DType::i32, k + 1).as<int32_t>() : nullptr;
+  int32_t* acc = part(workspace, parts.acc, DType::i32, m * n).as<int32_t>();
+  if (Status status = int8_quantize_rows(queue, codes, row_absmax, mask, x, threshold, bnb_exact);
+      !status.ok()) {
+    return status;
+  }
+  if (list) compact_kernel<<<1, 1024, 0, on>>>(list, mask.as<const uint8_t>(), k);
+  const cudaError_t error =
+      int8_product(index_, on, acc, codes.as<const int8_t>(), weight.as<const int8_t>(), m, n, k,
+                   part(workspace, parts.product, DType::u8, 0).data, parts.total - parts.product);
+  if (Status status = check(error, "linear_8bit"); !status.ok()) return status;
+  with_float_type(x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    for (int64_t first = 0; first < m; first += int64_t{65535} * kRows) {
+      const int64_t rows = m - first < int64_t{65535} * kRows ? m - first : int64_t{65535} * kRows;
+      Output<T> out = output_of<T>(y, epilogue);
+      out.y += first * n;
+      if (out.residual) out.residual += first * n;
+      const dim3 grid(static_cast<unsigned>((n + kColumns - 1) / kColumns),
+                      static_cast<unsigned>((rows + kRows - 1) / kRows));
+      finish_kernel<T><<<grid, 256, 0, on>>>(out, acc + first * n, x.as<const T>() + first * k,
+                                             weight.as<const int8_t>(), row_absmax.as<const float>() + first,
+                                             scb.as<const float>(), list, rows, k, bnb_exact);
+    }
+  });
+  return check(cudaGetLastError(), "linear_8bit");
+}
+
+}  // namespace halfbyte::cuda

@@ -1,0 +1,50 @@
+// A 4-bit weight as kernel parameters, and its absmax decoded where it is used. Layout: formats.h.
+#pragma once
+
+#include "common.cuh"
+
+namespace halfbyte::cuda {
+
+struct Absmax {
+  const float* plain;        // fp32 [blocks], or null when nested
+  const uint8_t* codes;      // nested: uint8 [blocks]
+  const float* nested;       // fp32 [blocks / 256]
+  const float* nested_code;  // fp32 [256]
+  const float* offset;       // fp32 [1]
+
+  __device__ __forceinline__ float operator[](int64_t block) const {
+    if (plain) return plain[block];
+    return __fadd_rn(__fmul_rn(nested_code[codes[block]], nested[block / kNestedBlocksize]), *offset);
+  }
+};
+
+inline Absmax absmax_of(const Weight4& w) {
+  if (!w.nested_absmax) return {w.absmax.as<const float>(), nullptr, nullptr, nullptr, nullptr};
+  return {nullptr, w.absmax.as<const uint8_t>(), w.nested_absmax.as<const float>(),
+          w.nested_code.as<const float>(), w.offset.as<const float>()};
+}
+
+inline Status check_weight4(const char* op, const Weight4& w) {
+  const int64_t n = w.n * w.k;
+  if (w.n < 0 || w.k < 0 || !is_blocksize(w.blocksize))
+    return refuse(op, "the weight's shape or blocksize is wrong");
+  const int64_t blocks = (n + w.blocksize - 1) / w.blocksize;
+  if (w.codes.dtype != DType::u8 || w.codes.size() < (n + 1) / 2) return refuse(op, "codes are too few");
+  if (w.absmax.size() < blocks || w.absmax.dtype != (w.nested_absmax ? DType::u8 : DType::f32)) {
+    return refuse(op, "absmax is too short or of the wrong dtype");
+  }
+  if (w.nested_absmax &&
+      (w.nested_absmax.size() < (blocks + kNestedBlocksize - 1) / kNestedBlocksize || !w.nested_code ||
+       w.nested_code.size() != 256 || !w.offset || w.offset.size() < 1)) {
+    return refuse(op, "the nested absmax is incomplete");
+  }
+  return {};
+}
+
+__device__ constexpr float kCodebooks[2][16] = {
+    {kNf4[0], kNf4[1], kNf4[2], kNf4[3], kNf4[4], kNf4[5], kNf4[6], kNf4[7], kNf4[8], kNf4[9], kNf4[10],
+     kNf4[11], kNf4[12], kNf4[13], kNf4[14], kNf4[15]},
+    {kFp4[0], kFp4[1], kFp4[2], kFp4[3], kFp4[4], kFp4[5], kFp4[6], kFp4[7], -0.0f, kFp4[9], kFp4[10],
+     kFp4[11], kFp4[12], kFp4[13], kFp4[14], kFp4[15]}};
+
+}  // namespace halfbyte::cuda

@@ -1,0 +1,16 @@
+// What a build without CUDA answers; left out of the build when kernels/cuda is in it.
+#include "backend.h"
+
+namespace halfbyte {
+
+CudaInfo cuda_info() {
+  CudaInfo info;
+  info.reason = "this build has no CUDA backend";
+  return info;
+}
+
+Status make_cuda_backend(int, std::unique_ptr<Backend>*) {
+  return Status::error(Code::unsupported, "this build has no CUDA backend");
+}
+
+}  // namespace halfbyte
