@@ -164,16 +164,17 @@ describe.each(devices())('queues of %s', (on) => {
     it('keep their memory until they are disposed', async () => {
       await on.synchronize()
       const before = on.memoryUsage().allocated
-      using x = Tensor.zeros([1000], 'float32', on)
+      using x = Tensor.zeros([1_000_000], 'float32', on)
       const graph = on.capture(() => ops.add(x, x).dispose())
       graph.replay()
       await on.synchronize()
-      expect(on.memoryUsage().allocated).toBeGreaterThanOrEqual(before + 8000)
+      // garbage of earlier tests may go meanwhile: it is small
+      expect(on.memoryUsage().allocated).toBeGreaterThan(before + 7_000_000)
       graph.dispose()
       graph.dispose()
       x.dispose()
       await on.synchronize()
-      expect(on.memoryUsage().allocated).toBe(before)
+      expect(on.memoryUsage().allocated).toBeLessThanOrEqual(before)
       expect(thrown(() => graph.replay()).code).toBe('ERR_HALFBYTE_DISPOSED')
     })
 
