@@ -25,14 +25,22 @@ export class ConfigReader {
     return Object.hasOwn(this.raw, name) ? (this.raw[name] ?? undefined) : undefined
   }
 
-  /** A count: a whole number >= 1. Without an initial value the field must be there. */
-  count(name: string, initial?: number): number {
+  /** A count: a whole number from 1 to `most`. Without an initial value the field must be there. */
+  count(name: string, initial?: number, most = Number.MAX_SAFE_INTEGER): number {
     const value = this.get(name) ?? initial
     if (value === undefined) this.fail(`${name} is missing`)
     if (!Number.isSafeInteger(value) || (value as number) < 1) {
       this.fail(`${name} is ${JSON.stringify(value)}, it must be a positive whole number`)
     }
+    if ((value as number) > most) this.fail(`${name} is ${value as number}, more than ${most} is no model's`)
     return value as number
+  }
+
+  /** A number above 0. */
+  positive(name: string, initial?: number): number {
+    const value = this.number(name, initial)
+    if (value <= 0) this.fail(`${name} is ${value}, it must be above 0`)
+    return value
   }
 
   number(name: string, initial?: number): number {
@@ -139,12 +147,12 @@ export function readGenerationDefaults(folder: string, config: ConfigReader): Ge
     ['topP', 'top_p'],
     ['minP', 'min_p'],
     ['repetitionPenalty', 'repetition_penalty'],
-    ['maxNewTokens', 'max_new_tokens'],
-    ['maxLength', 'max_length'],
   ] as const
   for (const [ours, name] of numbers) {
     if (own.get(name) !== undefined) defaults[ours] = own.number(name)
   }
+  if (own.get('max_new_tokens') !== undefined) defaults.maxNewTokens = own.count('max_new_tokens')
+  if (own.get('max_length') !== undefined) defaults.maxLength = own.count('max_length')
   if (own.get('do_sample') !== undefined) defaults.doSample = own.boolean('do_sample', false)
   const pad = from('pad_token_id').tokenIds('pad_token_id')[0]
   const bos = from('bos_token_id').tokenIds('bos_token_id')[0]

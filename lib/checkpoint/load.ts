@@ -14,7 +14,7 @@ import { countNonfinite } from '../tensor/ops.js'
 import { keep } from '../tensor/tidy.js'
 import { checkpointError, type TensorInfo } from './header.js'
 import { FROM_SAFETENSORS } from './safetensors.js'
-import { Checkpoint, list } from './source.js'
+import { Checkpoint, count, list } from './source.js'
 
 export interface LoadProgress {
   loadedBytes: number
@@ -74,7 +74,7 @@ export async function loadCheckpoint(
     await check(model, checkpoint)
     if (unexpected.length > 0) {
       const warn = options.onWarning ?? ((message: string) => process.emitWarning(message, 'HalfbyteWarning'))
-      warn(`${checkpoint.path}: ${unexpected.length} tensors were not used: ${list(unexpected)}`)
+      warn(`${checkpoint.path}: the model has no use for ${count(unexpected, 'tensor')}: ${list(unexpected)}`)
     }
     const loadedBytes = items.reduce((sum, { info }) => sum + info.end - info.begin, 0)
     return { ...(replacement && { replacement }), unexpected, loadedBytes }
@@ -117,6 +117,13 @@ function quantizeLayers(
   const packed = [...checkpoint.tensors.keys()]
     .filter((name) => name.endsWith('.weight') && isPacked(checkpoint, name))
     .flatMap((name) => placeOf(model, name)?.slice(0, -'.weight'.length) ?? [])
+  if (packed.length === 0) {
+    throw checkpointError(
+      checkpoint.path,
+      `config.json says that the weights are quantised to ${config.loadIn4bit ? 4 : 8} bits, and none of the tensors is; ` +
+        'remove quantization_config from it',
+    )
+  }
   return replaceWithQuantizedLinear(model, config, { only: packed })
 }
 
@@ -145,7 +152,7 @@ function assign(
   const absent = [...missing].filter(([identity]) => !taken.has(identity)).map(([, path]) => path)
   const complaints: string[] = []
   if (absent.length > 0) {
-    complaints.push(`${absent.length} tensors of the model are missing: ${list(absent)}`)
+    complaints.push(`the model lacks ${count(absent, 'tensor')}: ${list(absent)}`)
     if (unexpected.length > 0)
       complaints.push(`${unexpected.length} are not the model's: ${list(unexpected)}`)
   }
@@ -218,10 +225,7 @@ async function fill(
 async function check(model: Module, checkpoint: Checkpoint): Promise<void> {
   const missing = model.missingParameters()
   if (missing.length > 0) {
-    throw checkpointError(
-      checkpoint.path,
-      `${missing.length} tensors of the model are missing: ${list(missing)}`,
-    )
+    throw checkpointError(checkpoint.path, `the model lacks ${count(missing, 'tensor')}: ${list(missing)}`)
   }
   const bad: string[] = []
   const counts = [...model.namedParameters()].map(async ([path, parameter]) => {

@@ -164,7 +164,7 @@ function addUnlisted(
   }
 }
 
-function count(items: readonly string[], noun: string): string {
+export function count(items: readonly string[], noun: string): string {
   return `${items.length} ${noun}${items.length === 1 ? '' : 's'}`
 }
 

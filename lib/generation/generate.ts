@@ -75,6 +75,15 @@ class Sequence {
 
 function promptIds(prompt: Prompt, model: CausalLM, tokenizer: Tokenizer | undefined): number[] {
   let ids: number[]
+  if (
+    typeof prompt !== 'string' &&
+    typeof (prompt as Iterable<number> | undefined)?.[Symbol.iterator] !== 'function'
+  ) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `generate: the prompt is ${String(prompt)}, it must be a text or token ids`,
+    )
+  }
   if (typeof prompt === 'string') {
     if (!tokenizer) {
       throw new HalfbyteError(

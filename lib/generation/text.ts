@@ -69,6 +69,12 @@ export class StopStrings {
   #held = ''
 
   constructor(stops: readonly string[]) {
+    if (typeof stops.find !== 'function') {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_VALUE',
+        `stopStrings: ${String(stops)} is not a text or a list of texts`,
+      )
+    }
     const bad = stops.find((stop) => typeof stop !== 'string' || stop === '')
     if (bad !== undefined) {
       throw new HalfbyteError(

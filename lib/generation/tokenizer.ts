@@ -108,7 +108,12 @@ export class Tokenizer {
     }
     const config = readJsonFile(join(folder, 'tokenizer_config.json'), 'ERR_HALFBYTE_TOKENIZER') ?? {}
     const map = readJsonFile(join(folder, 'special_tokens_map.json'), 'ERR_HALFBYTE_TOKENIZER') ?? {}
-    return new Tokenizer(json, { ...map, ...config }, readTemplates(folder, config))
+    const templates = readTemplates(folder, config)
+    try {
+      return new Tokenizer(json, { ...map, ...config }, templates)
+    } catch (cause) {
+      return fail(`${folder}: ${(cause as Error).message}`, cause)
+    }
   }
 
   #id(name: Special): number | undefined {

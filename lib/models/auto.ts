@@ -55,15 +55,58 @@ function mergeConfigs(
   return new BitsAndBytesConfig({ ...options, ...changes })
 }
 
+const KNOWN: readonly string[] = [
+  'quantizationConfig',
+  'modulesToNotConvert',
+  'dtype',
+  'device',
+  'signal',
+  'onProgress',
+  'onWarning',
+] satisfies (keyof FromPretrainedOptions)[]
+
+function checkArguments(folder: unknown, options: FromPretrainedOptions): void {
+  if (typeof folder !== 'string' || folder === '') {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `fromPretrained: the folder is ${JSON.stringify(folder)}; give the path of a model as transformers saves it`,
+    )
+  }
+  // loadIn4bit beside quantizationConfig instead of in it would load a model four times as large
+  const unknown = Object.keys(options).find((name) => !KNOWN.includes(name))
+  if (unknown !== undefined) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `fromPretrained: unknown option ${unknown}; the options are ${KNOWN.join(', ')}`,
+    )
+  }
+}
+
+/** How the checkpoint says that it is quantised. */
+function savedConfig(config: ConfigReader): BitsAndBytesConfig | undefined {
+  const saved = config.object('quantization_config')
+  try {
+    return saved && BitsAndBytesConfig.fromJSON(saved.raw)
+  } catch (error) {
+    return config.fail((error as HalfbyteError).message)
+  }
+}
+
 async function fromPretrained(folder: string, options: FromPretrainedOptions = {}): Promise<CausalLM> {
+  checkArguments(folder, options)
   options.signal?.throwIfAborted()
   const config = readConfig(folder)
   const spec = readSpec(config)
-  const saved = config.object('quantization_config')
+  const saved = savedConfig(config)
   const { quantizationConfig: given, dtype = 'auto', ...rest } = options
   const quantizationConfig = saved
-    ? mergeConfigs(BitsAndBytesConfig.fromJSON(saved.raw), given, config.file)
+    ? mergeConfigs(saved, given, config.file)
     : given && (given instanceof BitsAndBytesConfig ? given : new BitsAndBytesConfig(given))
+  // what is small and may be wrong comes before what is large
+  const generationDefaults = readGenerationDefaults(folder, config)
+  const tokenizer = existsSync(join(folder, 'tokenizer.json'))
+    ? await Tokenizer.fromPretrained(folder)
+    : undefined
   using checkpoint = Checkpoint.open(folder)
   const model = onMeta(() => new CausalLM(spec, config))
   const report = await loadCheckpoint(model, checkpoint, {
@@ -75,8 +118,8 @@ async function fromPretrained(folder: string, options: FromPretrainedOptions = {
   model.quantizationConfig = quantizationConfig
   model.replacement = report.replacement
   model.folder = folder
-  model.generationDefaults = readGenerationDefaults(folder, config)
-  if (existsSync(join(folder, 'tokenizer.json'))) model.tokenizer = await Tokenizer.fromPretrained(folder)
+  model.generationDefaults = generationDefaults
+  model.tokenizer = tokenizer
   model.model.prepare(1, model.device!)
   return model.eval()
 }

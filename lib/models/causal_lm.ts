@@ -24,6 +24,10 @@ import { Decoder } from './decoder.js'
 import { savePretrained } from './save.js'
 import type { DecoderSpec } from './spec.js'
 
+function isList(value: unknown): boolean {
+  return Array.isArray(value) || ArrayBuffer.isView(value)
+}
+
 /** Rows of logits that are in memory at once where only their losses are wanted. */
 const LOSS_ROWS = 256
 
@@ -89,7 +93,10 @@ export class CausalLM extends Module {
   }
 
   #states(inputIds: readonly (readonly number[])[], layers: number | undefined): Tensor {
-    const sequences = inputIds.map((ids) => this.#checkIds(ids))
+    if (!isList(inputIds)) {
+      throw new HalfbyteError('ERR_HALFBYTE_VALUE', `forward: ${String(inputIds)} is not a list of token ids`)
+    }
+    const sequences = Array.from(inputIds, (ids) => this.#checkIds(ids))
     const device = this.device!
     const longest = Math.max(0, ...sequences.map((ids) => ids.length))
     this.model.prepare(Math.max(1, longest), device)
@@ -109,6 +116,9 @@ export class CausalLM extends Module {
 
   #checkIds(ids: readonly number[]): readonly number[] {
     const { vocabSize, maxPositions } = this.spec
+    if (!isList(ids)) {
+      throw new HalfbyteError('ERR_HALFBYTE_VALUE', `forward: ${String(ids)} is not a list of token ids`)
+    }
     const bad = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= vocabSize)
     if (bad !== undefined) {
       throw new HalfbyteError(
@@ -127,7 +137,8 @@ export class CausalLM extends Module {
 
   /** Logits [T, vocabulary] of one sequence, or of several packed one after the other. */
   forward(inputIds: readonly number[] | readonly (readonly number[])[]): Tensor {
-    const nested = inputIds.length === 0 || typeof inputIds[0] === 'number' ? [inputIds as number[]] : inputIds
+    const flat = isList(inputIds) && (inputIds.length === 0 || typeof inputIds[0] === 'number')
+    const nested = flat ? [inputIds as number[]] : inputIds
     return tidy(() => this.head(this.hiddenStates(nested as readonly (readonly number[])[])))
   }
 
@@ -143,7 +154,8 @@ export class CausalLM extends Module {
   /** float32: -log p of each token but the first of every sequence, packed. */
   tokenLosses(inputIds: readonly (readonly number[])[]): Tensor {
     return tidy(() => {
-      // the last token of a sequence predicts nothing
+      // the last token of a sequence predicts nothing, and is not seen by hiddenStates()
+      for (const ids of inputIds) this.#checkIds(ids.slice(-1))
       const hidden = this.hiddenStates(inputIds.map((ids) => ids.slice(0, -1)))
       const targets = Int32Array.from(inputIds.flatMap((ids) => ids.slice(1)))
       const wanted = Tensor.from(targets, { device: hidden.device })
@@ -178,6 +190,12 @@ export class CausalLM extends Module {
     input: Prompt | readonly Prompt[],
     options: GenerateOptions = {},
   ): Promise<GenerateResult | GenerateResult[]> {
+    if (typeof input !== 'string' && !isList(input)) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_VALUE',
+        `generate: the prompt is ${String(input)}, it must be a text, token ids, or a list of such prompts`,
+      )
+    }
     const single = typeof input === 'string' || typeof input[0] === 'number' || input.length === 0
     const results = await generate(this, single ? [input as Prompt] : (input as readonly Prompt[]), options)
     return single ? results[0]! : results

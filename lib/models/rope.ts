@@ -31,17 +31,16 @@ export function readRope(config: ConfigReader, options: RopeOptions, part?: stri
   const source = parameters ?? older
   const theta = parameters?.get('rope_theta') !== undefined ? parameters : config
   const partial = parameters?.get('partial_rotary_factor') !== undefined ? parameters : config
-  const base = theta.number('rope_theta', options.theta ?? 10000)
+  const base = theta.positive('rope_theta', options.theta ?? 10000)
   const factor = partial.number('partial_rotary_factor', options.partialRotaryFactor ?? 1)
   const dim = Math.floor(options.headDim * factor)
   if (dim < 2 || dim % 2 !== 0 || dim > options.headDim) {
     config.fail(`a head of ${options.headDim} with partial_rotary_factor ${factor} has no even number of rotated elements`)
   }
-  if (base <= 0) config.fail(`rope_theta is ${base}, it must be positive`)
   const plain = Float64Array.from({ length: dim / 2 }, (_, i) => base ** ((-2 * i) / dim))
   const name = source?.get('rope_type') !== undefined ? 'rope_type' : 'type'
   const type = source?.string(name, 'default') ?? 'default'
-  const scaling = SCALINGS[type]
+  const scaling = Object.hasOwn(SCALINGS, type) ? SCALINGS[type] : undefined
   if (!scaling) {
     config.fail(`rope_type ${JSON.stringify(type)} is not known; known are ${Object.keys(SCALINGS).join(', ')}`)
   }
@@ -57,10 +56,10 @@ type Scaling = (
 
 /** Wave lengths shorter than the trained context stay, long ones are stretched by `factor`, those between blend. */
 const llama3: Scaling = (plain, config, { maxPositions }) => {
-  const factor = config.number('factor')
-  const low = config.number('low_freq_factor')
-  const high = config.number('high_freq_factor')
-  const trained = config.number('original_max_position_embeddings', maxPositions)
+  const factor = config.positive('factor')
+  const low = config.positive('low_freq_factor')
+  const high = config.positive('high_freq_factor')
+  const trained = config.positive('original_max_position_embeddings', maxPositions)
   if (high <= low) config.fail(`high_freq_factor ${high} must be above low_freq_factor ${low}`)
   const frequencies = plain.map((frequency) => {
     const waves = (trained * frequency) / (2 * Math.PI)
@@ -72,12 +71,12 @@ const llama3: Scaling = (plain, config, { maxPositions }) => {
 
 /** YaRN (arXiv 2309.00071): fast dimensions keep their frequency, slow ones are interpolated, a ramp lies between. */
 const yarn: Scaling = (plain, config, { maxPositions, base, dim }) => {
-  const trained = config.number('original_max_position_embeddings', maxPositions)
-  const factor = config.number('factor', maxPositions / trained)
+  const trained = config.positive('original_max_position_embeddings', maxPositions)
+  const factor = config.positive('factor', maxPositions / trained)
   const dimensionOf = (rotations: number) =>
     (dim * Math.log(trained / (rotations * 2 * Math.PI))) / (2 * Math.log(base))
-  let low = dimensionOf(config.number('beta_fast', 32))
-  let high = dimensionOf(config.number('beta_slow', 1))
+  let low = dimensionOf(config.positive('beta_fast', 32))
+  let high = dimensionOf(config.positive('beta_slow', 1))
   if (config.boolean('truncate', true)) [low, high] = [Math.floor(low), Math.ceil(high)]
   low = Math.max(low, 0)
   high = Math.min(high, dim - 1)
@@ -96,7 +95,7 @@ const yarn: Scaling = (plain, config, { maxPositions, base, dim }) => {
 const SCALINGS: Readonly<Record<string, Scaling>> = {
   default: (plain) => ({ frequencies: plain, scale: 1 }),
   linear: (plain, config) => {
-    const factor = config.number('factor')
+    const factor = config.positive('factor')
     return { frequencies: plain.map((frequency) => frequency / factor), scale: 1 }
   },
   // scales only beyond max_position_embeddings, where no prompt is accepted

@@ -69,6 +69,10 @@ export function readActivation(config: ConfigReader, field = 'hidden_act', initi
   return activation
 }
 
+/** Beyond these a config is damaged; the memory for its model would be asked for before the tensors are looked at. */
+const MOST_LAYERS = 10_000
+const MOST_HEAD_DIM = 65_536
+
 /** The fields that all families share, as Llama has them; `own` is what differs. */
 export function readDecoderSpec(
   config: ConfigReader,
@@ -77,7 +81,8 @@ export function readDecoderSpec(
   const hiddenSize = config.count('hidden_size')
   const numHeads = config.count('num_attention_heads')
   const numKeyValueHeads = config.count('num_key_value_heads', numHeads)
-  const headDim = config.count('head_dim', hiddenSize % numHeads === 0 ? hiddenSize / numHeads : undefined)
+  const each = hiddenSize % numHeads === 0 ? hiddenSize / numHeads : undefined
+  const headDim = config.count('head_dim', each, MOST_HEAD_DIM)
   if (numHeads % numKeyValueHeads !== 0) {
     config.fail(`num_attention_heads ${numHeads} is not a multiple of num_key_value_heads ${numKeyValueHeads}`)
   }
@@ -96,7 +101,7 @@ export function readDecoderSpec(
     ropes: [],
     tieWordEmbeddings: config.boolean('tie_word_embeddings', false),
     activation: rest.activation ?? readActivation(config),
-    normEps: config.number('rms_norm_eps', 1e-6),
+    normEps: config.positive('rms_norm_eps', 1e-6),
     normWeightOffset: 0,
     norms: 'input',
     queryKeyNorm: 'none',
@@ -126,8 +131,9 @@ export function readDecoderSpec(
  * use_sliding_window turns it off.
  */
 export function readWindows(config: ConfigReader): number[] {
-  const layers = config.count('num_hidden_layers')
-  const window = config.boolean('use_sliding_window', true) ? config.number('sliding_window', 0) : 0
+  const layers = config.count('num_hidden_layers', undefined, MOST_LAYERS)
+  const slides = config.boolean('use_sliding_window', true) && config.number('sliding_window', 0) !== 0
+  const window = slides ? config.count('sliding_window') : 0
   const types = config.array('layer_types')
   if (types && types.length !== layers) {
     config.fail(`layer_types has ${types.length} entries, num_hidden_layers is ${layers}`)

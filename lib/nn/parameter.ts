@@ -68,6 +68,7 @@ export class Parameter implements Disposable {
   #dtype: DType | undefined
   #device: Device | undefined
   #value: Tensor | undefined
+  #disposed = false
 
   constructor(shape: Shape, options: ParameterOptions = {}) {
     this.shape = [...shape]
@@ -97,9 +98,15 @@ export class Parameter implements Disposable {
     return this.#value !== undefined
   }
 
-  /** The tensor; ERR_HALFBYTE_STATE_DICT while there is none. */
+  /** The tensor; ERR_HALFBYTE_STATE_DICT while there is none, ERR_HALFBYTE_DISPOSED when there is none any more. */
   get value(): Tensor {
     if (this.#value) return this.#value
+    if (this.#disposed) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_DISPOSED',
+        `${this.path || 'A parameter'} [${this.shape.join(', ')}] is used after its model was disposed`,
+      )
+    }
     throw new HalfbyteError(
       'ERR_HALFBYTE_STATE_DICT',
       `${this.path || 'A parameter'} [${this.shape.join(', ')}] is used before it is loaded; ` +
@@ -163,6 +170,7 @@ export class Parameter implements Disposable {
   replace(tensor: Tensor | undefined): void {
     this.#value = tensor && keep(tensor)
     if (!tensor) return
+    this.#disposed = false
     this.#dtype = tensor.dtype
     this.#device = tensor.device
   }
@@ -174,8 +182,10 @@ export class Parameter implements Disposable {
   }
 
   dispose(): void {
-    this.#value?.dispose()
+    if (!this.#value) return
+    this.#value.dispose()
     this.#value = undefined
+    this.#disposed = true
   }
 
   [Symbol.dispose](): void {

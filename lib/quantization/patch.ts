@@ -92,10 +92,14 @@ export function replaceWithQuantizedLinear(
   options: ReplaceOptions = {},
 ): ReplacementReport {
   const settings = config instanceof BitsAndBytesConfig ? config : new BitsAndBytesConfig(config)
-  const entries = options.only ?? [
-    ...(settings.llmInt8SkipModules ?? []),
-    ...(options.modulesToNotConvert ?? []),
-  ]
+  const further: unknown = options.modulesToNotConvert ?? []
+  if (!Array.isArray(further) || !further.every((entry) => typeof entry === 'string')) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `replaceWithQuantizedLinear: modulesToNotConvert is ${JSON.stringify(further)}, it must be a list of module names`,
+    )
+  }
+  const entries = options.only ?? [...(settings.llmInt8SkipModules ?? []), ...further]
   const only = options.only && new Set(options.only)
   const structure = only ? new Map<string, string>() : keptByStructure(model)
   const report: ReplacementReport = { replaced: [], kept: [], unmatched: [] }

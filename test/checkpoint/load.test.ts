@@ -169,7 +169,7 @@ describe.each(devices())('loading on %s', (device) => {
         change((w) => (w.delete(q), w.delete('lm_head.weight'))),
         {},
         'CHECKPOINT',
-        /2 tensors of the model are missing: model.layers.1.self_attn.q_proj.weight, lm_head.weight/,
+        /the model lacks 2 tensors: model.layers.1.self_attn.q_proj.weight, lm_head.weight/,
       ],
       [
         'all tensors of other names',
@@ -177,7 +177,7 @@ describe.each(devices())('loading on %s', (device) => {
         new Map([['x', tinyWeights().get(q)!]]),
         {},
         'CHECKPOINT',
-        /21 tensors of the model are missing: .* and 13 more; 1 are not the model's: x/,
+        /the model lacks 21 tensors: .* and 13 more; 1 are not the model's: x/,
       ],
       [
         'a config of another size',
@@ -291,7 +291,7 @@ describe.each(devices())('loading on %s', (device) => {
       )
       expect(model.spec.layers.length).toBe(2)
       expect(warnings).toEqual([
-        expect.stringContaining('1 tensors were not used: model.layers.9.mlp.up_proj.weight'),
+        expect.stringContaining('the model has no use for 1 tensor: model.layers.9.mlp.up_proj.weight'),
       ])
     })
   })
@@ -299,7 +299,10 @@ describe.each(devices())('loading on %s', (device) => {
 
 describe('config.json', () => {
   const load = (config: Record<string, unknown>, options: FromPretrainedOptions = {}) =>
-    AutoModelForCausalLM.fromPretrained(writeTinyModel(fresh(), config), { device: 'cpu', ...options })
+    AutoModelForCausalLM.fromPretrained(writeTinyModel(fresh(), config, tinyWeights()), {
+      device: 'cpu',
+      ...options,
+    })
 
   it.each<[string, Record<string, unknown>, FromPretrainedOptions, RegExp]>([
     [
@@ -331,6 +334,22 @@ describe('config.json', () => {
       {},
       /rope_type "spiral" is not known; known are default, linear/,
     ],
+    ['more layers than memory', { num_hidden_layers: 1e9 }, {}, /num_hidden_layers is 1000000000, more than/],
+    ['a head beyond any memory', { head_dim: 1e15 }, {}, /head_dim is 1000000000000000, more than/],
+    ['a negative eps', { rms_norm_eps: -1 }, {}, /rms_norm_eps is -1, it must be above 0/],
+    ['half a window', { model_type: 'mistral', sliding_window: 0.5 }, {}, /sliding_window is 0.5/],
+    [
+      'a rope_type that JavaScript knows',
+      { rope_scaling: { rope_type: 'toString' } },
+      {},
+      /"toString" is not known/,
+    ],
+    [
+      'rope frequencies over 0',
+      { rope_scaling: { type: 'linear', factor: 0 } },
+      {},
+      /rope_scaling: factor is 0, it must be above 0/,
+    ],
     [
       'rope parameters that are missing',
       { rope_scaling: { type: 'linear' } },
@@ -347,7 +366,7 @@ describe('config.json', () => {
       'an unknown quant_method',
       { quantization_config: { quant_method: 'gptq' } },
       {},
-      /quant_method is "gptq"/,
+      /config.json: .*quant_method is "gptq"/,
     ],
     [
       'both load-in flags',
@@ -365,6 +384,36 @@ describe('config.json', () => {
     await expect(load(config, options)).rejects.toMatchObject({
       code: 'ERR_HALFBYTE_CONFIG',
       message: expect.stringMatching(message) as string,
+    })
+  })
+
+  it('that calls plain weights quantised', async () => {
+    const quantization_config = { quant_method: 'bitsandbytes', load_in_4bit: true }
+    await expect(load({ quantization_config })).rejects.toMatchObject({
+      code: 'ERR_HALFBYTE_CHECKPOINT',
+      message: expect.stringMatching(/quantised to 4 bits, and none of the tensors is/) as string,
+    })
+  })
+
+  it('beside arguments that mean nothing', async () => {
+    const code = 'ERR_HALFBYTE_VALUE'
+    const misplaced = { loadIn4bit: true } as FromPretrainedOptions
+    await expect(load({}, misplaced)).rejects.toMatchObject({
+      code,
+      message: expect.stringMatching(
+        /unknown option loadIn4bit; the options are quantizationConfig/,
+      ) as string,
+    })
+    const text = {
+      quantizationConfig: { loadIn4bit: true },
+      modulesToNotConvert: 'lm_head' as unknown as string[],
+    }
+    await expect(load({}, text)).rejects.toMatchObject({
+      code,
+      message: expect.stringMatching(/modulesToNotConvert is "lm_head", it must be a list/) as string,
+    })
+    await expect(AutoModelForCausalLM.fromPretrained(undefined as unknown as string)).rejects.toMatchObject({
+      code,
     })
   })
 

@@ -48,6 +48,35 @@ describe.each(devices())('generating on %s', (device) => {
     expect(result.text).toBe(model.tokenizer!.decode(result.tokenIds))
   })
 
+  it('says what is wrong with what is no prompt', async () => {
+    for (const prompt of [undefined, null, 5, {}, [null], [true]]) {
+      await expect(model.generate(prompt as string)).rejects.toMatchObject({
+        code: 'ERR_HALFBYTE_VALUE',
+        message: expect.stringMatching(/it must be a text/) as string,
+      })
+    }
+    const stopStrings = 5 as unknown as string
+    await expect(model.generate(PROMPT, { stopStrings })).rejects.toThrow(
+      /5 is not a text or a list of texts/,
+    )
+    expect(() => model.forward('abc' as unknown as number[])).toThrow(/abc is not a list of token ids/)
+  })
+
+  it('looks at the last token of a loss too', async () => {
+    for (const token of [-1, 1e9]) {
+      await expect(model.loss([1, token])).rejects.toMatchObject({ code: 'ERR_HALFBYTE_VALUE' })
+    }
+  })
+
+  it('is over when the model is disposed, and says so', async () => {
+    const other = await AutoModelForCausalLM.fromPretrained(join(root, 'models', 'tinypy-2m'), { device })
+    other.dispose()
+    await expect(other.generate(PROMPT)).rejects.toMatchObject({
+      code: 'ERR_HALFBYTE_DISPOSED',
+      message: expect.stringMatching(/embed_tokens.weight .* is used after its model was disposed/) as string,
+    })
+  })
+
   it('streams the parts of the same text', async () => {
     const { text, tokenIds } = await model.generate(PROMPT, { maxNewTokens: 30 })
     const parts = await collect(PROMPT, { maxNewTokens: 30 })

@@ -13,8 +13,10 @@ import { formatBytes, formatSeconds } from '../table.js'
 export const evaluate: Command = {
   name: 'eval',
   summary:
-    'Perplexity on a text: windows of N tokens, each token predicted from those before it in its window, the text\n' +
-    'behind one begin-of-text token.',
+    'Perplexity on a text: exp of the mean of -log p. The text, behind one begin-of-text token, is cut into whole\n' +
+    'windows of N tokens. In each of them the model predicts N tokens, those from its second to the first of the next\n' +
+    'window, and sees nothing from before the window. What does not fill a window at the end is left out, unless there\n' +
+    'is no whole one.',
   arguments: 'DIR --text FILE',
   count: [1, 1],
   options: [
@@ -22,7 +24,7 @@ export const evaluate: Command = {
       'Text',
       {
         text: { value: 'FILE', help: 'the text, UTF-8' },
-        window: { value: 'N', help: 'tokens of a window (default 512)' },
+        window: { value: 'N', help: 'tokens that the model sees at once (default 512)' },
         limit: { value: 'N', help: 'only the first N tokens of the text' },
       },
     ],
