@@ -3,7 +3,8 @@
  * `halfbyte bench NAME`, which calls the same files. It prints a table or JSON, and fails when a row has no baseline of
  * the same run to be compared with.
  */
-import { writeFileSync } from 'node:fs'
+import { mkdirSync, writeFileSync } from 'node:fs'
+import { dirname } from 'node:path'
 import { parseArgs } from 'node:util'
 import { defaultDevice, device as openDevice, HalfbyteError, type Device } from 'halfbyte'
 import { formatTable } from 'halfbyte/internal/cli/table.js'
@@ -53,6 +54,8 @@ function display(value: number | string | undefined): number | string {
 export async function runBenchmark(benchmark: Benchmark, options: BenchOptions): Promise<void> {
   const device = options.device === undefined ? defaultDevice() : openDevice(options.device)
   const { name, summary } = benchmark
+  // a folder that cannot be made is better known before the measurement than after it
+  if (options.out !== undefined) mkdirSync(dirname(options.out), { recursive: true })
   const report = await benchmark.run({ device, model: options.model, rounds: options.rounds ?? 7 })
   const complete = {
     name,
