@@ -125,7 +125,7 @@ describe('Module', () => {
     const tensors = [...net.namedParameters()].map(([, parameter]) => parameter.value)
     net.dispose()
     expect(tensors.every((tensor) => tensor.disposed)).toBe(true)
-    expect(() => net.head.weight.value).toThrow(/used before it is loaded/)
+    expect(thrown(() => net.head.weight.value).code).toBe('ERR_HALFBYTE_DISPOSED')
   })
 
   it('casts float parameters and keeps ties and buffers', () => {
