@@ -27,7 +27,6 @@ struct Problem {
   bool causal;
 };
 
-template <typename T>
 __device__ __forceinline__ float sink_of(const Problem& p, int head) {
   switch (p.sinks_dtype) {
     case DType::f16:
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     const int head = first_head + h;
     float divisor = total;
     if (p.splits == 1 && p.sinks) {
-      const float sink = sink_of<T>(p, head);
+      const float sink = sink_of(p, head);
       divisor = top == -INFINITY ? 0.0f : total + __expf(sink - top);
     }
     float* to = partial + ((token * p.heads + head) * p.splits + blockIdx.y) * (p.value_dim + 2);
@@ -275,7 +274,7 @@ __global__ void combine_kernel(T* y, const float* partial, Problem p) {
   for (int s = 0; s < p.splits; ++s) {
     if (from[s * step] != -INFINITY) total += from[s * step + 1] * __expf(from[s * step] - top);
   }
-  if (p.sinks && top != -INFINITY) total += __expf(sink_of<T>(p, static_cast<int>(row % p.heads)) - top);
+  if (p.sinks && top != -INFINITY) total += __expf(sink_of(p, static_cast<int>(row % p.heads)) - top);
   for (int d = threadIdx.x; d < p.value_dim; d += blockDim.x) {
     float sum = 0.0f;
     for (int s = 0; s < p.splits; ++s) {

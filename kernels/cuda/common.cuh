@@ -145,6 +145,9 @@ inline unsigned blocks_for(int64_t work, int64_t per_block, int64_t most = 1 << 
   return static_cast<unsigned>(blocks < most ? blocks : most);
 }
 
+/// Parts of a workspace start where any access is aligned.
+inline size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
 inline Status refuse(const char* op, const std::string& what) {
   return Status::error(Code::shape, std::string(op) + ": " + what);
 }

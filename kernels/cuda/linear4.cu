@@ -105,12 +105,6 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (lane == 0) out.store(m, row, total);
 }
 
-int log2_of(int64_t blocksize) {
-  int log = 0;
-  while ((int64_t{1} << log) < blocksize) ++log;
-  return log;
-}
-
 View dense_view(const Weight4& w, DType dtype, void* data) {
   View v;
   v.data = data;
@@ -121,8 +115,6 @@ View dense_view(const Weight4& w, DType dtype, void* data) {
   v.strides[1] = 1;
   return v;
 }
-
-size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
 

@@ -18,8 +18,6 @@ struct Parts {
   size_t codes, row_absmax, mask, list, acc, product, total;
 };
 
-size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 Parts parts_of(int64_t m, int64_t n, int64_t k, bool threshold) {
   Parts p{};
   size_t at = 0;

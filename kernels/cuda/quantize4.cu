@@ -147,12 +147,6 @@ __global__ void dequantize_kernel(T* __restrict__ y, const uint8_t* __restrict__
   }
 }
 
-int log2_of(int64_t blocksize) {
-  int log = 0;
-  while ((int64_t{1} << log) < blocksize) ++log;
-  return log;
-}
-
 }  // namespace
 
 Status CudaBackend::quantize_4bit(Queue queue, View codes, View absmax, View x, QuantType type,

@@ -41,6 +41,13 @@ inline Status check_weight4(const char* op, const Weight4& w) {
   return {};
 }
 
+/// Of a power of two.
+inline int log2_of(int64_t blocksize) {
+  int log = 0;
+  while ((int64_t{1} << log) < blocksize) ++log;
+  return log;
+}
+
 __device__ constexpr float kCodebooks[2][16] = {
     {kNf4[0], kNf4[1], kNf4[2], kNf4[3], kNf4[4], kNf4[5], kNf4[6], kNf4[7], kNf4[8], kNf4[9], kNf4[10],
      kNf4[11], kNf4[12], kNf4[13], kNf4[14], kNf4[15]},
