@@ -60,6 +60,17 @@ struct Slice {
   __device__ __forceinline__ float operator[](int e) const { return to_float(piece[e / N].v[e % N]); }
 };
 
+/// The ring in shared memory through which a block's keys and values come; E elements of a row a lane.
+template <typename T, int E>
+struct Ring {
+  static constexpr int kRowBytes = E * static_cast<int>(sizeof(T));
+  static constexpr int kAhead =
+      kRowBytes <= 128 ? 2 : 1;  // keys of a group in a batch: one step of the softmax
+  static constexpr int kBatches = kRowBytes <= 32 ? 4 : 2;
+  static constexpr int kBytes = kWarps * 32 * kRowBytes * 2 * kAhead * kBatches;
+  static_assert(kBytes <= 160 << 10, "the ring must fit a multiprocessor");
+};
+
 /// A piece into the ring, or zeros: asynchronously where it is 16 bytes.
 template <typename T, int N>
 __device__ __forceinline__ void copy_piece(Vec<T, N>* to, const T* from, bool there) {
@@ -112,8 +123,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const unsigned mask = 0xffu << (threadIdx.x % 32 / 8 * 8);
   // Rows travel through a ring in shared memory that hides their latency without registers. A lane reads back
   // only what it has copied itself, so nothing is to be synchronised but its own copies.
-  constexpr int kAhead = 2;  // keys of a group in a batch: one step of the running softmax
-  constexpr int kBatches = E * sizeof(T) <= 32 ? 4 : 2;  // batches in the ring
+  constexpr int kAhead = Ring<T, E>::kAhead, kBatches = Ring<T, E>::kBatches;
   constexpr int kPieces = E / N;
   using Piece = Vec<T, N>;
   extern __shared__ __align__(16) char ring_bytes[];
@@ -327,7 +337,7 @@ Status check_caches(const char* op, const View& key_cache, const View& value_cac
 template <typename T, int E, int N, int kHeads>
 cudaError_t launch_attention(cudaStream_t stream, View y, View partial, View q, View keys, View values,
                              const Ragged& batch, const Problem& p) {
-  constexpr int kRing = kWarps * 32 * E * static_cast<int>(sizeof(T)) * 4 * (E * sizeof(T) <= 32 ? 4 : 2);
+  constexpr int kRing = Ring<T, E>::kBytes;
   constexpr int kSums = kGroups * 8 * E * 4;
   constexpr int shared = kRing > kSums ? kRing : kSums;
   const auto kernel = attention_kernel<T, E, N, kHeads>;
