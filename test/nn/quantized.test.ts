@@ -238,7 +238,7 @@ describe.each(devices())('4-bit layers on %s', (on) => {
     expect(tensors.length).toBe(7)
     layer.dispose()
     expect(tensors.every((t) => t.disposed)).toBe(true)
-    expect(() => layer.forward(filled([1, 64]))).toThrow(/used before/)
+    expect(() => layer.forward(filled([1, 64]))).toThrow(/used after its model was disposed/)
   })
 })
 
