@@ -63,7 +63,7 @@ export interface NativeDevice {
 }
 
 /** A file that is open for reading, range by range. */
-export interface NativeMappedFile {
+export interface NativeFile {
   readonly size: number
   /** Bytes copied into a fresh ArrayBuffer (a header, say). */
   bytes(begin: number, end: number): ArrayBuffer
@@ -86,7 +86,7 @@ export interface NativeBinding {
   cudaInfo(): { compiled: boolean; archs: string; driver: string; runtime: string; reason: string }
   /** [bytes read per second, fp32 operations per second], measured now on the pool of the CPU devices. */
   cpuPeaks(): Promise<number[]>
-  openFile(path: string): NativeMappedFile
+  openFile(path: string): NativeFile
 }
 
 const root = join(__dirname, '..')

@@ -7,7 +7,7 @@
 #include "device_handle.h"
 #include "formats.h"
 #include "graph.h"
-#include "mapped_file.h"
+#include "file.h"
 #include "ops.h"
 #include "peaks.h"
 #include "tensor_handle.h"

@@ -1,7 +1,7 @@
-/** One safetensors file, mapped into memory: its table of tensors, and tensors on a device on demand. */
+/** One safetensors file: its table of tensors, and tensors on a device on demand. */
 import { statSync } from 'node:fs'
 import { HalfbyteError } from '../errors.js'
-import { native, type NativeMappedFile } from '../native.js'
+import { native, type NativeFile } from '../native.js'
 import { device as toDevice, type DeviceLike } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { rethrow } from '../tensor/rethrow.js'
@@ -24,13 +24,13 @@ export class SafetensorsFile implements Disposable {
   readonly size: number
   readonly metadata: Readonly<Record<string, string>>
   readonly tensors: ReadonlyMap<string, TensorInfo>
-  readonly #mapped: NativeMappedFile
+  readonly #file: NativeFile
   #closed = false
 
-  private constructor(path: string, mapped: NativeMappedFile, header: Header) {
+  private constructor(path: string, file: NativeFile, header: Header) {
     this.path = path
-    this.size = mapped.size
-    this.#mapped = mapped
+    this.size = file.size
+    this.#file = file
     this.metadata = header.metadata
     this.tensors = header.tensors
   }
@@ -45,12 +45,12 @@ export class SafetensorsFile implements Disposable {
     }
     if (!stat.isFile()) throw checkpointError(path, 'is not a file')
     if (stat.size < 8) throw checkpointError(path, `${stat.size} bytes are too few for a safetensors file`)
-    const mapped = rethrow(() => native.openFile(path))
+    const file = rethrow(() => native.openFile(path))
     try {
-      const read = (begin: number, end: number) => new Uint8Array(rethrow(() => mapped.bytes(begin, end)))
-      return new SafetensorsFile(path, mapped, parseHeader(path, mapped.size, read))
+      const read = (begin: number, end: number) => new Uint8Array(rethrow(() => file.bytes(begin, end)))
+      return new SafetensorsFile(path, file, parseHeader(path, file.size, read))
     } catch (error) {
-      mapped.close()
+      file.close()
       throw error
     }
   }
@@ -79,7 +79,7 @@ export class SafetensorsFile implements Disposable {
       )
     }
     const target = toDevice(on)
-    const handle = rethrow(() => this.#mapped.tensor(target.native, DTYPES[dtype].id, info.shape, info.begin))
+    const handle = rethrow(() => this.#file.tensor(target.native, DTYPES[dtype].id, info.shape, info.begin))
     return new Tensor(handle, target, dtype, info.shape)
   }
 
@@ -87,7 +87,7 @@ export class SafetensorsFile implements Disposable {
   bytes(name: string): Uint8Array {
     this.#checkOpen()
     const { begin, end } = this.info(name)
-    return new Uint8Array(rethrow(() => this.#mapped.bytes(begin, end)))
+    return new Uint8Array(rethrow(() => this.#file.bytes(begin, end)))
   }
 
   #checkOpen(): void {
@@ -97,7 +97,7 @@ export class SafetensorsFile implements Disposable {
   close(): void {
     if (this.#closed) return
     this.#closed = true
-    this.#mapped.close()
+    this.#file.close()
   }
 
   [Symbol.dispose](): void {

@@ -92,7 +92,7 @@ export class Linear4bit extends Linear {
     try {
       await made.checkFinite()
     } catch (error) {
-      made.weight.dispose()
+      made.#weight.dispose()
       throw error
     }
     return made

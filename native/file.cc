@@ -1,9 +1,9 @@
-// The NativeMappedFile class: ranges of a file as tensors.
+// The NativeFile class: ranges of a file as tensors.
 //
 // The ranges are read with pread, straight into the tensor's memory on a host device. A mapping would be one
 // copy as well, but a file that is truncated under a mapping, or a network disk that fails, kills the process
 // with SIGBUS; here it is an error that names the file.
-#include "mapped_file.h"
+#include "file.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -171,7 +171,7 @@ napi_value close_file(Call& call) {
 
 void define_file_class(Environment& self) {
   self.file_class = define_class(
-      self.env, "NativeMappedFile",
+      self.env, "NativeFile",
       {getter<size>("size"), method<bytes>("bytes"), method<tensor>("tensor"), method<close_file>("close")});
 }
 
