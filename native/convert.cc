@@ -12,7 +12,7 @@ const char* name_of(Kind kind) {
     case Kind::graph:
       return "graph";
     default:
-      return "mapped file";
+      return "file";
   }
 }
 

@@ -232,6 +232,21 @@ describe.each(devices())('4-bit layers on %s', (on) => {
     expect(relativeError(moved, y)).toBeLessThanOrEqual(on.type === 'cpu' ? 0 : 1e-6)
   })
 
+  it.each([
+    { bits: 4, kind: Linear4bit },
+    { bits: 8, kind: Linear8bit },
+  ])('free what $bits bits made of a weight that is refused', async ({ kind }) => {
+    const dense = new Linear(1024, 1024, { device: on })
+    dense.weight.value.write(new Float32Array(1024 * 1024).fill(NaN))
+    await on.synchronize()
+    const before = on.memoryUsage().allocated
+    await expect(kind.quantize(dense)).rejects.toThrow(/NaN or infinity/)
+    await on.synchronize()
+    // codes alone are half a megabyte, the statistics sixteen kilobytes
+    expect(on.memoryUsage().allocated).toBeLessThan(before + 8_000)
+    dense.dispose()
+  })
+
   it('free everything', () => {
     const layer = new LinearNF4(64, 12, { device: on })
     const tensors = [layer.weight.value, layer.bias!.value, ...[...layer.ownStatistics()].map(([, t]) => t)]
