@@ -115,7 +115,7 @@ struct MemoryInfo {
 // ---- operands that come in parts
 // ------------------------------------------------------------------------------
 
-/// A 4-bit weight [N, K] as bitsandbytes stores it (formats.h). absmax is float32 [blocks], or uint8 [blocks]
+/// A 4-bit weight [N, K] in one of the layouts of formats.h. absmax is float32 [blocks], or uint8 [blocks]
 /// when nested_absmax (float32 [ceil(blocks / 256)]), nested_code (float32 [256]) and offset (float32 [1])
 /// are present.
 struct Weight4 {
@@ -125,6 +125,7 @@ struct Weight4 {
   View nested_code;
   View offset;
   QuantType type = QuantType::nf4;
+  Layout4 layout = Layout4::flat;
   int64_t blocksize = 64;
   int64_t n = 0;
   int64_t k = 0;
@@ -238,12 +239,18 @@ class Backend {
                                int64_t blocksize) = 0;
   /// The inverse into y (float, w.n * w.k elements, any shape).
   virtual Status dequantize_4bit(Queue queue, View y, const Weight4& w) = 0;
+  /// True when the device's 4-bit products want the tiled layout; false: its ops refuse it.
+  virtual bool tiles_4bit() const = 0;
+  /// Re-orders codes and absmax (float32 or uint8) of a weight [n, k] that can_tile() holds for, from flat to
+  /// tiled or back. On every device.
+  virtual Status tile_4bit(Queue queue, View codes, View absmax, View from_codes, View from_absmax, int64_t n,
+                           int64_t k, Layout4 to) = 0;
   /// 8-bit blockwise with a 256-entry ascending code: codes uint8 [n], absmax float32 [ceil(n / blocksize)].
   virtual Status quantize_blockwise(Queue queue, View codes, View absmax, View x, View code,
                                     int64_t blocksize) = 0;
   virtual Status dequantize_blockwise(Queue queue, View y, View codes, View absmax, View code,
                                       int64_t blocksize) = 0;
-  /// y[i, :] = row ids[i] of the 4-bit table w [n = V, k = D].
+  /// y[i, :] = row ids[i] of the 4-bit table w [n = V, k = D], in the flat layout.
   virtual Status gather_rows_4bit(Queue queue, View y, const Weight4& w, View ids) = 0;
   /// y[i, :] = codes[ids[i], :] * scb[ids[i]] / 127; codes int8 [V, D], scb float32 [V].
   virtual Status gather_rows_8bit(Queue queue, View y, View codes, View scb, View ids) = 0;

@@ -52,6 +52,38 @@ enum class QuantType : uint8_t { nf4, fp4 };
 constexpr bool is_blocksize(int64_t b) { return b >= 32 && b <= 4096 && (b & (b - 1)) == 0; }
 constexpr int64_t kNestedBlocksize = 256;
 
+/// How the codes and absmax of a 4-bit weight [N, K] lie in memory.
+///   flat   bitsandbytes' own: row-major, two codes a byte, the even element in the high half; a block's
+///   absmax
+///          at element / blocksize
+///   tiled  the same bytes in the order in which the tensor cores want them (blocksize 64, N % 16 = 0,
+///          K % 64 = 0). A tile is 16 rows x 64 k: 512 bytes of codes and 16 absmax; tile (N / 16, K / 64) is
+///          row-major. Lane l = 4 g + t of a warp has bytes 16 l .. 16 l + 15 of a tile, 4 for each step j of
+///          16 k, which is the A fragment of mma.m16n8k16 with two weights in the place of each register:
+///            row g, k 16 j + 2 t | row g + 8, same k | row g, k 16 j + 2 t + 8 | row g + 8, same k
+///          absmax of row g + 8 h of a tile at 2 g + h. Nested statistics keep the order of the flat layout.
+enum class Layout4 : uint8_t { flat, tiled };
+
+#ifdef __CUDACC__
+#define HALFBYTE_ANYWHERE __host__ __device__
+#else
+#define HALFBYTE_ANYWHERE
+#endif
+constexpr int64_t kTileRows = 16, kTileK = 64;
+constexpr bool can_tile(int64_t n, int64_t k, int64_t blocksize) {
+  return blocksize == kTileK && n % kTileRows == 0 && k % kTileK == 0;
+}
+/// Where byte `i` of row r (bytes of two k) of a flat weight goes.
+HALFBYTE_ANYWHERE constexpr int64_t tiled_byte(int64_t r, int64_t i, int64_t k) {
+  const int64_t tile = r / kTileRows * (k / kTileK) + i / 32, g = r % 8, h = r % 16 / 8;
+  const int64_t j = i % 32 / 8, half = i % 8 / 4, t = i % 4;
+  return tile * 512 + (4 * g + t) * 16 + 4 * j + 2 * half + h;
+}
+/// Where the absmax of block b of row r goes.
+HALFBYTE_ANYWHERE constexpr int64_t tiled_block(int64_t r, int64_t b, int64_t k) {
+  return (r / kTileRows * (k / kTileK) + b) * 16 + r % 8 * 2 + r % 16 / 8;
+}
+
 constexpr float kNf4[16] = {-1.0f,
                             -0.6961928009986877f,
                             -0.5250730514526367f,

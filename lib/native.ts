@@ -34,6 +34,8 @@ export interface NativeMemory {
 /** A device of the process. Every call but the promises returns at once; work runs in order on native threads. */
 export interface NativeDevice {
   readonly name: string
+  /** Whether the device's 4-bit products want their weights in the tiled layout. */
+  readonly tiles4bit: boolean
   /** A contiguous tensor with undefined content. */
   empty(dtype: number, shape: readonly number[]): NativeTensor
   /** From host bytes. copy = false keeps a reference to the array and uses its memory where the device can. */

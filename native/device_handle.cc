@@ -17,6 +17,13 @@ StoragePtr new_storage(Environment& self, Device& device, size_t bytes) {
 
 napi_value name(Call& call) { return make_string(call.env, this_device(call).device.backend().name()); }
 
+napi_value tiles_4bit(Call& call) {
+  napi_value result;
+  check(call.env, napi_get_boolean(call.env, this_device(call).device.backend().tiles_4bit(), &result),
+        "tiles4bit");
+  return result;
+}
+
 napi_value empty(Call& call) {
   DeviceHandle& handle = this_device(call);
   size_t bytes;
@@ -282,12 +289,13 @@ void DeviceHandle::compute(WorkPtr work) {
 }
 
 void define_device_class(Environment& self) {
-  self.device_class = define_class(
-      self.env, "NativeDevice",
-      {getter<name>("name"), method<empty>("empty"), method<from_host>("fromHost"), method<run>("run"),
-       method<read>("read"), method<write>("write"), method<copy_from>("copyFrom"),
-       method<synchronize>("synchronize"), method<memory>("memory"), method<reset_peak>("resetPeak"),
-       method<begin_capture>("beginCapture"), method<end_capture>("endCapture")});
+  self.device_class =
+      define_class(self.env, "NativeDevice",
+                   {getter<name>("name"), getter<tiles_4bit>("tiles4bit"), method<empty>("empty"),
+                    method<from_host>("fromHost"), method<run>("run"), method<read>("read"),
+                    method<write>("write"), method<copy_from>("copyFrom"), method<synchronize>("synchronize"),
+                    method<memory>("memory"), method<reset_peak>("resetPeak"),
+                    method<begin_capture>("beginCapture"), method<end_capture>("endCapture")});
 }
 
 napi_value device_object(Environment& self, Device& device) {

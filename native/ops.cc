@@ -23,7 +23,7 @@ Status with(double scalar, Enum last, const char* what, const Body& body) {
 }
 
 /// Weight operands come as codes, absmax, nested absmax, nested code, offset; scalars as type, blocksize, n,
-/// k.
+/// k, layout.
 Weight4 weight4(const View* in, const double* scalars) {
   Weight4 w;
   w.codes = in[0];
@@ -35,23 +35,29 @@ Weight4 weight4(const View* in, const double* scalars) {
   w.blocksize = whole(scalars[1]);
   w.n = whole(scalars[2]);
   w.k = whole(scalars[3]);
+  w.layout = whole(scalars[4]) == 1 ? Layout4::tiled : Layout4::flat;
   return w;
 }
 
-/// Says why a weight's scalars cannot be.
-Status check(const Weight4& w, const double* scalars) {
+/// Says why a weight's scalars cannot be, or why the device does not take it.
+Status check(const Backend& b, const Weight4& w, const double* scalars) {
   if (whole(scalars[0]) < 0 || whole(scalars[0]) > 1) return Status::error(Code::value, "unknown 4-bit type");
   if (!is_blocksize(w.blocksize)) return Status::error(Code::value, "unknown blocksize");
   int64_t elements;
   if (w.n < 0 || w.k < 0 || __builtin_mul_overflow(w.n, w.k, &elements))
     return Status::error(Code::value, "the weight's sizes are not sizes");
+  if (w.layout == Layout4::flat) return {};
+  if (!b.tiles_4bit())
+    return Status::error(Code::unsupported, b.name() + " takes 4-bit weights in the flat layout only");
+  if (!can_tile(w.n, w.k, w.blocksize))
+    return Status::error(Code::value, "a weight of these sizes has no tiled layout");
   return {};
 }
 
 template <typename Body>
-Status with_weight(const View* in, const double* scalars, const Body& body) {
+Status with_weight(const Backend& b, const View* in, const double* scalars, const Body& body) {
   const Weight4 w = weight4(in, scalars);
-  Status status = check(w, scalars);
+  Status status = check(b, w, scalars);
   return status.ok() ? body(w) : status;
 }
 
@@ -96,7 +102,24 @@ Status quantize_4bit(Backend& b, Queue q, A a, View) {
   });
 }
 Status dequantize_4bit(Backend& b, Queue q, A a, View) {
-  return with_weight(a.in, a.scalars, [&](const Weight4& w) { return b.dequantize_4bit(q, a.out[0], w); });
+  return with_weight(b, a.in, a.scalars, [&](const Weight4& w) { return b.dequantize_4bit(q, a.out[0], w); });
+}
+Status tile_4bit(Backend& b, Queue q, A a, View) {
+  const int64_t n = whole(a.scalars[0]), k = whole(a.scalars[1]);
+  int64_t elements;
+  if (n < 0 || k < 0 || !can_tile(n, k, kTileK) || __builtin_mul_overflow(n, k, &elements))
+    return Status::error(Code::value, "a weight of these sizes has no tiled layout");
+  for (const View& codes : {a.out[0], a.in[0]}) {
+    if (codes.dtype != DType::u8 || codes.size() != elements / 2)
+      return Status::error(Code::shape, "the codes have the wrong size");
+  }
+  for (const View& absmax : {a.out[1], a.in[1]}) {
+    if (absmax.dtype != a.in[1].dtype || absmax.size() != elements / kTileK ||
+        (absmax.dtype != DType::f32 && absmax.dtype != DType::u8))
+      return Status::error(Code::shape, "absmax has the wrong size or dtype");
+  }
+  return with(a.scalars[2], Layout4::tiled, "layout",
+              [&](Layout4 to) { return b.tile_4bit(q, a.out[0], a.out[1], a.in[0], a.in[1], n, k, to); });
 }
 Status quantize_blockwise(Backend& b, Queue q, A a, View) {
   return b.quantize_blockwise(q, a.out[0], a.out[1], a.in[0], a.in[1], whole(a.scalars[0]));
@@ -105,7 +128,7 @@ Status dequantize_blockwise(Backend& b, Queue q, A a, View) {
   return b.dequantize_blockwise(q, a.out[0], a.in[0], a.in[1], a.in[2], whole(a.scalars[0]));
 }
 Status gather_rows_4bit(Backend& b, Queue q, A a, View) {
-  return with_weight(a.in, a.scalars,
+  return with_weight(b, a.in, a.scalars,
                      [&](const Weight4& w) { return b.gather_rows_4bit(q, a.out[0], w, a.in[5]); });
 }
 Status gather_rows_8bit(Backend& b, Queue q, A a, View) {
@@ -136,13 +159,13 @@ Status linear(Backend& b, Queue q, A a, View workspace) {
 size_t linear_space(const Backend& b, A a) { return b.linear_workspace(a.in[0], a.in[3]); }
 
 Status linear_4bit(Backend& b, Queue q, A a, View workspace) {
-  return with_weight(a.in + 3, a.scalars, [&](const Weight4& w) {
+  return with_weight(b, a.in + 3, a.scalars, [&](const Weight4& w) {
     return b.linear_4bit(q, a.out[0], a.in[0], w, epilogue(a), workspace);
   });
 }
 size_t linear_4bit_space(const Backend& b, A a) {
   const Weight4 w = weight4(a.in + 3, a.scalars);
-  return check(w, a.scalars).ok() ? b.linear_4bit_workspace(a.in[0], w) : 0;
+  return check(b, w, a.scalars).ok() ? b.linear_4bit_workspace(a.in[0], w) : 0;
 }
 
 Status linear_8bit(Backend& b, Queue q, A a, View workspace) {
@@ -207,17 +230,18 @@ const Op kOps[] = {
     {"rms_norm", "ro", "ror", 2, rms_norm, nullptr},
     {"layer_norm", "ro", "rooo", 1, layer_norm, nullptr},
     {"quantize_4bit", "rr", "r", 2, quantize_4bit, nullptr},
-    {"dequantize_4bit", "r", "rrooo", 4, dequantize_4bit, nullptr},
+    {"dequantize_4bit", "r", "rrooo", 5, dequantize_4bit, nullptr},
+    {"tile_4bit", "rr", "rr", 3, tile_4bit, nullptr},
     {"quantize_blockwise", "rr", "rr", 1, quantize_blockwise, nullptr},
     {"dequantize_blockwise", "r", "rrr", 1, dequantize_blockwise, nullptr},
-    {"gather_rows_4bit", "r", "rrooor", 4, gather_rows_4bit, nullptr},
+    {"gather_rows_4bit", "r", "rrooor", 5, gather_rows_4bit, nullptr},
     {"gather_rows_8bit", "r", "rrr", 0, gather_rows_8bit, nullptr},
     {"int8_quantize_rows", "rro", "r", 2, int8_quantize_rows, nullptr},
     {"int8_dequantize_rows", "r", "rr", 0, int8_dequantize_rows, nullptr},
     {"int8_matmul", "r", "rr", 0, int8_matmul, nullptr},
     {"int8_matmul_dequantize", "r", "rrro", 0, int8_matmul_dequantize, nullptr},
     {"linear", "r", "roor", 0, linear, linear_space},
-    {"linear_4bit", "r", "roorrooo", 4, linear_4bit, linear_4bit_space},
+    {"linear_4bit", "r", "roorrooo", 5, linear_4bit, linear_4bit_space},
     {"linear_8bit", "r", "roorr", 2, linear_8bit, linear_8bit_space},
     {"rope_tables", "rr", "r", 1, rope_tables, nullptr},
     {"ragged_positions", "r", "rrr", 0, ragged_positions, nullptr},

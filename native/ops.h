@@ -7,7 +7,7 @@ namespace halfbyte {
 
 constexpr int kMaxOutputs = 3;
 constexpr int kMaxInputs = 9;
-constexpr int kMaxScalars = 4;
+constexpr int kMaxScalars = 5;
 
 struct Arguments {
   const View* out;

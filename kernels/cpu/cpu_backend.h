@@ -58,6 +58,10 @@ class CpuBackend final : public Backend {
   // quantize4.cc
   Status quantize_4bit(Queue, View codes, View absmax, View x, QuantType type, int64_t blocksize) override;
   Status dequantize_4bit(Queue, View y, const Weight4& w) override;
+  // tile4.cc
+  bool tiles_4bit() const override { return false; }
+  Status tile_4bit(Queue, View codes, View absmax, View from_codes, View from_absmax, int64_t n, int64_t k,
+                   Layout4 to) override;
   // blockwise8.cc
   Status quantize_blockwise(Queue, View codes, View absmax, View x, View code, int64_t blocksize) override;
   Status dequantize_blockwise(Queue, View y, View codes, View absmax, View code, int64_t blocksize) override;

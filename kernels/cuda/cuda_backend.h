@@ -59,6 +59,10 @@ class CudaBackend final : public Backend {
   // quantize4.cu
   Status quantize_4bit(Queue, View codes, View absmax, View x, QuantType type, int64_t blocksize) override;
   Status dequantize_4bit(Queue, View y, const Weight4& w) override;
+  // tile4.cu
+  bool tiles_4bit() const override { return arch_ >= 80; }
+  Status tile_4bit(Queue, View codes, View absmax, View from_codes, View from_absmax, int64_t n, int64_t k,
+                   Layout4 to) override;
   // blockwise8.cu
   Status quantize_blockwise(Queue, View codes, View absmax, View x, View code, int64_t blocksize) override;
   Status dequantize_blockwise(Queue, View y, View codes, View absmax, View code, int64_t blocksize) override;
@@ -102,14 +106,20 @@ class CudaBackend final : public Backend {
  private:
   explicit CudaBackend(int index) : index_(index) {}
   cudaStream_t stream(Queue queue) const { return streams_[static_cast<int>(queue)]; }
-  /// Makes this device current in the calling thread.
+  /// What every op begins with: this device is current in the calling thread.
   Status enter() const;
+  /// The same for an op that may start early: says whether the op queued before was such a one too, whose
+  /// results are all that the new one must wait for. Every other op, and every wait for an event, ends that.
+  Status enter_early(Queue queue, bool* early);
+  Status make_current() const;
   void count(int64_t bytes);
   /// Names the op (or the call) of a CUDA failure; a sticky one marks the device lost.
   Status check(cudaError_t error, const char* op);
 
   int index_;
   int multiprocessors_ = 0;
+  int arch_ = 0;                // 75, 80, 90, ...: the newest code in this build that the device runs
+  mutable bool early_ = false;  // the op last queued for computing lets the next one start early
   cudaStream_t streams_[2] = {};
   cudaMemPool_t pool_ = nullptr;
   bool capturing_ = false;

@@ -4,6 +4,7 @@
 // op allocates without a call into the driver's allocator. During a capture memory is taken on the copy
 // stream and waited for: it is an address that the graph keeps, not a node of it. What is released during a
 // capture is handed out again within it and then belongs to the graph, which frees it at its end.
+#include <cstdlib>
 #include <vector>
 
 #include "cuda_backend.h"
@@ -56,6 +57,21 @@ bool is_sticky(cudaError_t error) {
   }
 }
 
+/// Only its attributes are asked for.
+__global__ void empty_kernel() {}
+
+/// The architecture that the code chosen for the current device was written for (90a code says 90).
+/// HALFBYTE_CUDA_KERNELS names an older one whose kernels are to run instead: 80 on a Hopper, say.
+cudaError_t newest_code(int* arch) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, empty_kernel);
+  if (error != cudaSuccess) return error;
+  *arch = attributes.ptxVersion;
+  const char* wanted = std::getenv("HALFBYTE_CUDA_KERNELS");
+  if (wanted && std::atoi(wanted) >= 75 && std::atoi(wanted) < *arch) *arch = std::atoi(wanted);
+  return cudaSuccess;
+}
+
 }  // namespace
 
 Status CudaBackend::check(cudaError_t error, const char* op) {
@@ -70,6 +86,17 @@ Status CudaBackend::check(cudaError_t error, const char* op) {
 }
 
 Status CudaBackend::enter() const {
+  early_ = false;
+  return make_current();
+}
+
+Status CudaBackend::enter_early(Queue queue, bool* early) {
+  *early = early_ && queue == Queue::compute;
+  early_ = queue == Queue::compute && arch_ >= 90;
+  return make_current();
+}
+
+Status CudaBackend::make_current() const {
   if (lost_) return Status::error(Code::device_lost, name() + " was lost to an earlier CUDA failure");
   const cudaError_t error = cudaSetDevice(index_);
   if (error != cudaSuccess) return Status::error(Code::cuda, name() + ": " + cudaGetErrorString(error));
@@ -107,6 +134,8 @@ Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
       cudaDeviceGetAttribute(&backend->multiprocessors_, cudaDevAttrMultiProcessorCount, index),
       "reading attributes");
   if (!status.ok()) return status;
+  status = backend->check(newest_code(&backend->arch_), "reading attributes");
+  if (!status.ok()) return status;
   *out = std::move(backend);
   return {};
 }
@@ -122,7 +151,7 @@ CudaBackend::~CudaBackend() {
 std::string CudaBackend::name() const { return "cuda:" + std::to_string(index_); }
 
 Status CudaBackend::allocate(Queue queue, size_t bytes, void** out) {
-  if (Status status = enter(); !status.ok()) return status;
+  if (Status status = make_current(); !status.ok()) return status;
   const size_t size = bytes ? bytes : 1;
   if (capturing_) {
     const auto found = arena_.lower_bound(size);
@@ -198,7 +227,7 @@ MemoryInfo CudaBackend::memory() const {
 void CudaBackend::reset_peak() { peak_.store(allocated_.load()); }
 
 Status CudaBackend::allocate_host(size_t bytes, void** out) {
-  if (Status status = enter(); !status.ok()) return status;
+  if (Status status = make_current(); !status.ok()) return status;
   return check(cudaHostAlloc(out, bytes ? bytes : 1, cudaHostAllocPortable), "allocating pinned memory");
 }
 void CudaBackend::release_host(void* data, size_t) {
@@ -232,7 +261,7 @@ Status CudaBackend::wait(Queue queue, const Event& event) {
 }
 Status CudaBackend::synchronize(const Event& event) {
   if (!event) return {};
-  if (Status status = enter(); !status.ok()) return status;
+  if (Status status = make_current(); !status.ok()) return status;
   return check(cudaEventSynchronize(event->event), "synchronising");
 }
 

@@ -115,6 +115,7 @@ Status CudaBackend::gather_rows_4bit(Queue queue, View y, const Weight4& w, View
   if (Status status = enter(); !status.ok()) return status;
   if (Status status = check_weight4("gather_rows_4bit", w); !status.ok()) return status;
   if (Status status = check_gather("gather_rows_4bit", y, ids, w.k); !status.ok()) return status;
+  if (w.layout != Layout4::flat) return refuse("gather_rows_4bit", "the table must be in the flat layout");
   if (y.size() == 0) return {};
   with_float_type(y.dtype, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;

@@ -6,7 +6,7 @@
 // Dequantise: 8 elements a thread, 4 bytes of codes in, 16 or 32 bytes out; the codebook is looked up in
 // shared memory, 16 entries repeated for each lane so that no two lanes of a warp meet in a bank. Bytes: 2 +
 // 0.5 + 4 / blocksize an element for a 16-bit type.
-#include "weight4.cuh"
+#include "tiled4.cuh"
 
 namespace halfbyte::cuda {
 namespace {
@@ -187,6 +187,8 @@ Status CudaBackend::dequantize_4bit(Queue queue, View y, const Weight4& w) {
     return refuse("dequantize_4bit", "y must be contiguous with n * k elements");
   if (!is_float(y.dtype)) return refuse_dtype("dequantize_4bit", "y must be float");
   if (n == 0) return {};
+  if (w.layout == Layout4::tiled)
+    return check(dequantize_tiled(stream(queue), y, tiled_of(w)), "dequantize_4bit");
   const bool wide = is_aligned(y.data, size_of(y.dtype) * kPerThread) && is_aligned(w.codes.data, 4);
   with_float_type(y.dtype, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;

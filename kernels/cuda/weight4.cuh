@@ -38,6 +38,11 @@ inline Status check_weight4(const char* op, const Weight4& w) {
        w.nested_code.size() != 256 || !w.offset || w.offset.size() < 1)) {
     return refuse(op, "the nested absmax is incomplete");
   }
+  if (w.layout == Layout4::tiled) {
+    if (!can_tile(w.n, w.k, w.blocksize)) return refuse(op, "a weight of these sizes has no tiled layout");
+    if (!is_aligned(w.codes.data, 16) || !is_aligned(w.absmax.data, w.nested_absmax ? 2 : 8))
+      return refuse(op, "a tiled weight must be 16-byte aligned");
+  }
   return {};
 }
 

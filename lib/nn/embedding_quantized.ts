@@ -24,7 +24,10 @@ export class Embedding4bit extends Embedding {
 
   constructor(numEmbeddings: number, embeddingDim: number, options: Embedding4bitOptions = {}) {
     super(numEmbeddings, embeddingDim, options)
-    this.#weight = new Weight4(numEmbeddings, embeddingDim, this.weight, weight4Options(options))
+    this.#weight = new Weight4(numEmbeddings, embeddingDim, this.weight, {
+      ...weight4Options(options),
+      multiplied: false,
+    })
     if (!place(options).meta) this.#weight.quantizeValues(normal())
   }
 

@@ -38,6 +38,7 @@ export function weight4Options(options: Linear4bitOptions): Weight4Options {
     compressStatistics: options.compressStatistics ?? true,
     quantStorage: options.quantStorage ?? 'uint8',
     transposed: options.transposed ?? false,
+    multiplied: true,
     ...place(options),
   }
 }

@@ -1,5 +1,6 @@
 /**
- * The weight of a 4-bit layer: packed codes in a parameter of shape [ceil(n k / 2), 1], the statistics in a QuantState.
+ * The weight of a 4-bit layer: packed codes in a parameter of shape [ceil(n k / 2), 1], the statistics in a QuantState,
+ * both in the layout that their device multiplies with.
  * A float weight [n, k] is quantised when it arrives. A weight that is quantised already arrives in parts, in any order:
  *   weight                                      uint8 [ceil(n k / 2), 1], or as many bytes of another storage dtype
  *   weight.absmax                               float32 [blocks], or uint8 [blocks] when double-quantised, and then also
@@ -12,7 +13,7 @@ import { quantize4bit } from '../quantization/functional.js'
 import { QuantState } from '../quantization/quant_state.js'
 import type { Device } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
-import { dequantizeBlocks4, type Packed4, type QuantType } from '../tensor/ops.js'
+import { bestLayout4, dequantizeBlocks4, type Packed4, type QuantType } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import { FiniteCheck } from './finite.js'
@@ -30,6 +31,8 @@ export interface Weight4Options {
   quantStorage: DType
   /** Float weights arrive as [k, n]. */
   transposed: boolean
+  /** Whether it is multiplied with, so that the device's layout pays. */
+  multiplied: boolean
   /** Float weights are rounded to it before they are quantised. */
   dtype?: DType | undefined
   device?: Device | undefined
@@ -195,6 +198,7 @@ export class Weight4 implements PackedWeight {
       const { codes, state } = quantize4bit(source, { quantType, blocksize, compressStatistics })
       this.#replace(codes, state)
     })
+    this.#arrange()
   }
 
   async #assemble(parts: Map<string, Tensor>): Promise<void> {
@@ -215,6 +219,7 @@ export class Weight4 implements PackedWeight {
       const bytes = tidy(() => keep(weight.reshape(-1).bitcast('uint8').reshape(-1, 1)))
       this.#finite.begin(state.state2?.absmax ?? state.absmax)
       this.#replace(bytes, state)
+      this.#arrange()
     } finally {
       for (const tensor of parts.values()) tensor.dispose()
       weight.dispose()
@@ -238,6 +243,18 @@ export class Weight4 implements PackedWeight {
     this.#operand = undefined
   }
 
+  /** Brings codes and statistics into the layout of their device. */
+  #arrange(): void {
+    const codes = this.codes.tensor
+    const state = this.#state
+    if (!codes || !state) return
+    const { multiplied } = this.#options
+    const layout = multiplied ? bestLayout4(codes.device, this.n, this.k, state.blocksize) : 'flat'
+    if (state.layout === layout) return
+    const arranged = state.withLayout(codes, layout)
+    this.#replace(keep(arranged.codes), arranged.state)
+  }
+
   // -- state
 
   *statistics(): IterableIterator<[string, Tensor]> {
@@ -252,12 +269,13 @@ export class Weight4 implements PackedWeight {
   }
 
   async entries(): Promise<[string, Tensor][]> {
-    const codes = this.codes.value
+    const { codes, state } = this.#state!.withLayout(this.codes.value, 'flat')
     const flat = codes.reshape(-1)
     const stored = flat.bitcast(this.#options.quantStorage)
     const entries: [string, Tensor][] = [['weight', stored.reshape(-1, 1)]]
-    for (const tensor of [flat, stored]) tensor.dispose()
-    for (const [name, tensor] of await this.#state!.asDict(true)) entries.push([`weight.${name}`, tensor])
+    for (const tensor of [codes, flat, stored]) tensor.dispose()
+    for (const [name, tensor] of await state.asDict(true)) entries.push([`weight.${name}`, tensor])
+    state.dispose()
     return entries
   }
 
@@ -276,6 +294,7 @@ export class Weight4 implements PackedWeight {
     this.#state = old.to(device)
     this.#operand = undefined
     old.dispose()
+    this.#arrange()
   }
 
   dispose(): void {

@@ -7,7 +7,7 @@ import { HalfbyteError } from '../errors.js'
 import { native } from '../native.js'
 import type { DeviceLike } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
-import { packedOperands, type Packed4, type QuantType } from '../tensor/ops.js'
+import { packedOperands, tile4, type Layout4, type Packed4, type QuantType } from '../tensor/ops.js'
 import { sizeOf, Tensor, type Shape } from '../tensor/tensor.js'
 import { keep } from '../tensor/tidy.js'
 import { jsonFloat } from './json_float.js'
@@ -35,6 +35,8 @@ export interface QuantStateParts {
   /** float32 [1], the mean that was taken off the absmax. */
   offset?: Tensor | undefined
   state2?: NestedState | undefined
+  /** The order of the codes and of absmax; default 'flat'. */
+  layout?: Layout4 | undefined
 }
 
 /** A value of a state's dictionary. */
@@ -72,12 +74,15 @@ export class QuantState implements Disposable {
   readonly dtype: DType
   readonly offset: Tensor | undefined
   readonly state2: NestedState | undefined
+  /** 'flat', as in checkpoints, or the order that the device multiplies with; see withLayout(). */
+  readonly layout: Layout4
 
   constructor(parts: QuantStateParts) {
     this.shape = [...parts.shape]
     this.blocksize = parts.blocksize
     this.quantType = parts.quantType
     this.dtype = parts.dtype
+    this.layout = parts.layout ?? 'flat'
     this.absmax = keep(parts.absmax)
     this.code = keep(parts.code ?? codebook(parts.quantType, parts.absmax.device))
     this.offset = parts.offset && keep(parts.offset)
@@ -111,9 +116,28 @@ export class QuantState implements Disposable {
       blocksize: this.blocksize,
       n: sizeOf(this.shape.slice(0, -1)),
       k,
+      layout: this.layout,
     }
     packedOperands('QuantState', weight)
     return weight
+  }
+
+  /**
+   * Codes in another layout and a state of their own for them: a permutation, undone by asking for the first. Views
+   * where nothing changes.
+   */
+  withLayout(codes: Tensor, layout: Layout4): { codes: Tensor; state: QuantState } {
+    const made = tile4(this.packed(codes), layout)
+    const { state2 } = this
+    const state = new QuantState({
+      ...this,
+      layout,
+      absmax: made.absmax,
+      code: this.code.share(),
+      offset: this.offset?.share(),
+      state2: state2 && { ...state2, absmax: state2.absmax.share(), code: state2.code.share() },
+    })
+    return { codes: made.codes, state }
   }
 
   /**
@@ -123,6 +147,8 @@ export class QuantState implements Disposable {
   asDict(packed: true): Promise<Map<string, Tensor>>
   asDict(packed?: boolean): Promise<Map<string, StateValue>>
   async asDict(packed = false): Promise<Map<string, StateValue>> {
+    if (this.layout !== 'flat')
+      broken("asDict: checkpoints hold the flat layout; call withLayout(codes, 'flat')")
     const offset = this.offset && (await this.offset.item())
     const { state2 } = this
     const all = new Map<string, StateValue>([

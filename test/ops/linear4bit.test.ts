@@ -114,6 +114,112 @@ describe.each(devices())('4-bit linear on %s', (on) => {
     await check(on, [16, 1031, 192])
   })
 
+  describe('tiled', () => {
+    /** Row, byte of the row to place, from the description in kernels/formats.h. */
+    const placeOf = (row: number, byte: number, k: number) => {
+      const tile = Math.floor(row / 16) * (k / 64) + Math.floor(byte / 32)
+      const [step, half, t] = [Math.floor((byte % 32) / 8), Math.floor((byte % 8) / 4), byte % 4]
+      const lane = 4 * (row % 8) + t
+      return tile * 512 + lane * 16 + 4 * step + 2 * half + Math.floor((row % 16) / 8)
+    }
+
+    it.each([
+      [16, 64, false],
+      [48, 192, true],
+      [80, 320, false],
+    ] as const)('re-orders %i x %i, nested: %s, and back', async (n, k, nested) => {
+      const { weight } = randomPacked(n, k, on, { nested })
+      const tiled = ops.tile4(weight, 'tiled')
+      const [from, to] = [await weight.codes.data(), await tiled.codes.data()] as Uint8Array[]
+      const [absmax, moved] = [await weight.absmax.data(), await tiled.absmax.data()] as Uint8Array[]
+      for (let row = 0; row < n; ++row) {
+        for (let byte = 0; byte < k / 2; ++byte)
+          if (to![placeOf(row, byte, k)] !== from![(row * k) / 2 + byte]) throw new Error(`${row}, ${byte}`)
+        for (let b = 0; b < k / 64; ++b) {
+          const at = (Math.floor(row / 16) * (k / 64) + b) * 16 + 2 * (row % 8) + Math.floor((row % 16) / 8)
+          if (moved![at] !== absmax![(row * k) / 64 + b]) throw new Error(`block ${row}, ${b}`)
+        }
+      }
+      const back = ops.tile4({ ...weight, ...tiled, layout: 'tiled' }, 'flat')
+      expect(await back.codes.data()).toEqual(from)
+      expect(await back.absmax.data()).toEqual(absmax)
+    })
+
+    it('is refused where it cannot be', () => {
+      const { weight } = randomPacked(24, 64, on, {})
+      expect(thrown(() => ops.tile4(weight, 'tiled')).message).toMatch(/tiled.*\[24, 64\]/)
+      const wide = randomPacked(16, 128, on, { blocksize: 128 }).weight
+      expect(
+        thrown(() => ops.linear4bit(Tensor.empty([1, 128], 'float32', on), { ...wide, layout: 'tiled' }))
+          .code,
+      ).toBe('ERR_HALFBYTE_VALUE')
+    })
+
+    if (!on.native.tiles4bit) {
+      it('is refused by products of a device that does not want it', async () => {
+        const { weight } = randomPacked(16, 64, on, {})
+        const y = ops.linear4bit(Tensor.empty([1, 64], 'float32', on), {
+          ...weight,
+          ...ops.tile4(weight, 'tiled'),
+          layout: 'tiled',
+        })
+        await expect(y.data()).rejects.toMatchObject({ code: 'ERR_HALFBYTE_UNSUPPORTED' })
+      })
+      return
+    }
+
+    const checkTiled = async (
+      [m, n, k]: readonly [number, number, number],
+      format: Format,
+      dtype: FloatDType,
+    ): Promise<void> => {
+      const { weight, values } = randomPacked(n, k, on, format)
+      const tiled = { ...weight, ...ops.tile4(weight, 'tiled'), layout: 'tiled' as const }
+      const x = randomOperand([m, k], dtype, on, m)
+      const bias = randomOperand([n], 'float32', on, 2)
+      const residual = randomOperand([m, n], dtype, on, 3)
+      const y = ops.linear4bit(x.tensor, tiled, { bias: bias.tensor, residual: residual.tensor })
+      await expectProduct(y, x.values, values, k, bias.values, residual.values)
+    }
+
+    it.each(['nf4', 'fp4'] as const)('has the values of %s', async (quantType) => {
+      for (const nested of [false, true]) {
+        const { weight } = randomPacked(48, 320, on, { quantType, nested })
+        const tiled = { ...weight, ...ops.tile4(weight, 'tiled'), layout: 'tiled' as const }
+        for (const dtype of FLOATS) {
+          const expected = await ops.dequantizeBlocks4(weight, dtype).data()
+          expect(await ops.dequantizeBlocks4(tiled, dtype).data()).toEqual(expected)
+        }
+      }
+    })
+
+    describe.each(FLOATS)('x %s', (dtype) => {
+      it.each([1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 129, 200, 257])(
+        '%i rows',
+        async (m) => {
+          await checkTiled([m, 48, 320], {}, dtype)
+          await checkTiled([m, 80, 704], { quantType: 'fp4', nested: true }, dtype)
+        },
+      )
+
+      it.each([
+        [1, 16, 64],
+        [1, 4096, 64],
+        [3, 16, 8256],
+        [8, 32, 28672],
+        [4, 32, 14400],
+        [12, 144, 1088],
+        [40, 32, 4096],
+        [96, 176, 2112],
+        [300, 272, 576],
+        [1025, 32, 192],
+      ] as const)('%i x %i x %i', async (...shape) => {
+        await checkTiled(shape, {}, dtype)
+        await checkTiled(shape, { nested: true }, dtype)
+      })
+    })
+  })
+
   it('gives no rows for no rows', async () => {
     const { weight } = randomPacked(6, 64, on, {})
     const y = ops.linear4bit(Tensor.empty([2, 0, 64], 'float16', on), weight)

@@ -1,4 +1,5 @@
 import { HalfbyteError } from '../../errors.js'
+import type { Device } from '../device.js'
 import { type DType } from '../dtype.js'
 import { Tensor } from '../tensor.js'
 import { call, checkDTypes, checkFloat, checkShape, fail, show, withContiguous, rowsAndCols } from './call.js'
@@ -7,7 +8,14 @@ export type QuantType = 'nf4' | 'fp4'
 export const QUANT_TYPES = { nf4: 0, fp4: 1 } as const
 
 /**
- * A 4-bit weight [n, k] in bitsandbytes' layout: codes uint8 of (n k + 1) / 2 bytes, absmax float32 [blocks], or
+ * How the bytes of a 4-bit weight are ordered. 'flat' is bitsandbytes' order; 'tiled' is a permutation of it that GPUs
+ * multiply with (weights [n, k] in blocks of 64 with n % 16 = 0 and k % 64 = 0). Sizes and dtypes are the same.
+ */
+export type Layout4 = 'flat' | 'tiled'
+const LAYOUTS = { flat: 0, tiled: 1 } as const
+
+/**
+ * A 4-bit weight [n, k]: codes uint8 of (n k + 1) / 2 bytes, absmax float32 [blocks], or
  * uint8 [blocks] with nestedAbsmax float32 [ceil(blocks / 256)], nestedCode float32 [256] and offset float32 [1].
  */
 export interface Packed4 {
@@ -20,6 +28,17 @@ export interface Packed4 {
   blocksize: number
   n: number
   k: number
+  /** Default 'flat'. */
+  layout?: Layout4 | undefined
+}
+
+function canTile4(n: number, k: number, blocksize: number): boolean {
+  return blocksize === 64 && n % 16 === 0 && k % 64 === 0
+}
+
+/** The layout in which a device multiplies fastest with a weight [n, k]. */
+export function bestLayout4(device: Device, n: number, k: number, blocksize: number): Layout4 {
+  return device.native.tiles4bit && canTile4(n, k, blocksize) ? 'tiled' : 'flat'
 }
 
 /** The operands of a packed weight in the order of the addon, and its scalars. */
@@ -49,9 +68,17 @@ export function packedOperands(
   } else {
     checkDTypes(op, 'absmax', w.absmax, 'float32')
   }
+  const { layout = 'flat' } = w
+  if (!Object.hasOwn(LAYOUTS, layout) || (layout === 'tiled' && !canTile4(w.n, w.k, w.blocksize))) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `${op}: layout ${JSON.stringify(layout)} of [${w.n}, ${w.k}] in blocks of ${w.blocksize}; ` +
+        "it is 'flat', or 'tiled' with blocks of 64, n a multiple of 16 and k of 64",
+    )
+  }
   return {
     inputs: [w.codes, w.absmax, w.nestedAbsmax, w.nestedCode, w.offset],
-    scalars: [QUANT_TYPES[w.quantType], w.blocksize, w.n, w.k],
+    scalars: [QUANT_TYPES[w.quantType], w.blocksize, w.n, w.k, LAYOUTS[layout]],
   }
 }
 
@@ -84,6 +111,19 @@ export function quantizeBlocks4(
     const codes = Tensor.empty([Math.ceil(x.size / 2), 1], 'uint8', x.device)
     const absmax = Tensor.empty([Math.ceil(x.size / blocksize)], 'float32', x.device)
     call('quantize_4bit', [codes, absmax], [input], [QUANT_TYPES[quantType], blocksize])
+    return { codes, absmax }
+  })
+}
+
+/** Codes and absmax of a weight in another layout; views of the same when it has that layout already. */
+export function tile4(w: Packed4, layout: Layout4): { codes: Tensor; absmax: Tensor } {
+  packedOperands('tile4', { ...w, layout })
+  packedOperands('tile4', w)
+  if ((w.layout ?? 'flat') === layout) return { codes: w.codes.share(), absmax: w.absmax.share() }
+  return withContiguous([w.codes, w.absmax], (from, statistics) => {
+    const codes = Tensor.empty(w.codes.shape, 'uint8', w.codes.device)
+    const absmax = Tensor.empty(w.absmax.shape, w.absmax.dtype, w.codes.device)
+    call('tile_4bit', [codes, absmax], [from, statistics], [w.n, w.k, LAYOUTS[layout]])
     return { codes, absmax }
   })
 }

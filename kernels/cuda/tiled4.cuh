@@ -1,0 +1,54 @@
+// 4-bit products on tiled weights (formats.h): what each kernel gets, and where each is to be found.
+#pragma once
+
+#include "output.cuh"
+#include "weight4.cuh"
+
+namespace halfbyte::cuda {
+
+struct Tiled4 {
+  const uint8_t* codes;  // [N / 16][K / 64][512]
+  Absmax absmax;         // fp32 or uint8 [N / 16][K / 64][16], row g + 8 h of a tile at 2 g + h
+  QuantType type;
+  int64_t n, k;
+
+  /// absmax of row `row` in k tile `kt`.
+  __device__ __forceinline__ float scale(int64_t row, int64_t kt) const {
+    const int64_t at = (row / kTileRows * (k / kTileK) + kt) * 16 + row % 8 * 2 + row % 16 / 8;
+    if (absmax.plain) return absmax.plain[at];
+    const int64_t block = row * (k / kTileK) + kt;
+    return __fadd_rn(__fmul_rn(absmax.nested_code[absmax.codes[at]], absmax.nested[block / kNestedBlocksize]),
+                     *absmax.offset);
+  }
+};
+
+inline Tiled4 tiled_of(const Weight4& w) {
+  return {w.codes.as<const uint8_t>(), absmax_of(w), w.type, w.n, w.k};
+}
+
+/// y [M, N] = x [M, K] w^T + bias + residual; x and y row-major and 16-byte aligned.
+template <typename T>
+struct Product4 {
+  Output<T> out;
+  const T* x;
+  int64_t m;
+  Tiled4 w;
+};
+
+struct Launch {
+  cudaStream_t stream;
+  int multiprocessors;
+  int arch;    // 75, 80, 90, ...: the newest code in this build that the device runs
+  bool early;  // the kernel may start before the one in front of it has ended (programmatic dependent launch)
+  void* workspace;
+  size_t workspace_bytes;
+};
+
+/// A few rows of x of any float dtype, a weight of either layout. stream4.cu
+cudaError_t stream4(cudaStream_t stream, const View& y, const View& x, const Weight4& w,
+                    const Epilogue& epilogue);
+
+/// y [N, K] (float) = the weight's values. tile4.cu
+cudaError_t dequantize_tiled(cudaStream_t stream, const View& y, const Tiled4& w);
+
+}  // namespace halfbyte::cuda
