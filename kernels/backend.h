@@ -348,6 +348,12 @@ struct CudaInfo {
 };
 /// Never fails and never initialises a context.
 CudaInfo cuda_info();
+/// The library that dense products on CUDA run on when it is there; it is looked for once, now at the latest.
+struct DenseLibrary {
+  bool found = false;
+  std::string where;  // its path, or what was tried
+};
+DenseLibrary cuda_dense_library();
 /// Code::driver when the driver is too old for the runtime, Code::cuda for anything else.
 Status make_cuda_backend(int index, std::unique_ptr<Backend>* out);
 

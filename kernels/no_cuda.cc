@@ -9,6 +9,8 @@ CudaInfo cuda_info() {
   return info;
 }
 
+DenseLibrary cuda_dense_library() { return {false, "this build has no CUDA backend"}; }
+
 Status make_cuda_backend(int, std::unique_ptr<Backend>*) {
   return Status::error(Code::unsupported, "this build has no CUDA backend");
 }

@@ -86,6 +86,8 @@ export interface NativeBinding {
   codebook(name: string): Float32Array
   cpuInfo(): { isa: string; vnni: boolean; threads: number; complaint: string }
   cudaInfo(): { compiled: boolean; archs: string; driver: string; runtime: string; reason: string }
+  /** Whether cuBLASLt, which dense products on CUDA run on, was found, and where; looked for at the first call. */
+  denseLibrary(): { found: boolean; where: string }
   /** [bytes read per second, fp32 operations per second], measured now on the pool of the CPU devices. */
   cpuPeaks(): Promise<number[]>
   openFile(path: string): NativeFile

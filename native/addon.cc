@@ -87,6 +87,12 @@ napi_value cuda_info(Call& call) {
                          {"reason", make_string(env, info.reason)}});
 }
 
+napi_value dense_library(Call& call) {
+  const DenseLibrary library = cuda_dense_library();
+  return object_of(call.env, {{"found", make_bool(call.env, library.found)},
+                              {"where", make_string(call.env, library.where)}});
+}
+
 napi_value open_file(Call& call) {
   return make_file(call.self, to_string(call.env, call.arguments[0], "path"));
 }
@@ -99,9 +105,10 @@ napi_value define(Call& call) {
   define_file_class(call.self);
   const napi_value exports = call.receiver;
   const napi_property_descriptor functions[] = {
-      method<devices>("devices"),    method<device>("device"),      method<codebook>("codebook"),
-      method<cpu_info>("cpuInfo"),   method<cuda_info>("cudaInfo"), method<open_file>("openFile"),
-      method<cpu_peaks>("cpuPeaks"),
+      method<devices>("devices"),    method<device>("device"),
+      method<codebook>("codebook"),  method<cpu_info>("cpuInfo"),
+      method<cuda_info>("cudaInfo"), method<open_file>("openFile"),
+      method<cpu_peaks>("cpuPeaks"), method<dense_library>("denseLibrary"),
   };
   check(env, napi_define_properties(env, exports, sizeof(functions) / sizeof(functions[0]), functions),
         "exports");

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cublaslt.h"
 #include "cuda_backend.h"
 
 namespace halfbyte {
@@ -322,6 +323,12 @@ CudaInfo cuda_info() {
             : cudaGetErrorString(error);
   }
   return info;
+}
+
+DenseLibrary cuda_dense_library() {
+  DenseLibrary library;
+  library.found = cuda::has_cublaslt(&library.where);
+  return library;
 }
 
 Status make_cuda_backend(int index, std::unique_ptr<Backend>* out) {

@@ -2,4 +2,4 @@ export { Device, Graph, defaultDevice, device, devices, type DeviceLike, type Me
 export { DTYPES, type DType, type TypedArray } from './dtype.js'
 export { Tensor, sizeOf, type Nested, type Shape, type TensorOptions } from './tensor.js'
 export { keep, tidy } from './tidy.js'
-export { measureCpu, systemInfo, type CpuPeaks, type SystemInfo } from './system.js'
+export { denseLibrary, measureCpu, systemInfo, type CpuPeaks, type SystemInfo } from './system.js'

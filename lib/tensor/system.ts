@@ -23,6 +23,11 @@ export function systemInfo(): SystemInfo {
   }
 }
 
+/** The library that dense products on CUDA run on: its path, or what was tried. Without it they run on own kernels. */
+export function denseLibrary(): { found: boolean; where: string } {
+  return native.denseLibrary()
+}
+
 export interface CpuPeaks {
   /** Bytes per second that all threads together read from memory (not from a cache). */
   readBandwidth: number

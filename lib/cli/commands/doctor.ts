@@ -16,6 +16,8 @@ interface Findings {
   cpu: { model: string; cores: number; features: string[] }
   memory: { total: number; free: number }
   library: SystemInfo | undefined
+  /** cuBLASLt, where there is a CUDA device. */
+  denseLibrary: { found: boolean; where: string } | undefined
   memoryByDevice: Record<string, { total: number; free: number }>
   missing: string[]
 }
@@ -37,17 +39,25 @@ async function examine(device: string | undefined): Promise<Findings> {
     cpu: { model: cpus()[0]?.model ?? 'unknown', cores: availableParallelism(), features: cpuFeatures() },
     memory: { total: totalmem(), free: freemem() },
     library: undefined,
+    denseLibrary: undefined,
     memoryByDevice: {},
     missing: [],
   }
   try {
-    const { systemInfo } = await import('../../tensor/system.js')
+    const { denseLibrary, systemInfo } = await import('../../tensor/system.js')
     const { device: open } = await import('../../tensor/device.js')
     const info = systemInfo()
     findings.library = info
     if (info.cpu.complaint) findings.missing.push(info.cpu.complaint)
     if (info.devices.every((name) => name.startsWith('cpu'))) {
       findings.missing.push(`no CUDA device: ${info.cuda.reason || 'none was found'}`)
+    } else {
+      findings.denseLibrary = denseLibrary()
+      if (!findings.denseLibrary.found) {
+        findings.missing.push(
+          `cuBLASLt: dense products run on own kernels, which are slower; tried ${findings.denseLibrary.where}`,
+        )
+      }
     }
     for (const name of device === undefined ? info.devices : [device]) {
       const { total, free } = open(name).memoryUsage()
@@ -76,6 +86,10 @@ function report({ library, ...found }: Findings): string {
           ? `${cuda.archs}; driver ${cuda.driver || 'none'}, runtime ${cuda.runtime}`
           : 'not in this build'),
     ],
+    [
+      'dense products',
+      found.denseLibrary && (found.denseLibrary.found ? found.denseLibrary.where : 'own kernels'),
+    ],
     ...Object.entries(found.memoryByDevice).map(([name, memory]): [string, string] => [
       `device ${name}`,
       `${formatBytes(memory.total)}, ${formatBytes(memory.free)} free`,
@@ -87,7 +101,7 @@ function report({ library, ...found }: Findings): string {
   ]
   return rows
     .filter(([, value]) => value !== undefined)
-    .map(([name, value]) => `${name.padEnd(14)}${value}`)
+    .map(([name, value]) => `${name.padEnd(16)}${value}`)
     .join('\n')
 }
 
