@@ -131,6 +131,9 @@ struct Weight4 {
   int64_t k = 0;
 };
 
+/// Most weights that a grouped product takes: q, k and v.
+constexpr int kMaxGroup = 3;
+
 /// What every linear op can do to its result while it is still in registers: y = act(x W^T + bias) +
 /// residual.
 struct Epilogue {
@@ -281,6 +284,14 @@ class Backend {
   virtual size_t linear_4bit_workspace(const View& x, const Weight4& w) const = 0;
   virtual Status linear_4bit(Queue queue, View y, View x, const Weight4& w, const Epilogue& epilogue,
                              View workspace) = 0;
+  /// The same x through `count` <= kMaxGroup weights of one K at once: y[i] = x w[i]^T + bias[i].
+  virtual size_t linear_4bit_group_workspace(const View& x, const Weight4* w, int count) const;
+  virtual Status linear_4bit_group(Queue queue, const View* y, View x, const Weight4* w, const View* bias,
+                                   int count, View workspace);
+  /// y = act(x w[0]^T + bias[0]) * (x w[1]^T + bias[1]): the first half of a gated MLP; w of one shape.
+  virtual size_t linear_4bit_gated_workspace(const View& x, const Weight4* w) const;
+  virtual Status linear_4bit_gated(Queue queue, View y, View x, const Weight4* w, const View* bias,
+                                   Activation act, View workspace);
   /// The whole LLM.int8() forward: quantise x by rows, int8 product, outlier columns in x's precision, bias.
   /// bnb_exact reproduces bitsandbytes' float16 roundings of input, product and output.
   virtual size_t linear_8bit_workspace(const View& x, const View& weight, float threshold) const = 0;

@@ -168,6 +168,59 @@ size_t linear_4bit_space(const Backend& b, A a) {
   return check(b, w, a.scalars).ok() ? b.linear_4bit_workspace(a.in[0], w) : 0;
 }
 
+// ---- grouped: x, then for each weight its bias and itself; scalars five for each weight, a type of -1 ends
+// the list
+
+struct Group {
+  Weight4 w[kMaxGroup];
+  View bias[kMaxGroup];
+  int count = 0;
+};
+
+Status group(const Backend& b, A a, int most, Group* out) {
+  for (; out->count < most && a.scalars[5 * out->count] >= 0; ++out->count) {
+    const int i = out->count;
+    const View* in = a.in + 1 + 6 * i;
+    out->bias[i] = in[0];
+    out->w[i] = weight4(in + 1, a.scalars + 5 * i);
+    if (!out->w[i].codes || !out->w[i].absmax) return Status::error(Code::value, "a weight is incomplete");
+    if (Status status = check(b, out->w[i], a.scalars + 5 * i); !status.ok()) return status;
+    if (out->w[i].k != out->w[0].k) return Status::error(Code::shape, "the weights differ in K");
+  }
+  return out->count > 0 ? Status{} : Status::error(Code::value, "there is no weight");
+}
+
+Status linear_4bit_group(Backend& b, Queue q, A a, View workspace) {
+  Group g;
+  if (Status status = group(b, a, kMaxGroup, &g); !status.ok()) return status;
+  for (int i = 0; i < g.count; ++i) {
+    if (!a.out[i]) return Status::error(Code::value, "a result is missing");
+  }
+  return b.linear_4bit_group(q, a.out, a.in[0], g.w, g.bias, g.count, workspace);
+}
+size_t linear_4bit_group_space(const Backend& b, A a) {
+  Group g;
+  return group(b, a, kMaxGroup, &g).ok() ? b.linear_4bit_group_workspace(a.in[0], g.w, g.count) : 0;
+}
+
+Status gated(const Backend& b, A a, Group* out) {
+  if (Status status = group(b, a, 2, out); !status.ok()) return status;
+  if (out->count != 2 || out->w[0].n != out->w[1].n)
+    return Status::error(Code::shape, "gate and up must be two weights of one shape");
+  return {};
+}
+Status linear_4bit_gated(Backend& b, Queue q, A a, View workspace) {
+  Group g;
+  if (Status status = gated(b, a, &g); !status.ok()) return status;
+  return with(a.scalars[10], Activation::neg, "activation", [&](Activation act) {
+    return b.linear_4bit_gated(q, a.out[0], a.in[0], g.w, g.bias, act, workspace);
+  });
+}
+size_t linear_4bit_gated_space(const Backend& b, A a) {
+  Group g;
+  return gated(b, a, &g).ok() ? b.linear_4bit_gated_workspace(a.in[0], g.w) : 0;
+}
+
 Status linear_8bit(Backend& b, Queue q, A a, View workspace) {
   return b.linear_8bit(q, a.out[0], a.in[0], a.in[3], a.in[4], epilogue(a), real(a.scalars[0]),
                        a.scalars[1] != 0, workspace);
@@ -242,6 +295,8 @@ const Op kOps[] = {
     {"int8_matmul_dequantize", "r", "rrro", 0, int8_matmul_dequantize, nullptr},
     {"linear", "r", "roor", 0, linear, linear_space},
     {"linear_4bit", "r", "roorrooo", 5, linear_4bit, linear_4bit_space},
+    {"linear_4bit_group", "roo", "rorrooooooooooooooo", 15, linear_4bit_group, linear_4bit_group_space},
+    {"linear_4bit_gated", "r", "rorroooorrooo", 11, linear_4bit_gated, linear_4bit_gated_space},
     {"linear_8bit", "r", "roorr", 2, linear_8bit, linear_8bit_space},
     {"rope_tables", "rr", "r", 1, rope_tables, nullptr},
     {"ragged_positions", "r", "rrr", 0, ragged_positions, nullptr},

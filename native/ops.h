@@ -6,8 +6,8 @@
 namespace halfbyte {
 
 constexpr int kMaxOutputs = 3;
-constexpr int kMaxInputs = 9;
-constexpr int kMaxScalars = 5;
+constexpr int kMaxInputs = 19;
+constexpr int kMaxScalars = 16;
 
 struct Arguments {
   const View* out;

@@ -6,6 +6,7 @@ import type { PagedKvCache } from '../generation/cache.js'
 import { Embedding } from '../nn/embedding.js'
 import { ModuleList } from '../nn/containers.js'
 import { Linear } from '../nn/linear.js'
+import { Linear4bit } from '../nn/linear4bit.js'
 import { Module } from '../nn/module.js'
 import { Buffer } from '../nn/parameter.js'
 import { RMSNorm } from '../nn/norms.js'
@@ -79,7 +80,7 @@ export class Attention extends Module {
       let at = 0
       return counts.map((n) => all.slice(1, at, (at += n))) as [Tensor, Tensor, Tensor]
     }
-    const parts = [this.q_proj!, this.k_proj!, this.v_proj!].map((layer) => layer.forward(x))
+    const parts = Linear4bit.forwardGroup(x, [this.q_proj!, this.k_proj!, this.v_proj!])
     if (queryKeyNorm === 'all') {
       parts[0] = this.q_norm!.forward(parts[0]!)
       parts[1] = this.k_norm!.forward(parts[1]!)
@@ -131,17 +132,17 @@ export class GatedMlp extends Module {
     this.#activation = spec.activation
   }
 
-  #gateAndUp(x: Tensor): [Tensor, Tensor] {
-    if (!this.gate_up_proj) return [this.gate_proj!.forward(x), this.up_proj!.forward(x)]
+  #inner(x: Tensor): Tensor {
+    if (!this.gate_up_proj)
+      return Linear4bit.forwardGated(x, this.gate_proj!, this.up_proj!, this.#activation)
     const both = this.gate_up_proj.forward(x)
     const half = both.shape[1]! / 2
-    return [both.slice(1, 0, half), both.slice(1, half, 2 * half)]
+    return gatedActivation(both.slice(1, 0, half), both.slice(1, half, 2 * half), this.#activation)
   }
 
   /** `residual` is added to the result. */
   forward(x: Tensor, residual?: Tensor): Tensor {
-    const [gate, up] = this.#gateAndUp(x)
-    return this.down_proj.forward(gatedActivation(gate, up, this.#activation), residual)
+    return this.down_proj.forward(this.#inner(x), residual)
   }
 }
 

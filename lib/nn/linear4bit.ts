@@ -2,7 +2,16 @@
 import type { QuantState } from '../quantization/quant_state.js'
 import type { QuantStorage } from '../quantization/config.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
-import { add, linear4bit, type QuantType } from '../tensor/ops.js'
+import {
+  add,
+  gatedActivation,
+  linear4bit,
+  linear4bitGated,
+  linear4bitGroup,
+  type Activation,
+  type Packed4,
+  type QuantType,
+} from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { kaimingUniform } from './init.js'
 import { Conv1D, Linear, type LinearLayerOptions } from './linear.js'
@@ -113,12 +122,52 @@ export class Linear4bit extends Linear {
     return this.#weight.dequantize(dtype)
   }
 
-  override forward(x: Tensor, residual?: Tensor): Tensor {
-    const weight = this.#weight.operand(this.toString())
+  /** The dtype to compute in. A first input may fix it. */
+  #computeDtypeFor(x: Tensor): DType {
     if (this.computeDtype === null && x.dtype !== 'float16' && DTYPES[x.dtype].isFloat) {
       this.computeDtype = x.dtype
     }
-    const compute = this.computeDtype ?? x.dtype
+    return this.computeDtype ?? x.dtype
+  }
+
+  /**
+   * The layers as operands of one product with x, or undefined where they are to be called one by one: layers of another
+   * kind, with a forward() of their own, or that compute in another dtype than x's.
+   */
+  static #together(
+    x: Tensor,
+    layers: readonly Linear[],
+  ): { weights: Packed4[]; biases: (Tensor | undefined)[] } | undefined {
+    const plain = layers.filter(
+      (layer): layer is Linear4bit =>
+        layer instanceof Linear4bit && layer.forward === Linear4bit.prototype.forward,
+    )
+    if (plain.length < layers.length || plain.some((layer) => layer.#computeDtypeFor(x) !== x.dtype))
+      return undefined
+    return {
+      weights: plain.map((layer) => layer.#weight.operand(layer.toString())),
+      biases: plain.map((layer) => layer.bias?.value),
+    }
+  }
+
+  /** forward() of each layer for one x (q, k and v), in one launch where the device has a kernel for that. */
+  static forwardGroup(x: Tensor, layers: readonly Linear[]): Tensor[] {
+    const together = this.#together(x, layers)
+    if (!together) return layers.map((layer) => layer.forward(x))
+    return linear4bitGroup(x, together.weights, together.biases)
+  }
+
+  /** activation(gate.forward(x)) * up.forward(x), likewise. */
+  static forwardGated(x: Tensor, gate: Linear, up: Linear, activation: Activation): Tensor {
+    const together = this.#together(x, [gate, up])
+    if (!together) return gatedActivation(gate.forward(x), up.forward(x), activation)
+    const [first, second] = together.weights as [Packed4, Packed4]
+    return linear4bitGated(x, first, second, activation, [together.biases[0], together.biases[1]])
+  }
+
+  override forward(x: Tensor, residual?: Tensor): Tensor {
+    const weight = this.#weight.operand(this.toString())
+    const compute = this.#computeDtypeFor(x)
     const bias = this.bias?.value
     if (compute === x.dtype) return linear4bit(x, weight, { bias, residual })
     const cast = x.to(compute)

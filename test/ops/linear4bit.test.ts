@@ -3,7 +3,7 @@ import { native } from '../../lib/native.js'
 import { devices, ops, Tensor, type Device } from '../../lib/index.js'
 import { thrown } from '../support/errors.js'
 import { expectProduct, randomOperand } from '../support/product.js'
-import { FLOATS, uniform, type FloatDType } from '../support/reference.js'
+import { FLOATS, relativeError, uniform, type FloatDType } from '../support/reference.js'
 
 interface Packed {
   weight: Parameters<typeof ops.linear4bit>[1]
@@ -217,6 +217,83 @@ describe.each(devices())('4-bit linear on %s', (on) => {
         await checkTiled(shape, {}, dtype)
         await checkTiled(shape, { nested: true }, dtype)
       })
+    })
+  })
+
+  describe('of one x with several weights', () => {
+    const layouts = on.native.tiles4bit ? (['flat', 'tiled'] as const) : (['flat'] as const)
+
+    describe.each(layouts)('%s', (layout) => {
+      /** Weights of one K, in turn plain and nested, NF4 and FP4, with and without a bias. */
+      const operands = (ns: readonly number[], k: number) =>
+        ns.map((n, i) => {
+          const made = randomPacked(n, k, on, { nested: i % 2 === 1, quantType: i === 2 ? 'fp4' : 'nf4' })
+          const weight = { ...made.weight, ...ops.tile4(made.weight, layout), layout }
+          return { ...made, weight, bias: i === 1 ? undefined : randomOperand([n], 'float32', on, n + i) }
+        })
+
+      it.each([
+        [1, [48, 16, 16], 320],
+        [2, [64, 32], 192],
+        [5, [16], 128],
+        [8, [80, 16, 32], 1088],
+        [17, [32, 16, 16], 256],
+      ] as const)('%i rows, %j x %i', async (m, ns, k) => {
+        for (const dtype of FLOATS) {
+          const x = randomOperand([m, k], dtype, on, m)
+          const weights = operands(ns, k)
+          const results = ops.linear4bitGroup(
+            x.tensor,
+            weights.map(({ weight }) => weight),
+            weights.map(({ bias }) => bias?.tensor),
+          )
+          expect(results.map(({ shape }) => shape)).toEqual(ns.map((n) => [m, n]))
+          for (const [i, y] of results.entries())
+            await expectProduct(y, x.values, weights[i]!.values, k, weights[i]!.bias?.values)
+        }
+      })
+
+      it.each([
+        [1, 48, 320],
+        [3, 16, 64],
+        [8, 160, 704],
+        [20, 32, 192],
+      ] as const)('gated, %i x %i x %i', async (m, n, k) => {
+        for (const dtype of FLOATS) {
+          for (const act of ['silu', 'gelu_tanh'] as const) {
+            const x = randomOperand([m, k], dtype, on, m)
+            const [gate, up] = operands([n, n], k)
+            const y = ops.linear4bitGated(x.tensor, gate!.weight, up!.weight, act, [gate!.bias!.tensor])
+            const wide = x.tensor.to('float32')
+            const apart = ops.gatedActivation(
+              ops.linear4bit(wide, gate!.weight, { bias: gate!.bias!.tensor }),
+              ops.linear4bit(wide, up!.weight),
+              act,
+            )
+            const tolerance = { float32: 1e-6, float16: 1.5e-3, bfloat16: 1.2e-2 }[dtype]
+            expect(relativeError(await y.floats(), await apart.floats())).toBeLessThan(tolerance)
+          }
+        }
+      })
+    })
+
+    it('gives no rows for no rows', async () => {
+      const weights = [randomPacked(16, 64, on, {}).weight, randomPacked(16, 64, on, {}).weight] as const
+      const x = Tensor.empty([0, 64], 'float16', on)
+      for (const y of ops.linear4bitGroup(x, weights)) expect((await y.data()).length).toBe(0)
+      expect((await ops.linear4bitGated(x, ...weights, 'silu').data()).length).toBe(0)
+    })
+
+    it('refuses weights that do not fit', () => {
+      const [a, b] = [randomPacked(16, 64, on, {}).weight, randomPacked(16, 128, on, {}).weight]
+      const x = Tensor.empty([1, 64], 'float32', on)
+      expect(thrown(() => ops.linear4bitGroup(x, [a, b])).message).toMatch(/weight 1 \[16, 128\]/)
+      expect(thrown(() => ops.linear4bitGroup(x, [])).message).toMatch(/0 weights/)
+      expect(thrown(() => ops.linear4bitGroup(x, [a], [Tensor.empty([3], 'float32', on)])).message).toMatch(
+        /bias/,
+      )
+      const narrow = randomPacked(8, 64, on, {}).weight
+      expect(thrown(() => ops.linear4bitGated(x, a, narrow, 'silu')).message).toMatch(/gate has 16.*up 8/)
     })
   })
 

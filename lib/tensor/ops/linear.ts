@@ -1,6 +1,7 @@
 import { Tensor } from '../tensor.js'
 import {
   call,
+  checkContiguous,
   checkDTypes,
   checkFloat,
   checkSameDType,
@@ -9,6 +10,7 @@ import {
   show,
   withContiguous,
 } from './call.js'
+import { ACTIVATIONS, type Activation } from './layout.js'
 import { checkThreshold, packedOperands, type Packed4 } from './quantize.js'
 
 export interface LinearOptions {
@@ -61,6 +63,80 @@ export function linear(x: Tensor, weight: Tensor, options: LinearOptions = {}): 
 export function linear4bit(x: Tensor, weight: Packed4, options: LinearOptions = {}): Tensor {
   const { inputs, scalars } = packedOperands('linear4bit', weight)
   return run('linear_4bit', x, weight.n, weight.k, options, inputs, scalars)
+}
+
+/** Most weights that linear4bitGroup() takes: q, k and v. */
+const MAX_GROUP = 3
+
+/** Inputs and scalars of weights that take the same x; `count` places, the empty ones last. */
+function groupOperands(
+  op: string,
+  x: Tensor,
+  weights: readonly Packed4[],
+  biases: readonly (Tensor | undefined)[],
+  count: number,
+): { inputs: (Tensor | undefined)[]; scalars: number[] } {
+  checkFloat(op, 'x', x)
+  const inputs: (Tensor | undefined)[] = []
+  const scalars: number[] = []
+  for (let i = 0; i < count; i++) {
+    const weight = weights[i]
+    if (!weight) {
+      inputs.push(...Array.from({ length: 6 }, () => undefined))
+      scalars.push(-1, 0, 0, 0, 0)
+      continue
+    }
+    if (x.shape.at(-1) !== weight.k) {
+      fail(
+        op,
+        `x ${show(x.shape)} does not end in the input features of weight ${i} [${weight.n}, ${weight.k}]`,
+      )
+    }
+    const bias = biases[i]
+    if (bias) {
+      checkFloat(op, 'bias', bias)
+      checkShape(op, 'bias', bias, [weight.n])
+      checkContiguous(op, 'bias', bias)
+    }
+    const packed = packedOperands(op, weight)
+    inputs.push(bias, ...packed.inputs)
+    scalars.push(...packed.scalars)
+  }
+  return { inputs, scalars }
+}
+
+/** linear4bit() of one x with one to three weights, in as few passes over x as the device can: q, k and v. */
+export function linear4bitGroup(
+  x: Tensor,
+  weights: readonly Packed4[],
+  biases: readonly (Tensor | undefined)[] = [],
+): Tensor[] {
+  if (weights.length < 1 || weights.length > MAX_GROUP)
+    fail('linear4bitGroup', `${weights.length} weights; it takes one to ${MAX_GROUP}`)
+  const { inputs, scalars } = groupOperands('linear4bitGroup', x, weights, biases, MAX_GROUP)
+  return withContiguous([x], (input) => {
+    const results = weights.map(({ n }) => Tensor.empty([...x.shape.slice(0, -1), n], x.dtype, x.device))
+    const [a, b, c] = results
+    call('linear_4bit_group', [a, b, c], [input, ...inputs], scalars)
+    return results
+  })
+}
+
+/** activation(x gate^T + gateBias) * (x up^T + upBias), the first half of a gated MLP; gate and up of one shape. */
+export function linear4bitGated(
+  x: Tensor,
+  gate: Packed4,
+  up: Packed4,
+  activation: Activation,
+  biases: readonly (Tensor | undefined)[] = [],
+): Tensor {
+  if (gate.n !== up.n) fail('linear4bitGated', `gate has ${gate.n} output features, up ${up.n}`)
+  const { inputs, scalars } = groupOperands('linear4bitGated', x, [gate, up], biases, 2)
+  return withContiguous([x], (input) => {
+    const y = Tensor.empty([...x.shape.slice(0, -1), gate.n], x.dtype, x.device)
+    call('linear_4bit_gated', [y], [input, ...inputs], [...scalars, ACTIVATIONS[activation]])
+    return y
+  })
 }
 
 /**
