@@ -76,7 +76,11 @@ async function buildAddon() {
   const folder = builder === 'cmake' ? 'build-cmake' : 'build'
   const stamp = new Stamp(join(stamps, folder), join(root, folder, 'Release/halfbyte.node'), hash)
   stamp.clear()
-  const clean = options.has('--clean')
+  // CMake and node-gyp decide on CUDA when they configure: a folder made for another setting starts anew
+  const setting = hashOf(root, [], cuda)
+  const configured = new Stamp(join(stamps, `${folder}.cuda`), join(root, folder), setting)
+  const clean = options.has('--clean') || !configured.fresh
+  configured.set()
   const binary = await buildWith(builder, clean)
   // A build that was cut short can leave a binary that looks newer than its sources.
   if (!loads(binary) && !clean) await buildWith(builder, true)

@@ -12,6 +12,14 @@
 
 namespace halfbyte::cuda {
 
+/// How a kernel is started; see launch.cuh.
+struct Launch {
+  cudaStream_t stream = nullptr;
+  int multiprocessors = 0;
+  int arch = 0;        // 75, 80, 90, ...: the newest code in this build that the device runs
+  bool early = false;  // it may start before the kernel in front of it has ended
+};
+
 class CudaBackend final : public Backend {
  public:
   static Status create(int index, std::unique_ptr<Backend>* out);
@@ -86,6 +94,10 @@ class CudaBackend final : public Backend {
   // linear4.cu
   size_t linear_4bit_workspace(const View& x, const Weight4& w) const override;
   Status linear_4bit(Queue, View y, View x, const Weight4& w, const Epilogue&, View workspace) override;
+  Status linear_4bit_group(Queue, const View* y, View x, const Weight4* w, const View* bias, int count,
+                           View workspace) override;
+  Status linear_4bit_gated(Queue, View y, View x, const Weight4* w, const View* bias, Activation act,
+                           View workspace) override;
 
   // rope.cu
   Status rope_tables(Queue, View cos, View sin, View inv_freq, float scale) override;
@@ -108,9 +120,9 @@ class CudaBackend final : public Backend {
   cudaStream_t stream(Queue queue) const { return streams_[static_cast<int>(queue)]; }
   /// What every op begins with: this device is current in the calling thread.
   Status enter() const;
-  /// The same for an op that may start early: says whether the op queued before was such a one too, whose
-  /// results are all that the new one must wait for. Every other op, and every wait for an event, ends that.
-  Status enter_early(Queue queue, bool* early);
+  /// The same for an op whose kernel may start early, if the op queued before was such a one too: its results
+  /// are then all that the new one must wait for. Every other op, and every wait for an event, ends that.
+  Status enter_early(Queue queue, Launch* on);
   Status make_current() const;
   void count(int64_t bytes);
   /// Names the op (or the call) of a CUDA failure; a sticky one marks the device lost.

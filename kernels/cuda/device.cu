@@ -91,8 +91,8 @@ Status CudaBackend::enter() const {
   return make_current();
 }
 
-Status CudaBackend::enter_early(Queue queue, bool* early) {
-  *early = early_ && queue == Queue::compute;
+Status CudaBackend::enter_early(Queue queue, Launch* on) {
+  *on = {stream(queue), multiprocessors_, arch_, early_ && queue == Queue::compute};
   early_ = queue == Queue::compute && arch_ >= 90;
   return make_current();
 }

@@ -1,8 +1,10 @@
-// y [M, N] = x [M, K] w^T + bias + residual with a 4-bit weight: which kernel runs.
+// y [M, N] = x [M, K] w^T + bias + residual with a 4-bit weight, alone or several together: which kernel
+// runs.
 //
-//   tiled, 16-bit x   tensor cores, by M
-//   a few rows        stream4.cu: fp32 multiply-adds, both layouts, any K
-//   else              the weight is dequantised to x's dtype in the workspace, then the dense product runs
+//   tiled, 16-bit x, M <= 8   gemv4.cu, tensor cores
+//   a few rows                stream4.cu: fp32 multiply-adds, both layouts, any K
+//   else                      the weight is dequantised to x's dtype in the workspace, then the dense product
+//   runs
 #include "tiled4.cuh"
 
 namespace halfbyte::cuda {
@@ -21,6 +23,28 @@ View dense_view(const Weight4& w, DType dtype, void* data) {
   return v;
 }
 
+/// Calls body with a null pointer of x's 16-bit type.
+template <typename Body>
+cudaError_t with_half_type(DType dtype, const Body& body) {
+  if (dtype == DType::f16) return body(static_cast<half_t*>(nullptr));
+  return body(static_cast<bf16_t*>(nullptr));
+}
+
+bool takes_gemv(int arch, const View& x, const Weight4* w, int count) {
+  if (x.dtype == DType::f32 || !is_aligned(x.data, 16) || !gemv4_takes(arch, x.rows(), w[0].k)) return false;
+  for (int i = 0; i < count; ++i) {
+    if (w[i].layout != Layout4::tiled || w[i].type != w[0].type || w[i].n == 0 ||
+        static_cast<bool>(w[i].nested_absmax) != static_cast<bool>(w[0].nested_absmax))
+      return false;
+  }
+  return true;
+}
+
+template <typename T>
+Product4<T> product_of(const View& y, const View& x, const Weight4& w, const Epilogue& epilogue) {
+  return {output_of<T>(y, epilogue), x.as<const T>(), x.rows(), tiled_of(w)};
+}
+
 }  // namespace
 
 size_t CudaBackend::linear_4bit_workspace(const View& x, const Weight4& w) const {
@@ -31,10 +55,21 @@ size_t CudaBackend::linear_4bit_workspace(const View& x, const Weight4& w) const
 
 Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, const Epilogue& epilogue,
                                 View workspace) {
-  if (Status status = enter(); !status.ok()) return status;
   if (Status status = check_weight4("linear_4bit", w); !status.ok()) return status;
   if (Status status = check_linear("linear_4bit", y, x, w.n, w.k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
+  if (takes_gemv(arch_, x, &w, 1)) {
+    Launch on;
+    if (Status status = enter_early(queue, &on); !status.ok()) return status;
+    return check(with_half_type(x.dtype,
+                                [&](auto* p) {
+                                  using T = std::remove_pointer_t<decltype(p)>;
+                                  const Product4<T> product = product_of<T>(y, x, w, epilogue);
+                                  return gemv4(on, &product, 1);
+                                }),
+                 "linear_4bit");
+  }
+  if (Status status = enter(); !status.ok()) return status;
   if (x.rows() <= kStreamed || w.k == 0) {
     return check(stream4(stream(queue), y, x, w, epilogue), "linear_4bit");
   }
@@ -48,6 +83,52 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
   rest.data = workspace.as<char>() + used;
   rest.shape[0] -= static_cast<int64_t>(used);
   return linear(queue, y, x, dense, epilogue, rest);
+}
+
+Status CudaBackend::linear_4bit_group(Queue queue, const View* y, View x, const Weight4* w, const View* bias,
+                                      int count, View workspace) {
+  if (x.size() == 0 || !takes_gemv(arch_, x, w, count))
+    return Backend::linear_4bit_group(queue, y, x, w, bias, count, workspace);
+  for (int i = 0; i < count; ++i) {
+    if (Status status = check_weight4("linear_4bit_group", w[i]); !status.ok()) return status;
+    const Epilogue epilogue = {bias[i], View{}};
+    if (Status status = check_linear("linear_4bit_group", y[i], x, w[i].n, w[i].k, epilogue); !status.ok())
+      return status;
+  }
+  Launch on;
+  if (Status status = enter_early(queue, &on); !status.ok()) return status;
+  return check(with_half_type(x.dtype,
+                              [&](auto* p) {
+                                using T = std::remove_pointer_t<decltype(p)>;
+                                Product4<T> products[kMaxGroup];
+                                for (int i = 0; i < count; ++i)
+                                  products[i] = product_of<T>(y[i], x, w[i], Epilogue{bias[i], View{}});
+                                return gemv4(on, products, count);
+                              }),
+               "linear_4bit_group");
+}
+
+Status CudaBackend::linear_4bit_gated(Queue queue, View y, View x, const Weight4* w, const View* bias,
+                                      Activation act, View workspace) {
+  const bool known = act == Activation::silu || act == Activation::gelu || act == Activation::gelu_tanh ||
+                     act == Activation::relu;
+  if (x.size() == 0 || !known || !takes_gemv(arch_, x, w, 2))
+    return Backend::linear_4bit_gated(queue, y, x, w, bias, act, workspace);
+  for (int i = 0; i < 2; ++i) {
+    if (Status status = check_weight4("linear_4bit_gated", w[i]); !status.ok()) return status;
+    const Epilogue epilogue = {bias[i], View{}};
+    if (Status status = check_linear("linear_4bit_gated", y, x, w[i].n, w[i].k, epilogue); !status.ok())
+      return status;
+  }
+  Launch on;
+  if (Status status = enter_early(queue, &on); !status.ok()) return status;
+  return check(with_half_type(x.dtype,
+                              [&](auto* p) {
+                                using T = std::remove_pointer_t<decltype(p)>;
+                                return gemv4_gated(on, product_of<T>(y, x, w[0], Epilogue{bias[0], View{}}),
+                                                   product_of<T>(y, x, w[1], Epilogue{bias[1], View{}}), act);
+                              }),
+               "linear_4bit_gated");
 }
 
 }  // namespace halfbyte::cuda

@@ -35,14 +35,14 @@ struct Product4 {
   Tiled4 w;
 };
 
-struct Launch {
-  cudaStream_t stream;
-  int multiprocessors;
-  int arch;    // 75, 80, 90, ...: the newest code in this build that the device runs
-  bool early;  // the kernel may start before the one in front of it has ended (programmatic dependent launch)
-  void* workspace;
-  size_t workspace_bytes;
-};
+/// Whether gemv4() takes m rows of x: up to 8, with K >= 256. On sm_80 very long K takes fewer.
+bool gemv4_takes(int arch, int64_t m, int64_t k);
+/// One to kMaxGroup products of one x, their weights all plain or all nested and of one type. gemv4.cu
+template <typename T>
+cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count);
+/// gate.out.y = act(x gate^T + bias) * (x up^T + bias).
+template <typename T>
+cudaError_t gemv4_gated(const Launch& on, const Product4<T>& gate, const Product4<T>& up, Activation act);
 
 /// A few rows of x of any float dtype, a weight of either layout. stream4.cu
 cudaError_t stream4(cudaStream_t stream, const View& y, const View& x, const Weight4& w,

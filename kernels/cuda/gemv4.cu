@@ -1,0 +1,480 @@
+// y = x w^T + bias + residual with a tiled 4-bit weight and up to 8 rows of 16-bit x: the weight is read
+// once, at the rate of the memory. Also several weights that share x in one launch (q, k, v), and act(gate) *
+// up.
+//
+// A block takes a run of row tiles; its warps divide K. A unit is 4 tiles, 256 k; warp w has the units w, w +
+// warps, ... of every row tile, so a block reads one contiguous stream, and x, whose part a warp meets again
+// and again, stays in its registers from beginning to end:
+//
+//   codes   4 x 16 bytes a lane and unit, straight into registers, kAhead units ahead
+//   decode  a byte permute makes an address, a look-up makes two weights (table4.cuh): the A fragment
+//   mma     m16n8k16. Its 8 columns are kTokens rows of x for each of 8 / kTokens tiles: column c holds x of
+//   the
+//           group's tile c / kTokens, so of the products with tile q only those columns count, and each lane
+//           keeps x of one tile only. The lane that finds the column in its accumulators has also loaded that
+//           tile's absmax.
+//   scale   sums of a tile's 64 k times absmax, in fp32
+//   reduce  over the columns' tiles by shuffles, over warps (and the blocks of a cluster, where K is divided
+//   among them)
+//           through shared memory, after several row tiles at once, in a fixed order
+//
+// Fast where K / 256 divides among 8 to 16 warps without a rest and there are 132 row tiles or more.
+#include <algorithm>
+#include <utility>
+
+#include "launch.cuh"
+#include "mma.cuh"
+#include "table4.cuh"
+
+namespace halfbyte::cuda {
+namespace {
+
+constexpr int kMaxWarps = 16, kUnit = 4;  // tiles of a unit
+
+template <typename T>
+struct Gemv {
+  Tiled4 w[kMaxGroup];
+  Output<T> out[kMaxGroup];
+  int64_t before[kMaxGroup + 1];  // row tiles of the weights before
+  int count;
+  bool gated;  // two weights whose row tiles alternate
+  Activation act;
+  const T* x;
+  int m, tiles;  // rows of x; k tiles
+  int units;     // of a block's share of K
+  int chunk;     // row tiles between two reductions
+};
+
+/// Where a row tile of one of the weights begins.
+struct RowTile {
+  const uint8_t* codes;
+  const char* absmax;
+  const float* nested;
+  int64_t block;  // number of the first absmax of its first row, in the flat order
+  int part;
+};
+
+template <typename T>
+__device__ __forceinline__ RowTile locate(const Gemv<T>& p, int64_t row_tile, bool nested) {
+  int part = 0;
+  int64_t local = row_tile;
+  if (p.gated) {
+    part = static_cast<int>(row_tile % 2);
+    local = row_tile / 2;
+  } else {
+    while (part + 1 < p.count && row_tile >= p.before[part + 1]) ++part;
+    local -= p.before[part];
+  }
+  const Tiled4& w = p.w[part];
+  const int64_t tile = local * p.tiles;
+  RowTile place;
+  place.part = part;
+  place.codes = w.codes + tile * 512;
+  place.absmax = nested ? reinterpret_cast<const char*>(w.absmax.codes + tile * 16)
+                        : reinterpret_cast<const char*>(w.absmax.plain + tile * 16);
+  place.nested = w.absmax.nested;
+  place.block = tile * kTileRows;
+  return place;
+}
+
+/// What a lane holds of a unit of 4 tiles, where the columns of a product are kGroup tiles.
+template <int kGroup, bool kNested>
+struct Unit {
+  static constexpr int kPasses = kUnit / kGroup;
+  uint4 codes[kUnit];
+  float2 scale[kPasses];   // absmax of rows g and g + 8; nested: their nested absmax
+  uint32_t code[kPasses];  // nested: two bytes
+
+  /// `own`: which of the group's tiles this lane scales.
+  __device__ __forceinline__ void fetch(const RowTile& at, int tile, int tiles, int own, int lane) {
+    const uint8_t* from = at.codes + (tile * 512 + lane * 16);
+#pragma unroll
+    for (int kk = 0; kk < kUnit; ++kk) codes[kk] = __ldcs(reinterpret_cast<const uint4*>(from) + kk * 32);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int mine = tile + pass * kGroup + own, g = lane / 4;
+      if (kNested) {
+        code[pass] = *reinterpret_cast<const uint16_t*>(at.absmax + mine * 16 + 2 * g);
+        const int64_t block = at.block + static_cast<int64_t>(g) * tiles + mine;
+        scale[pass].x = at.nested[block / kNestedBlocksize];
+        scale[pass].y = at.nested[(block + int64_t{8} * tiles) / kNestedBlocksize];
+      } else {
+        scale[pass] = *reinterpret_cast<const float2*>(at.absmax + mine * 64 + 8 * g);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ float activated(float x, Activation act) {
+  switch (act) {
+    case Activation::silu:
+      return x / (1.0f + __expf(-x));
+    case Activation::gelu:
+      return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    case Activation::gelu_tanh:
+      return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::relu:
+      return fmaxf(x, 0.0f);
+    default:
+      return x;
+  }
+}
+
+/// Words of 32 k that lanes of a quad hold four each, in order, to those that each needs: lane t gets t, 4 +
+/// t, ...
+__device__ __forceinline__ void transpose_quad(uint32_t (&r)[4], int t) {
+  const bool odd = t & 1, high = t & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? r[i] : r[i + 1], 1);
+    (odd ? r[i] : r[i + 1]) = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, high ? r[i] : r[i + 2], 2);
+    (high ? r[i] : r[i + 2]) = other;
+  }
+}
+
+/// body(0), body(1), ... with compile-time numbers: loops whose registers the compiler would else put into
+/// memory.
+template <typename Body, int... i>
+__device__ __forceinline__ void for_each(std::integer_sequence<int, i...>, const Body& body) {
+  (body(std::integral_constant<int, i>{}), ...);
+}
+
+__device__ __forceinline__ int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+__device__ __forceinline__ int cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+#else
+  return 1;
+#endif
+}
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+#endif
+}
+/// A float in the shared memory of block `rank` of the cluster, at the place of `own`.
+__device__ __forceinline__ float cluster_value(const float* own, int rank) {
+  float value = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+#endif
+  return value;
+}
+
+/// kTokens rows of x in the columns of a product, kUnits units of a warp in every row tile.
+template <typename T, int kTokens, int kUnits, int kAhead, bool kNested>
+__global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_constant__ Gemv<T> p) {
+  constexpr int kGroup = 8 / kTokens, kPasses = kUnit / kGroup;  // tiles in the columns; groups of a unit
+  static_assert(kAhead < 2 || kUnits >= 2, "a unit ahead belongs to this row tile or the next");
+  using U = Unit<kGroup, kNested>;
+  extern __shared__ __align__(1024) char table[];
+  float* const partial = reinterpret_cast<float*>(table + kTable4Bytes);  // [chunk][warps][16][kTokens]
+  let_next_start();
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int own = 2 * t / kTokens;  // the tile of a group whose columns this lane accumulates
+  const uint32_t lane4 = lane * 4;
+  const int splits = cluster_size(), rank = cluster_rank();
+  const int first_unit = rank * p.units + warp;
+  const int last_tiles = p.tiles - kUnit;  // a unit that would reach beyond the end begins here
+  const auto first_tile = [&](int i) { return min((first_unit + i * warps) * kUnit, last_tiles); };
+
+  const int64_t clusters = gridDim.x / splits, cluster = blockIdx.x / splits;
+  const int64_t step = p.gated ? 2 : 1, all = p.before[p.count] / step;
+  const int64_t begin = all * cluster / clusters * step, end = all * (cluster + 1) / clusters * step;
+
+  U ahead[kAhead + 1];
+  RowTile here = locate(p, begin < end ? begin : 0, kNested);
+  if (begin < end) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead[i].fetch(here, first_tile(i), p.tiles, own, lane);
+  }
+  fill_table4<T>(table, p.w[0].type, kNested ? p.w[0].absmax.nested_code : nullptr);
+  float offset[kMaxGroup] = {};
+  bool same_map = true;  // the maps of all weights are that in the table
+  if (kNested) {
+#pragma unroll
+    for (int part = 0; part < kMaxGroup; ++part) {
+      if (part >= p.count) break;
+      offset[part] = *p.w[part].absmax.offset;
+      if (part > 0 && threadIdx.x < 256) {
+        same_map &= p.w[part].absmax.nested_code[threadIdx.x] == p.w[0].absmax.nested_code[threadIdx.x];
+      }
+    }
+  }
+  same_map = __syncthreads_and(same_map);
+
+  wait_for_results();
+  uint32_t x[kUnits][kPasses][8];
+  {
+    const int token = g % kTokens;
+    for_each(
+        std::make_integer_sequence<int, kUnits>{}, [&](auto index) __attribute__((always_inline)) {
+          constexpr int i = decltype(index)::value;
+          const int unit = first_unit + i * warps;
+#pragma unroll
+          for (int pass = 0; pass < kPasses; ++pass) {
+            const int tile = first_tile(i) + pass * kGroup + g / kTokens;
+            const bool there = token < p.m && tile >= unit * kUnit && unit < (rank + 1) * p.units;
+            const T* from = p.x + (static_cast<int64_t>(token) * p.tiles + tile) * kTileK + t * 8;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              uint4 piece = make_uint4(0, 0, 0, 0);
+              if (there) piece = *reinterpret_cast<const uint4*>(from + half * 32);
+              uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+              transpose_quad(words, t);
+#pragma unroll
+              for (int w = 0; w < 4; ++w) x[i][pass][half * 4 + w] = words[w];
+            }
+          }
+        });
+  }
+
+  int slot = 0;
+  for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
+    const RowTile next = locate(p, row_tile + 1 < end ? row_tile + 1 : row_tile, kNested);
+    float acc[4] = {};
+    for_each(
+        std::make_integer_sequence<int, kUnits>{}, [&](auto index) __attribute__((always_inline)) {
+          constexpr int i = decltype(index)::value;
+          ahead[kAhead].fetch(i + kAhead < kUnits ? here : next, first_tile((i + kAhead) % kUnits), p.tiles,
+                              own, lane);
+          const U& unit = ahead[0];
+#pragma unroll
+          for (int pass = 0; pass < kPasses; ++pass) {
+            float sums[kGroup][4];
+#pragma unroll
+            for (int q = 0; q < kGroup; ++q) {
+              const uint4 c = unit.codes[pass * kGroup + q];
+              const uint32_t words[4] = {c.x, c.y, c.z, c.w};
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                uint32_t a[4];
+                look_up(a, table, words[j], lane4);
+                if (j == 0)
+                  multiply_first(sums[q], a, x[i][pass][0], x[i][pass][1], T{});
+                else
+                  multiply(sums[q], a, x[i][pass][2 * j], x[i][pass][2 * j + 1], T{});
+              }
+            }
+            float2 scale = unit.scale[pass];
+            if (kNested) {
+              const uint32_t low = unit.code[pass] & 255, high = unit.code[pass] >> 8;
+              const float* map = p.w[here.part].absmax.nested_code;
+              const float a = same_map ? map_value(table, low, lane4) : map[low];
+              const float b = same_map ? map_value(table, high, lane4) : map[high];
+              const float mean = here.part == 0 ? offset[0] : here.part == 1 ? offset[1] : offset[2];
+              scale.x = __fadd_rn(__fmul_rn(a, scale.x), mean);
+              scale.y = __fadd_rn(__fmul_rn(b, scale.y), mean);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              float sum = sums[0][e];
+#pragma unroll
+              for (int q = 1; q < kGroup; ++q) sum = own == q ? sums[q][e] : sum;
+              acc[e] = fmaf(sum, e < 2 ? scale.x : scale.y, acc[e]);
+            }
+          }
+#pragma unroll
+          for (int d = 0; d < kAhead; ++d) ahead[d] = ahead[d + 1];
+        });
+    here = next;
+
+    // rows g and g + 8, tokens 2 t % kTokens and the next
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+#pragma unroll
+      for (int between = 2; between >= kTokens / 2; between /= 2)
+        acc[e] += __shfl_xor_sync(0xffffffffu, acc[e], between);
+    }
+    if (t < kTokens / 2) {
+      float* to = partial + ((slot * warps + warp) * kTileRows + g) * kTokens + 2 * t;
+      *reinterpret_cast<float2*>(to) = make_float2(acc[0], acc[1]);
+      *reinterpret_cast<float2*>(to + 8 * kTokens) = make_float2(acc[2], acc[3]);
+    }
+    if (++slot < p.chunk && row_tile + 1 < end) continue;
+
+    __syncthreads();
+    constexpr int kSums = kTileRows * kTokens;  // of a row tile
+    const auto sum_of = [&](int slot, int at) {
+      float sum = 0.0f;
+      for (int w = 0; w < warps; ++w) sum += partial[(slot * warps + w) * kSums + at];
+      return sum;
+    };
+    if (splits > 1) {  // each block's sums in the place of its first warp's, then all blocks together
+      for (int i = threadIdx.x; i < slot * kSums; i += blockDim.x)
+        partial[i / kSums * warps * kSums + i % kSums] = sum_of(i / kSums, i % kSums);
+      cluster_barrier();
+    }
+    const auto total_of = [&](int slot, int at) {
+      if (splits == 1) return sum_of(slot, at);
+      float sum = 0.0f;
+      for (int r = 0; r < splits; ++r) sum += cluster_value(partial + slot * warps * kSums + at, r);
+      return sum;
+    };
+    const int64_t first = row_tile + 1 - slot;
+    const int results = slot / static_cast<int>(step) * kSums;
+    for (int i = threadIdx.x + rank * blockDim.x; i < results; i += splits * blockDim.x) {
+      const int at = i / kSums * static_cast<int>(step), row = i % kTileRows, token = i % kSums / kTileRows;
+      if (token >= p.m) continue;
+      const float total = total_of(at, row * kTokens + token);
+      if (p.gated) {
+        const int64_t column = (first + at) / 2 * kTileRows + row;
+        float gate = total, up = total_of(at + 1, row * kTokens + token);
+        if (p.out[0].bias) gate += p.out[0].bias_at(column);
+        if (p.out[1].bias) up += p.out[1].bias_at(column);
+        p.out[0].y[token * p.out[0].n + column] = from_float<T>(activated(gate, p.act) * up);
+      } else {
+        int part = 0;
+        while (part + 1 < p.count && first + at >= p.before[part + 1]) ++part;
+        p.out[part].store(token, (first + at - p.before[part]) * kTileRows + row, total);
+      }
+    }
+    slot = 0;
+    if (splits > 1)
+      cluster_barrier();
+    else
+      __syncthreads();
+  }
+}
+
+struct Plan {
+  int tokens, units, ahead, warps, splits, blocks_per_sm;
+};
+
+/// How K is divided; tokens = 0 where this kernel cannot.
+Plan plan_for(int arch, int64_t m, int64_t tiles, bool nested) {
+  Plan plan = {m <= 2 ? 2 : m <= 4 ? 4 : 8, 0, 1, 0, 1, 1};
+  const int most = plan.tokens == 2 ? 7 : plan.tokens == 4 ? 4 : 2;
+  const int64_t units = (tiles + kUnit - 1) / kUnit;
+  if (m > 8 || tiles < kUnit) return {};
+  while ((units + plan.splits - 1) / plan.splits > most * kMaxWarps) plan.splits *= 2;
+  if (plan.splits > (arch >= 90 ? 8 : 1)) return {};
+  const int share = static_cast<int>((units + plan.splits - 1) / plan.splits);
+  // the fewest idle places; of equals the one with more units a warp, down to 8 warps
+  int least = INT32_MAX;
+  for (const int candidate : {1, 2, 4, 7}) {
+    if (candidate > most) break;
+    const int warps = (share + candidate - 1) / candidate;
+    if (warps > kMaxWarps) continue;
+    const int idle = warps * candidate - share;
+    if (idle > least || (idle == least && warps < 8)) continue;
+    least = idle;
+    plan.units = candidate;
+    plan.warps = warps;
+  }
+  plan.blocks_per_sm = plan.warps <= 5 ? 3 : plan.warps <= 8 ? 2 : 1;
+  if (plan.tokens == 2 && plan.units == 2) plan.ahead = 2;
+  (void)nested;
+  return plan;
+}
+
+template <typename T, bool kNested, int kTokens, int kUnits, int kAhead>
+cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
+  const int64_t step = gemv.gated ? 2 : 1, all = gemv.before[gemv.count] / step;
+  const int64_t clusters =
+      std::min<int64_t>(all, static_cast<int64_t>(on.multiprocessors) * plan.blocks_per_sm / plan.splits);
+  const int slot_bytes = plan.warps * kTileRows * kTokens * 4;
+  const int64_t longest = (all + clusters - 1) / clusters * step;
+  const int room = ((plan.blocks_per_sm == 3 ? 72 : 104) << 10) - kTable4Bytes;
+  gemv.chunk = static_cast<int>(std::min<int64_t>(longest, room / slot_bytes / step * step));
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(clusters * plan.splits));
+  shape.block = dim3(plan.warps * 32);
+  shape.shared = static_cast<size_t>(kTable4Bytes + gemv.chunk * slot_bytes);
+  shape.cluster = static_cast<unsigned>(plan.splits);
+  return launch_kernel(on, shape, gemv_kernel<T, kTokens, kUnits, kAhead, kNested>, gemv);
+}
+
+template <typename T, bool kNested>
+cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
+  switch (plan.tokens * 100 + plan.units * 10 + plan.ahead) {
+    case 211:
+      return launch<T, kNested, 2, 1, 1>(on, plan, gemv);
+    case 222:
+      return launch<T, kNested, 2, 2, 2>(on, plan, gemv);
+    case 241:
+      return launch<T, kNested, 2, 4, 1>(on, plan, gemv);
+    case 271:
+      return launch<T, kNested, 2, 7, 1>(on, plan, gemv);
+    case 411:
+      return launch<T, kNested, 4, 1, 1>(on, plan, gemv);
+    case 421:
+      return launch<T, kNested, 4, 2, 1>(on, plan, gemv);
+    case 441:
+      return launch<T, kNested, 4, 4, 1>(on, plan, gemv);
+    case 811:
+      return launch<T, kNested, 8, 1, 1>(on, plan, gemv);
+    case 821:
+      return launch<T, kNested, 8, 2, 1>(on, plan, gemv);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename T>
+cudaError_t run(const Launch& on, Gemv<T>& gemv) {
+  const bool nested = !gemv.w[0].absmax.plain;
+  gemv.tiles = static_cast<int>(gemv.w[0].k / kTileK);
+  gemv.before[0] = 0;
+  for (int i = 0; i < gemv.count; ++i) gemv.before[i + 1] = gemv.before[i] + gemv.w[i].n / kTileRows;
+  const Plan plan = plan_for(on.arch, gemv.m, gemv.tiles, nested);
+  const int units = (gemv.tiles + kUnit - 1) / kUnit;
+  gemv.units = (units + plan.splits - 1) / plan.splits;
+  return nested ? launch<T, true>(on, plan, gemv) : launch<T, false>(on, plan, gemv);
+}
+
+}  // namespace
+
+bool gemv4_takes(int arch, int64_t m, int64_t k) { return plan_for(arch, m, k / kTileK, false).tokens > 0; }
+
+template <typename T>
+cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count) {
+  Gemv<T> gemv = {};
+  for (int i = 0; i < count; ++i) {
+    gemv.w[i] = products[i].w;
+    gemv.out[i] = products[i].out;
+  }
+  gemv.count = count;
+  gemv.x = products[0].x;
+  gemv.m = static_cast<int>(products[0].m);
+  return run(on, gemv);
+}
+
+template <typename T>
+cudaError_t gemv4_gated(const Launch& on, const Product4<T>& gate, const Product4<T>& up, Activation act) {
+  Gemv<T> gemv = {};
+  gemv.w[0] = gate.w;
+  gemv.w[1] = up.w;
+  gemv.out[0] = gate.out;
+  gemv.out[1] = up.out;
+  gemv.count = 2;
+  gemv.gated = true;
+  gemv.act = act;
+  gemv.x = gate.x;
+  gemv.m = static_cast<int>(gate.m);
+  return run(on, gemv);
+}
+
+template cudaError_t gemv4(const Launch&, const Product4<half_t>*, int);
+template cudaError_t gemv4(const Launch&, const Product4<bf16_t>*, int);
+template cudaError_t gemv4_gated(const Launch&, const Product4<half_t>&, const Product4<half_t>&, Activation);
+template cudaError_t gemv4_gated(const Launch&, const Product4<bf16_t>&, const Product4<bf16_t>&, Activation);
+
+}  // namespace halfbyte::cuda

@@ -1,0 +1,60 @@
+// Programmatic dependent launch: a kernel may start while the one in front of it on the stream still runs,
+// and then waits, before it touches what that one makes. Nothing of it exists before sm_90, where the calls
+// do nothing.
+//
+// A kernel that is launched so reads only what no recent kernel has written (weights) before
+// wait_for_results(), writes only after it, and every block of it waits.
+#pragma once
+
+#include "tiled4.cuh"
+
+namespace halfbyte::cuda {
+
+/// Lets the next kernel start as soon as there is room.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+/// Until everything that was launched before has ended and is visible.
+__device__ __forceinline__ void wait_for_results() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared = 0;
+  unsigned cluster = 1;  // blocks along x
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_kernel(const Launch& on, const LaunchShape& shape, void (*kernel)(Parameters...),
+                          Arguments&&... arguments) {
+  if (shape.shared > (48 << 10)) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shape.shared));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared;
+  config.stream = on.stream;
+  config.attrs = attributes;
+  if (on.early) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = shape.cluster;
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace halfbyte::cuda

@@ -1,0 +1,63 @@
+// Two 4-bit weights at a time: a byte of codes becomes a register of two 16-bit values by one look-up.
+//
+// The table has an entry for each of the 256 bytes, repeated for each lane: lane l reads its own bank, so
+// look-ups never collide, and the address is put together by one byte permute:
+//
+//   byte 3, 2  0 | byte 1  the codes | byte 0  4 * lane        entry e of lane l at 256 e + 4 l
+//
+// That takes 64 KiB of which every other 128 bytes are free; they hold the 256-entry map of double
+// quantisation (fp32, at 256 q + 128 + 4 l), looked up in the same way.
+#pragma once
+
+#include "tiled4.cuh"
+
+namespace halfbyte::cuda {
+
+constexpr int kTable4Bytes = 64 << 10;
+
+/// The pair that a byte stands for: the high half is the even k, in the low half of the register.
+template <typename T>
+__device__ __forceinline__ uint32_t pair_of(QuantType type, int byte) {
+  Vec<T, 2> pair;
+  pair.v[0] = from_float<T>(kCodebooks[static_cast<int>(type)][byte >> 4]);
+  pair.v[1] = from_float<T>(kCodebooks[static_cast<int>(type)][byte & 15]);
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+/// Fills the table in dynamic shared memory; the block synchronises afterwards. `map` is the nested code or
+/// null.
+template <typename T>
+__device__ __forceinline__ void fill_table4(char* table, QuantType type, const float* map) {
+  for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {
+    const uint32_t pair = pair_of<T>(type, i / 8);
+    *reinterpret_cast<uint4*>(table + i / 8 * 256 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+    if (map) {
+      const float value = map[i / 8];
+      *reinterpret_cast<float4*>(table + i / 8 * 256 + 128 + i % 8 * 16) =
+          make_float4(value, value, value, value);
+    }
+  }
+}
+
+/// Byte i of `word` between the bytes of `lane4` = 4 * lane.
+template <int i>
+__device__ __forceinline__ uint32_t table_offset(uint32_t word, uint32_t lane4) {
+  uint32_t offset;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(offset) : "r"(word), "r"(lane4), "n"(0x5504 | i << 4));
+  return offset;
+}
+
+/// The A fragment that a word of a tile stands for.
+__device__ __forceinline__ void look_up(uint32_t (&a)[4], const char* table, uint32_t word, uint32_t lane4) {
+  a[0] = *reinterpret_cast<const uint32_t*>(table + table_offset<0>(word, lane4));
+  a[1] = *reinterpret_cast<const uint32_t*>(table + table_offset<1>(word, lane4));
+  a[2] = *reinterpret_cast<const uint32_t*>(table + table_offset<2>(word, lane4));
+  a[3] = *reinterpret_cast<const uint32_t*>(table + table_offset<3>(word, lane4));
+}
+
+/// Entry `code` of the nested map.
+__device__ __forceinline__ float map_value(const char* table, uint32_t code, uint32_t lane4) {
+  return *reinterpret_cast<const float*>(table + (code << 8 | lane4) + 128);
+}
+
+}  // namespace halfbyte::cuda
