@@ -16,7 +16,9 @@ namespace halfbyte::cuda {
 struct Launch {
   cudaStream_t stream = nullptr;
   int multiprocessors = 0;
+  int shared = 0;      // bytes of shared memory of a multiprocessor; a block pays 1 KiB besides its own
   int arch = 0;        // 75, 80, 90, ...: the newest code in this build that the device runs
+  bool wgmma = false;  // that code is for sm_90a and has its warpgroup products
   bool early = false;  // it may start before the kernel in front of it has ended
 };
 
@@ -130,7 +132,9 @@ class CudaBackend final : public Backend {
 
   int index_;
   int multiprocessors_ = 0;
-  int arch_ = 0;                // 75, 80, 90, ...: the newest code in this build that the device runs
+  int shared_ = 0;  // bytes of a multiprocessor's shared memory
+  int arch_ = 0;    // 75, 80, 90, ...: the newest code in this build that the device runs
+  bool wgmma_ = false;
   mutable bool early_ = false;  // the op last queued for computing lets the next one start early
   cudaStream_t streams_[2] = {};
   cudaMemPool_t pool_ = nullptr;

@@ -5,6 +5,7 @@
 // stream and waited for: it is an address that the graph keeps, not a node of it. What is released during a
 // capture is handed out again within it and then belongs to the graph, which frees it at its end.
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "cublaslt.h"
@@ -92,7 +93,7 @@ Status CudaBackend::enter() const {
 }
 
 Status CudaBackend::enter_early(Queue queue, Launch* on) {
-  *on = {stream(queue), multiprocessors_, arch_, early_ && queue == Queue::compute};
+  *on = {stream(queue), multiprocessors_, shared_, arch_, wgmma_, early_ && queue == Queue::compute};
   early_ = queue == Queue::compute && arch_ >= 90;
   return make_current();
 }
@@ -135,8 +136,15 @@ Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
       cudaDeviceGetAttribute(&backend->multiprocessors_, cudaDevAttrMultiProcessorCount, index),
       "reading attributes");
   if (!status.ok()) return status;
+  status = backend->check(
+      cudaDeviceGetAttribute(&backend->shared_, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
+      "reading attributes");
+  if (!status.ok()) return status;
   status = backend->check(newest_code(&backend->arch_), "reading attributes");
   if (!status.ok()) return status;
+#ifdef HALFBYTE_CUDA_ARCHS
+  backend->wgmma_ = backend->arch_ == 90 && std::strstr(HALFBYTE_CUDA_ARCHS, "90a");
+#endif
   *out = std::move(backend);
   return {};
 }

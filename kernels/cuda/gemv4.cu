@@ -22,8 +22,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "cluster.cuh"
 #include "launch.cuh"
-#include "mma.cuh"
 #include "table4.cuh"
 
 namespace halfbyte::cuda {
@@ -36,6 +36,8 @@ struct Gemv {
   Tiled4 w[kMaxGroup];
   Output<T> out[kMaxGroup];
   int64_t before[kMaxGroup + 1];  // row tiles of the weights before
+  int64_t each, rest;  // row tiles (pairs, when gated) of a cluster; the first `rest` have one more
+  Book4 book;
   int count;
   bool gated;  // two weights whose row tiles alternate
   Activation act;
@@ -77,30 +79,26 @@ __device__ __forceinline__ RowTile locate(const Gemv<T>& p, int64_t row_tile, bo
   return place;
 }
 
-/// What a lane holds of a unit of 4 tiles, where the columns of a product are kGroup tiles.
-template <int kGroup, bool kNested>
+/// What a lane 4 g + t holds of a unit: its 16 bytes of each tile, and of tile t the absmax of rows g and g
+/// + 8.
+template <bool kNested>
 struct Unit {
-  static constexpr int kPasses = kUnit / kGroup;
   uint4 codes[kUnit];
-  float2 scale[kPasses];   // absmax of rows g and g + 8; nested: their nested absmax
-  uint32_t code[kPasses];  // nested: two bytes
+  float2 scale;   // nested: their nested absmax
+  uint32_t code;  // nested: two bytes
 
-  /// `own`: which of the group's tiles this lane scales.
-  __device__ __forceinline__ void fetch(const RowTile& at, int tile, int tiles, int own, int lane) {
+  __device__ __forceinline__ void fetch(const RowTile& at, int tile, int tiles, int lane) {
     const uint8_t* from = at.codes + (tile * 512 + lane * 16);
 #pragma unroll
     for (int kk = 0; kk < kUnit; ++kk) codes[kk] = __ldcs(reinterpret_cast<const uint4*>(from) + kk * 32);
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int mine = tile + pass * kGroup + own, g = lane / 4;
-      if (kNested) {
-        code[pass] = *reinterpret_cast<const uint16_t*>(at.absmax + mine * 16 + 2 * g);
-        const int64_t block = at.block + static_cast<int64_t>(g) * tiles + mine;
-        scale[pass].x = at.nested[block / kNestedBlocksize];
-        scale[pass].y = at.nested[(block + int64_t{8} * tiles) / kNestedBlocksize];
-      } else {
-        scale[pass] = *reinterpret_cast<const float2*>(at.absmax + mine * 64 + 8 * g);
-      }
+    const int mine = tile + lane % 4, g = lane / 4;
+    if (kNested) {
+      code = *reinterpret_cast<const uint16_t*>(at.absmax + mine * 16 + 2 * g);
+      const int64_t block = at.block + static_cast<int64_t>(g) * tiles + mine;
+      scale.x = at.nested[block / kNestedBlocksize];
+      scale.y = at.nested[(block + int64_t{8} * tiles) / kNestedBlocksize];
+    } else {
+      scale = *reinterpret_cast<const float2*>(at.absmax + mine * 64 + 8 * g);
     }
   }
 };
@@ -143,46 +141,11 @@ __device__ __forceinline__ void for_each(std::integer_sequence<int, i...>, const
   (body(std::integral_constant<int, i>{}), ...);
 }
 
-__device__ __forceinline__ int cluster_rank() {
-#if __CUDA_ARCH__ >= 900
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-#else
-  return 0;
-#endif
-}
-__device__ __forceinline__ int cluster_size() {
-#if __CUDA_ARCH__ >= 900
-  uint32_t size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return static_cast<int>(size);
-#else
-  return 1;
-#endif
-}
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
-#endif
-}
-/// A float in the shared memory of block `rank` of the cluster, at the place of `own`.
-__device__ __forceinline__ float cluster_value(const float* own, int rank) {
-  float value = 0.0f;
-#if __CUDA_ARCH__ >= 900
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-#endif
-  return value;
-}
-
 /// kTokens rows of x in the columns of a product, kUnits units of a warp in every row tile.
 template <typename T, int kTokens, int kUnits, int kAhead, bool kNested>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_constant__ Gemv<T> p) {
   constexpr int kGroup = 8 / kTokens, kPasses = kUnit / kGroup;  // tiles in the columns; groups of a unit
-  static_assert(kAhead < 2 || kUnits >= 2, "a unit ahead belongs to this row tile or the next");
-  using U = Unit<kGroup, kNested>;
+  static_assert(kAhead <= 2, "a unit ahead belongs to this row tile or one of the next two");
   extern __shared__ __align__(1024) char table[];
   float* const partial = reinterpret_cast<float*>(table + kTable4Bytes);  // [chunk][warps][16][kTokens]
   let_next_start();
@@ -196,17 +159,17 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
   const int last_tiles = p.tiles - kUnit;  // a unit that would reach beyond the end begins here
   const auto first_tile = [&](int i) { return min((first_unit + i * warps) * kUnit, last_tiles); };
 
-  const int64_t clusters = gridDim.x / splits, cluster = blockIdx.x / splits;
-  const int64_t step = p.gated ? 2 : 1, all = p.before[p.count] / step;
-  const int64_t begin = all * cluster / clusters * step, end = all * (cluster + 1) / clusters * step;
+  const int64_t cluster = blockIdx.x / splits, step = p.gated ? 2 : 1;
+  const int64_t begin = (cluster * p.each + min(cluster, p.rest)) * step;
+  const int64_t end = begin + (p.each + (cluster < p.rest ? 1 : 0)) * step;
+  const auto place = [&](int64_t row_tile) { return locate(p, min(row_tile, end - 1), kNested); };
 
-  U ahead[kAhead + 1];
-  RowTile here = locate(p, begin < end ? begin : 0, kNested);
-  if (begin < end) {
+  Unit<kNested> ahead[kAhead + 1];
+  RowTile here = place(begin), next = place(begin + 1);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) ahead[i].fetch(here, first_tile(i), p.tiles, own, lane);
-  }
-  fill_table4<T>(table, p.w[0].type, kNested ? p.w[0].absmax.nested_code : nullptr);
+  for (int i = 0; i < kAhead; ++i)
+    ahead[i].fetch(i < kUnits ? here : next, first_tile(i % kUnits), p.tiles, lane);
+  fill_table4(table, p.book, kNested ? p.w[0].absmax.nested_code : nullptr);
   float offset[kMaxGroup] = {};
   bool same_map = true;  // the maps of all weights are that in the table
   if (kNested) {
@@ -214,49 +177,58 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
     for (int part = 0; part < kMaxGroup; ++part) {
       if (part >= p.count) break;
       offset[part] = *p.w[part].absmax.offset;
-      if (part > 0 && threadIdx.x < 256) {
-        same_map &= p.w[part].absmax.nested_code[threadIdx.x] == p.w[0].absmax.nested_code[threadIdx.x];
-      }
+      if (part == 0) continue;
+      for (int i = threadIdx.x; i < 256; i += blockDim.x)
+        same_map &= p.w[part].absmax.nested_code[i] == p.w[0].absmax.nested_code[i];
     }
   }
   same_map = __syncthreads_and(same_map);
 
   wait_for_results();
   uint32_t x[kUnits][kPasses][8];
-  {
-    const int token = g % kTokens;
-    for_each(
-        std::make_integer_sequence<int, kUnits>{}, [&](auto index) __attribute__((always_inline)) {
-          constexpr int i = decltype(index)::value;
-          const int unit = first_unit + i * warps;
+  for_each(
+      std::make_integer_sequence<int, kUnits>{}, [&](auto index) __attribute__((always_inline)) {
+        constexpr int i = decltype(index)::value;
+        const int unit = first_unit + i * warps, token = g % kTokens;
 #pragma unroll
-          for (int pass = 0; pass < kPasses; ++pass) {
-            const int tile = first_tile(i) + pass * kGroup + g / kTokens;
-            const bool there = token < p.m && tile >= unit * kUnit && unit < (rank + 1) * p.units;
-            const T* from = p.x + (static_cast<int64_t>(token) * p.tiles + tile) * kTileK + t * 8;
+        for (int pass = 0; pass < kPasses; ++pass) {
+          const int tile = first_tile(i) + pass * kGroup + g / kTokens;
+          const bool there = token < p.m && tile >= unit * kUnit && unit < (rank + 1) * p.units;
+          const T* from = p.x + (static_cast<int64_t>(token) * p.tiles + tile) * kTileK + t * 8;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              uint4 piece = make_uint4(0, 0, 0, 0);
-              if (there) piece = *reinterpret_cast<const uint4*>(from + half * 32);
-              uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-              transpose_quad(words, t);
+          for (int half = 0; half < 2; ++half) {
+            uint4 piece = make_uint4(0, 0, 0, 0);
+            if (there) piece = *reinterpret_cast<const uint4*>(from + half * 32);
+            uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+            transpose_quad(words, t);
 #pragma unroll
-              for (int w = 0; w < 4; ++w) x[i][pass][half * 4 + w] = words[w];
-            }
+            for (int w = 0; w < 4; ++w) x[i][pass][half * 4 + w] = words[w];
           }
-        });
-  }
+        }
+      });
 
   int slot = 0;
   for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
-    const RowTile next = locate(p, row_tile + 1 < end ? row_tile + 1 : row_tile, kNested);
+    const RowTile after = place(row_tile + 2);
     float acc[4] = {};
     for_each(
         std::make_integer_sequence<int, kUnits>{}, [&](auto index) __attribute__((always_inline)) {
-          constexpr int i = decltype(index)::value;
-          ahead[kAhead].fetch(i + kAhead < kUnits ? here : next, first_tile((i + kAhead) % kUnits), p.tiles,
-                              own, lane);
-          const U& unit = ahead[0];
+          constexpr int i = decltype(index)::value, later = (i + kAhead) / kUnits;
+          ahead[kAhead].fetch(later == 0   ? here
+                              : later == 1 ? next
+                                           : after,
+                              first_tile((i + kAhead) % kUnits), p.tiles, lane);
+          const Unit<kNested>& unit = ahead[0];
+          float2 scales = unit.scale;
+          if (kNested) {
+            const uint32_t low = unit.code & 255, high = unit.code >> 8;
+            const float* map = p.w[here.part].absmax.nested_code;
+            const float a = same_map ? map_value(table, low, lane4) : map[low];
+            const float b = same_map ? map_value(table, high, lane4) : map[high];
+            const float mean = here.part == 0 ? offset[0] : here.part == 1 ? offset[1] : offset[2];
+            scales.x = __fadd_rn(__fmul_rn(a, scales.x), mean);
+            scales.y = __fadd_rn(__fmul_rn(b, scales.y), mean);
+          }
 #pragma unroll
           for (int pass = 0; pass < kPasses; ++pass) {
             float sums[kGroup][4];
@@ -274,15 +246,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
                   multiply(sums[q], a, x[i][pass][2 * j], x[i][pass][2 * j + 1], T{});
               }
             }
-            float2 scale = unit.scale[pass];
-            if (kNested) {
-              const uint32_t low = unit.code[pass] & 255, high = unit.code[pass] >> 8;
-              const float* map = p.w[here.part].absmax.nested_code;
-              const float a = same_map ? map_value(table, low, lane4) : map[low];
-              const float b = same_map ? map_value(table, high, lane4) : map[high];
-              const float mean = here.part == 0 ? offset[0] : here.part == 1 ? offset[1] : offset[2];
-              scale.x = __fadd_rn(__fmul_rn(a, scale.x), mean);
-              scale.y = __fadd_rn(__fmul_rn(b, scale.y), mean);
+            float2 scale = scales;
+            if (kPasses > 1) {  // lane t has the absmax of tile t
+              scale.x = __shfl_sync(0xffffffffu, scales.x, pass * kGroup + own, 4);
+              scale.y = __shfl_sync(0xffffffffu, scales.y, pass * kGroup + own, 4);
             }
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
@@ -296,6 +263,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
           for (int d = 0; d < kAhead; ++d) ahead[d] = ahead[d + 1];
         });
     here = next;
+    next = after;
 
     // rows g and g + 8, tokens 2 t % kTokens and the next
 #pragma unroll
@@ -315,6 +283,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
     constexpr int kSums = kTileRows * kTokens;  // of a row tile
     const auto sum_of = [&](int slot, int at) {
       float sum = 0.0f;
+#pragma unroll 4
       for (int w = 0; w < warps; ++w) sum += partial[(slot * warps + w) * kSums + at];
       return sum;
     };
@@ -360,41 +329,44 @@ struct Plan {
 };
 
 /// How K is divided; tokens = 0 where this kernel cannot.
-Plan plan_for(int arch, int64_t m, int64_t tiles, bool nested) {
+Plan plan_for(int arch, int64_t m, int64_t tiles) {
   Plan plan = {m <= 2 ? 2 : m <= 4 ? 4 : 8, 0, 1, 0, 1, 1};
-  const int most = plan.tokens == 2 ? 7 : plan.tokens == 4 ? 4 : 2;
+  const int most = plan.tokens == 8 ? 2 : 4;  // units whose x a warp has registers for
   const int64_t units = (tiles + kUnit - 1) / kUnit;
   if (m > 8 || tiles < kUnit) return {};
   while ((units + plan.splits - 1) / plan.splits > most * kMaxWarps) plan.splits *= 2;
   if (plan.splits > (arch >= 90 ? 8 : 1)) return {};
+  // few idle places and many warps on a multiprocessor; of equals the one with fewer units a warp
   const int share = static_cast<int>((units + plan.splits - 1) / plan.splits);
-  // the fewest idle places; of equals the one with more units a warp, down to 8 warps
-  int least = INT32_MAX;
-  for (const int candidate : {1, 2, 4, 7}) {
-    if (candidate > most) break;
+  double best = 0.0;
+  for (int candidate = 1; candidate <= most; ++candidate) {
     const int warps = (share + candidate - 1) / candidate;
     if (warps > kMaxWarps) continue;
-    const int idle = warps * candidate - share;
-    if (idle > least || (idle == least && warps < 8)) continue;
-    least = idle;
+    const int blocks = std::min(kMaxWarps / warps, 2);
+    const double used = static_cast<double>(share) / (warps * candidate);
+    const double score = used * std::min(1.0, warps * blocks / 14.0);
+    if (score <= best) continue;
+    best = score;
     plan.units = candidate;
     plan.warps = warps;
+    plan.blocks_per_sm = blocks;
   }
-  plan.blocks_per_sm = plan.warps <= 5 ? 3 : plan.warps <= 8 ? 2 : 1;
   if (plan.tokens == 2 && plan.units == 2) plan.ahead = 2;
-  (void)nested;
   return plan;
 }
 
 template <typename T, bool kNested, int kTokens, int kUnits, int kAhead>
 cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
   const int64_t step = gemv.gated ? 2 : 1, all = gemv.before[gemv.count] / step;
-  const int64_t clusters =
-      std::min<int64_t>(all, static_cast<int64_t>(on.multiprocessors) * plan.blocks_per_sm / plan.splits);
   const int slot_bytes = plan.warps * kTileRows * kTokens * 4;
-  const int64_t longest = (all + clusters - 1) / clusters * step;
-  const int room = ((plan.blocks_per_sm == 3 ? 72 : 104) << 10) - kTable4Bytes;
-  gemv.chunk = static_cast<int>(std::min<int64_t>(longest, room / slot_bytes / step * step));
+  const auto room_of = [&](int blocks) { return on.shared / blocks - 1024 - kTable4Bytes; };
+  const int blocks = room_of(plan.blocks_per_sm) >= step * slot_bytes ? plan.blocks_per_sm : 1;
+  const int64_t clusters =
+      std::min<int64_t>(all, static_cast<int64_t>(on.multiprocessors) * blocks / plan.splits);
+  gemv.each = all / clusters;
+  gemv.rest = all % clusters;
+  const int64_t longest = (gemv.each + (gemv.rest > 0)) * step;
+  gemv.chunk = static_cast<int>(std::min<int64_t>(longest, room_of(blocks) / slot_bytes / step * step));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(clusters * plan.splits));
   shape.block = dim3(plan.warps * 32);
@@ -410,14 +382,16 @@ cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
       return launch<T, kNested, 2, 1, 1>(on, plan, gemv);
     case 222:
       return launch<T, kNested, 2, 2, 2>(on, plan, gemv);
+    case 231:
+      return launch<T, kNested, 2, 3, 1>(on, plan, gemv);
     case 241:
       return launch<T, kNested, 2, 4, 1>(on, plan, gemv);
-    case 271:
-      return launch<T, kNested, 2, 7, 1>(on, plan, gemv);
     case 411:
       return launch<T, kNested, 4, 1, 1>(on, plan, gemv);
     case 421:
       return launch<T, kNested, 4, 2, 1>(on, plan, gemv);
+    case 431:
+      return launch<T, kNested, 4, 3, 1>(on, plan, gemv);
     case 441:
       return launch<T, kNested, 4, 4, 1>(on, plan, gemv);
     case 811:
@@ -434,7 +408,8 @@ cudaError_t run(const Launch& on, Gemv<T>& gemv) {
   gemv.tiles = static_cast<int>(gemv.w[0].k / kTileK);
   gemv.before[0] = 0;
   for (int i = 0; i < gemv.count; ++i) gemv.before[i + 1] = gemv.before[i] + gemv.w[i].n / kTileRows;
-  const Plan plan = plan_for(on.arch, gemv.m, gemv.tiles, nested);
+  const Plan plan = plan_for(on.arch, gemv.m, gemv.tiles);
+  gemv.book = book_of<T>(gemv.w[0].type);
   const int units = (gemv.tiles + kUnit - 1) / kUnit;
   gemv.units = (units + plan.splits - 1) / plan.splits;
   return nested ? launch<T, true>(on, plan, gemv) : launch<T, false>(on, plan, gemv);
@@ -442,7 +417,7 @@ cudaError_t run(const Launch& on, Gemv<T>& gemv) {
 
 }  // namespace
 
-bool gemv4_takes(int arch, int64_t m, int64_t k) { return plan_for(arch, m, k / kTileK, false).tokens > 0; }
+bool gemv4_takes(int arch, int64_t m, int64_t k) { return plan_for(arch, m, k / kTileK).tokens > 0; }
 
 template <typename T>
 cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count) {

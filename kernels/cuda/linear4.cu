@@ -5,12 +5,16 @@
 //   a few rows                stream4.cu: fp32 multiply-adds, both layouts, any K
 //   else                      the weight is dequantised to x's dtype in the workspace, then the dense product
 //   runs
+#include <algorithm>
+
 #include "tiled4.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int64_t kStreamed = 16;  // rows of x up to which streaming beats dequantising
+constexpr int64_t kStreamed = 16;     // rows of x up to which streaming beats dequantising
+constexpr int64_t kMostSkinny = 256;  // the same for skinny4_sm90
+constexpr int64_t kMostPasses = 4;    // of gemv4, for M > 8
 
 View dense_view(const Weight4& w, DType dtype, void* data) {
   View v;
@@ -45,10 +49,37 @@ Product4<T> product_of(const View& y, const View& x, const Weight4& w, const Epi
   return {output_of<T>(y, epilogue), x.as<const T>(), x.rows(), tiled_of(w)};
 }
 
+/// Kernels that read the weight as it is, on the tensor cores.
+enum class Route { gemv, skinny, stream, dense };
+
+Route route_of(int arch, bool wgmma, const View& x, const Weight4& w) {
+  const int64_t rows = x.rows();
+  if (w.layout == Layout4::tiled && x.dtype != DType::f32 && is_aligned(x.data, 16)) {
+    if (gemv4_takes(arch, rows, w.k)) return Route::gemv;
+    if (wgmma && rows <= kMostSkinny) return Route::skinny;
+    if (rows <= 8 * kMostPasses && gemv4_takes(arch, 8, w.k)) return Route::gemv;
+  }
+  return rows <= kStreamed || w.k == 0 ? Route::stream : Route::dense;
+}
+
+/// 8 rows of x at a time.
+template <typename T>
+cudaError_t gemv_passes(Launch on, Product4<T> product) {
+  for (int64_t rest = product.m; rest > 0; rest -= 8) {
+    product.m = std::min<int64_t>(rest, 8);
+    if (const cudaError_t error = gemv4(on, &product, 1); error != cudaSuccess) return error;
+    product.x += 8 * product.w.k;
+    product.out.y += 8 * product.out.n;
+    if (product.out.residual) product.out.residual += 8 * product.out.n;
+    on.early = on.arch >= 90;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
 
 size_t CudaBackend::linear_4bit_workspace(const View& x, const Weight4& w) const {
-  if (x.rows() <= kStreamed) return 0;
+  if (route_of(arch_, wgmma_, x, w) != Route::dense) return 0;
   const View dense = dense_view(w, x.dtype, nullptr);
   return round_up(static_cast<size_t>(w.n * w.k * size_of(x.dtype))) + linear_workspace(x, dense);
 }
@@ -58,21 +89,21 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
   if (Status status = check_weight4("linear_4bit", w); !status.ok()) return status;
   if (Status status = check_linear("linear_4bit", y, x, w.n, w.k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
-  if (takes_gemv(arch_, x, &w, 1)) {
+  const Route route = route_of(arch_, wgmma_, x, w);
+  if (route == Route::gemv || route == Route::skinny) {
     Launch on;
     if (Status status = enter_early(queue, &on); !status.ok()) return status;
     return check(with_half_type(x.dtype,
                                 [&](auto* p) {
                                   using T = std::remove_pointer_t<decltype(p)>;
                                   const Product4<T> product = product_of<T>(y, x, w, epilogue);
-                                  return gemv4(on, &product, 1);
+                                  return route == Route::gemv ? gemv_passes(on, product)
+                                                              : skinny4_sm90(on, product);
                                 }),
                  "linear_4bit");
   }
   if (Status status = enter(); !status.ok()) return status;
-  if (x.rows() <= kStreamed || w.k == 0) {
-    return check(stream4(stream(queue), y, x, w, epilogue), "linear_4bit");
-  }
+  if (route == Route::stream) return check(stream4(stream(queue), y, x, w, epilogue), "linear_4bit");
   const View dense = dense_view(w, x.dtype, workspace.data);
   const size_t used = round_up(static_cast<size_t>(w.n * w.k * size_of(x.dtype)));
   if (static_cast<size_t>(workspace.size()) < linear_4bit_workspace(x, w)) {

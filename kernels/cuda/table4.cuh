@@ -9,31 +9,40 @@
 // quantisation (fp32, at 256 q + 128 + 4 l), looked up in the same way.
 #pragma once
 
+#include <type_traits>
+
 #include "tiled4.cuh"
 
 namespace halfbyte::cuda {
 
 constexpr int kTable4Bytes = 64 << 10;
 
-/// The pair that a byte stands for: the high half is the even k, in the low half of the register.
+/// The 16 values as a kernel parameter: it is there when the kernel begins, a table in memory would be a
+/// miss.
+struct Book4 {
+  uint16_t bits[16];
+};
 template <typename T>
-__device__ __forceinline__ uint32_t pair_of(QuantType type, int byte) {
-  Vec<T, 2> pair;
-  pair.v[0] = from_float<T>(kCodebooks[static_cast<int>(type)][byte >> 4]);
-  pair.v[1] = from_float<T>(kCodebooks[static_cast<int>(type)][byte & 15]);
-  return *reinterpret_cast<uint32_t*>(&pair);
+Book4 book_of(QuantType type) {
+  Book4 book;
+  for (int i = 0; i < 16; ++i) {
+    float value = codebook(type)[i];
+    if (type == QuantType::fp4 && i == 8) value = -0.0f;
+    book.bits[i] = std::is_same_v<T, half_t> ? float_to_f16(value) : float_to_bf16(value);
+  }
+  return book;
 }
 
 /// Fills the table in dynamic shared memory; the block synchronises afterwards. `map` is the nested code or
-/// null.
-template <typename T>
-__device__ __forceinline__ void fill_table4(char* table, QuantType type, const float* map) {
+/// null. Of a byte the high half is the even k, in the low half of the register.
+__device__ __forceinline__ void fill_table4(char* table, const Book4& book, const float* map) {
   for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {
-    const uint32_t pair = pair_of<T>(type, i / 8);
-    *reinterpret_cast<uint4*>(table + i / 8 * 256 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+    const int byte = i / 8;
+    const uint32_t pair = book.bits[byte >> 4] | static_cast<uint32_t>(book.bits[byte & 15]) << 16;
+    *reinterpret_cast<uint4*>(table + byte * 256 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
     if (map) {
-      const float value = map[i / 8];
-      *reinterpret_cast<float4*>(table + i / 8 * 256 + 128 + i % 8 * 16) =
+      const float value = map[byte];
+      *reinterpret_cast<float4*>(table + byte * 256 + 128 + i % 8 * 16) =
           make_float4(value, value, value, value);
     }
   }

@@ -1,0 +1,43 @@
+// Clusters of blocks that read each other's shared memory (sm_90 and up; before, every block is a cluster of
+// its own).
+#pragma once
+
+#include "mma.cuh"
+
+namespace halfbyte::cuda {
+
+__device__ __forceinline__ int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+__device__ __forceinline__ int cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+#else
+  return 1;
+#endif
+}
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+#endif
+}
+/// A float in the shared memory of block `rank` of the cluster, at the place of `own`.
+__device__ __forceinline__ float cluster_value(const float* own, int rank) {
+  float value = 0.0f;
+#if __CUDA_ARCH__ >= 900
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+#endif
+  return value;
+}
+
+}  // namespace halfbyte::cuda

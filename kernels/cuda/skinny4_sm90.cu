@@ -1,0 +1,347 @@
+// y = x w^T + bias + residual with a tiled 4-bit weight and 9 rows of 16-bit x or more, on sm_90a: the weight
+// is the A operand of wgmma, decoded on the way from memory into registers; x is B, from shared memory.
+//
+// A block of four warpgroups makes 128 rows of the weight times up to 64 tokens: two warpgroups have 64 rows
+// each, the other two the same rows at other k. The blocks of a cluster divide K further, so that every
+// multiprocessor has work whatever N is. A step is 2 k tiles of a warpgroup:
+//
+//   codes   2 x 16 bytes a lane, straight into registers, kAhead steps ahead, on into the next item of the
+//   block x       [tokens][64 k] a tile by asynchronous copies into a ring, swizzled as wgmma wants it; where
+//   all of a block's
+//           part of x fits into the ring it is loaded once
+//   decode  a byte permute makes an address, a look-up makes two weights (table4.cuh)
+//   scale   up to 32 tokens absmax times the sums of a tile in fp32; 64 tokens: times the weights, one
+//   rounding more,
+//           which lets products of several tiles run on
+//   reduce  warpgroups and blocks of the cluster through shared memory, in a fixed order
+//
+// Up to 64 tokens this is bound by memory. More tokens are several items for each 128 rows, which decode the
+// weight again: bound by the tensor cores and decoding, and no slower than a dense product until about 256
+// tokens.
+#include <algorithm>
+
+#include "cluster.cuh"
+#include "launch.cuh"
+#include "table4.cuh"
+#include "wgmma_sm90.cuh"
+
+namespace halfbyte::cuda {
+namespace {
+
+constexpr int kThreads = 512, kRows = 128, kDepth = 2,
+              kPair = 2;               // rows of an item; groups along k; tiles of a step
+constexpr int kSumStride = kRows + 4;  // floats between tokens of the sums
+
+template <typename T>
+struct Skinny {
+  Tiled4 w;
+  Output<T> out;
+  const T* x;
+  Book4 book;
+  int64_t each, rest;  // items of a cluster; the first `rest` clusters have one more
+  int m, tiles;
+  int share, steps;  // k tiles of a block, steps of a warpgroup in them
+  int token_blocks;
+  bool resident;  // x stays in the ring
+};
+
+/// Shared memory behind the table: the sums, then a ring for each of the kDepth groups.
+template <int kTokens>
+struct Space {
+  static constexpr int kSums = (kDepth * kTokens * kSumStride * 4 + 1023) / 1024 * 1024;
+  static constexpr int kStage = kPair * kTokens * 128;
+  static constexpr int kStages = kTokens == 64 ? 3 : 4;
+};
+
+#if HALFBYTE_WGMMA
+
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, half_t) {
+  asm("mul.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(scale));
+  return pair;
+}
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, bf16_t) {
+  asm("mul.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(scale));
+  return pair;
+}
+template <typename T>
+__device__ __forceinline__ uint32_t twice(float value) {
+  Vec<T, 2> pair;
+  pair.v[0] = pair.v[1] = from_float<T>(value);
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+/// A barrier among the two warpgroups that share a part of k.
+__device__ __forceinline__ void depth_barrier(int depth) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(depth + 1), "n"(kThreads / kDepth) : "memory");
+}
+
+template <bool kNested>
+struct Step {
+  uint4 codes[kPair];
+  float2 scale[kPair];
+  uint32_t code[kPair];
+
+  __device__ __forceinline__ void fetch(const Tiled4& w, int64_t row_tile, int tile, int tiles, int lane) {
+#pragma unroll
+    for (int p = 0; p < kPair; ++p) {
+      const int kt = min(tile + p, tiles - 1), g = lane / 4;
+      const int64_t at = row_tile * tiles + kt;
+      codes[p] = __ldcs(reinterpret_cast<const uint4*>(w.codes + at * 512) + lane);
+      if (kNested) {
+        code[p] = *reinterpret_cast<const uint16_t*>(w.absmax.codes + at * 16 + 2 * g);
+        const int64_t block = (row_tile * kTileRows + g) * tiles + kt;
+        scale[p].x = w.absmax.nested[block / kNestedBlocksize];
+        scale[p].y = w.absmax.nested[(block + int64_t{8} * tiles) / kNestedBlocksize];
+      } else {
+        scale[p] = *reinterpret_cast<const float2*>(w.absmax.plain + at * 16 + 2 * g);
+      }
+    }
+  }
+  __device__ __forceinline__ float2 absmax(int p, const char* table, float offset, uint32_t lane4) const {
+    if (!kNested) return scale[p];
+    return make_float2(__fadd_rn(__fmul_rn(map_value(table, code[p] & 255, lane4), scale[p].x), offset),
+                       __fadd_rn(__fmul_rn(map_value(table, code[p] >> 8, lane4), scale[p].y), offset));
+  }
+};
+
+#endif  // HALFBYTE_WGMMA
+
+template <typename T, int kTokens, bool kNested>
+__global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_constant__ Skinny<T> p) {
+#if HALFBYTE_WGMMA
+  constexpr bool kExact = kTokens <= 32;
+  constexpr int kAhead = kTokens <= 32 ? 2 : 1, kSums = kTokens / 2;
+  extern __shared__ __align__(1024) char table[];
+  float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kDepth][kTokens][kSumStride]
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int depth = warp / 8, in_depth = threadIdx.x % (kThreads / kDepth);
+  const int row_warp = warp % 8;  // the row tile of the item
+  const uint32_t lane4 = lane * 4;
+  constexpr int kStage = Space<kTokens>::kStage, kStages = Space<kTokens>::kStages;
+  const int ring_bytes = (p.resident ? p.steps : kStages) * kStage;
+  const uint32_t ring = shared_address(table) + kTable4Bytes + Space<kTokens>::kSums + depth * ring_bytes;
+  let_next_start();
+
+  const int splits = cluster_size(), rank = cluster_rank();
+  const int64_t cluster = blockIdx.x / splits;
+  const int64_t first_item = cluster * p.each + min(cluster, p.rest);
+  const int64_t items = p.each + (cluster < p.rest ? 1 : 0);
+  const int first_tile = rank * p.share + depth * kPair;
+  const int end_tile = min((rank + 1) * p.share, p.tiles);
+  const int64_t last_row_tile = p.w.n / kTileRows - 1;
+
+  // the step that is fetched next, for weights and for x
+  struct Cursor {
+    int64_t item;
+    int i;
+  };
+  const auto advance = [&](Cursor& c) {
+    if (++c.i == p.steps) {
+      c.i = 0;
+      ++c.item;
+    }
+  };
+  const auto row_tile_of = [&](int64_t item) {
+    return min(min(item, first_item + items - 1) / p.token_blocks * (kRows / kTileRows) + row_warp,
+               last_row_tile);
+  };
+  Cursor weights = {first_item, 0}, inputs = {first_item, 0};
+  Step<kNested> ahead[kAhead + 1];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    ahead[i].fetch(p.w, row_tile_of(weights.item), first_tile + weights.i * kDepth * kPair, p.tiles, lane);
+    advance(weights);
+  }
+  fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
+  const float offset = kNested ? *p.w.absmax.offset : 0.0f;
+  wait_for_results();
+  __syncthreads();
+
+  const auto copy_x = [&](uint32_t stage) {  // 2 tiles of all tokens of the item at `inputs`
+    const int64_t first_token = inputs.item % p.token_blocks * kTokens;
+    const int tile = first_tile + inputs.i * kDepth * kPair;
+    constexpr int kPieces = kPair * kTokens * 8;
+#pragma unroll
+    for (int i = 0; i < (kPieces + 255) / 256; ++i) {
+      const int at = in_depth + i * 256;
+      if (kPieces % 256 != 0 && at >= kPieces) break;
+      const int piece = at % 8, token = at / 8 % kTokens, half = at / (8 * kTokens), kt = tile + half;
+      const bool there = first_token + token < p.m && kt < end_tile && inputs.item < first_item + items;
+      const T* from = there ? p.x + ((first_token + token) * p.tiles + kt) * kTileK + piece * 8 : p.x;
+      copy_async(stage + half * (kTokens * 128) + token * 128 + ((piece ^ (token & 7)) * 16), from,
+                 there ? 16 : 0);
+    }
+    advance(inputs);
+  };
+  const int before = p.resident ? p.steps : kStages - 1;
+  for (int i = 0; i < before; ++i) {
+    copy_x(ring + i * kStage);
+    commit_copies();
+  }
+  if (p.resident) {
+    wait_copies<0>();
+    publish_shared();
+    depth_barrier(depth);
+  }
+
+  int stage = 0;
+  for (int64_t item = first_item; item < first_item + items; ++item) {
+    float acc[kSums];
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) acc[i] = 0.0f;
+    for (int i = 0; i < p.steps; ++i) {
+      ahead[kAhead].fetch(p.w, row_tile_of(weights.item), first_tile + weights.i * kDepth * kPair, p.tiles,
+                          lane);
+      advance(weights);
+      const uint32_t here = ring + stage * kStage;
+      if (!p.resident) {
+        wait_copies<kStages - 2>();
+        publish_shared();
+        depth_barrier(depth);  // x of this step is there, and that of the one before is read
+        copy_x(ring + (stage + kStages - 1) % kStages * kStage);
+        commit_copies();
+      }
+      stage = stage + 1 == (p.resident ? p.steps : kStages) ? 0 : stage + 1;
+      uint32_t a[kPair][4][4];
+      float part[kExact ? kPair : 1][kExact ? kSums : 1];
+#pragma unroll
+      for (int q = 0; q < kPair; ++q) {
+        const uint4 c = ahead[0].codes[q];
+        const uint32_t words[4] = {c.x, c.y, c.z, c.w};
+        const float2 scale = ahead[0].absmax(q, table, offset, lane4);
+        const uint32_t low = twice<T>(scale.x), high = twice<T>(scale.y);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          look_up(a[q][j], table, words[j], lane4);
+          if (!kExact) {
+            a[q][j][0] = scale_pair(a[q][j][0], low, T{});
+            a[q][j][1] = scale_pair(a[q][j][1], high, T{});
+            a[q][j][2] = scale_pair(a[q][j][2], low, T{});
+            a[q][j][3] = scale_pair(a[q][j][3], high, T{});
+          }
+        }
+        begin_group();
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint64_t b = describe_b(here + q * (kTokens * 128), j * 16);
+          if constexpr (kExact)
+            multiply_group(part[q], a[q][j], b, j > 0, T{});
+          else
+            multiply_group(acc, a[q][j], b, true, T{});
+        }
+        commit_group();
+      }
+      if constexpr (kExact) {
+#pragma unroll
+        for (int q = 0; q < kPair; ++q) {
+          if (q == 0)
+            wait_group<1>();
+          else
+            wait_group<0>();
+          const float2 scale = ahead[0].absmax(q, table, offset, lane4);
+#pragma unroll
+          for (int e = 0; e < kSums; ++e) acc[e] = fmaf(part[q][e], e % 4 < 2 ? scale.x : scale.y, acc[e]);
+        }
+      } else {
+        wait_group<0>();
+      }
+#pragma unroll
+      for (int d = 0; d < kAhead; ++d) ahead[d] = ahead[d + 1];
+    }
+
+#pragma unroll
+    for (int e = 0; e < kSums; ++e) {
+      const int row = row_warp * kTileRows + g + e % 4 / 2 * 8, token = e / 4 * 8 + 2 * t + e % 2;
+      sums[(depth * kTokens + token) * kSumStride + row] = acc[e];
+    }
+    if (splits > 1)
+      cluster_barrier();
+    else
+      __syncthreads();
+    const int64_t first_row = item / p.token_blocks * kRows, first_token = item % p.token_blocks * kTokens;
+    const int rows = static_cast<int>(min(int64_t{kRows}, p.w.n - first_row));
+    const int tokens = static_cast<int>(min(int64_t{kTokens}, p.m - first_token));
+    for (int i = threadIdx.x + rank * kThreads; i < tokens * kRows; i += splits * kThreads) {
+      const int row = i % kRows, token = i / kRows;
+      if (row >= rows) continue;
+      const float* own = sums + token * kSumStride + row;
+      float total = 0.0f;
+      for (int r = 0; r < splits; ++r) {
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          const float* from = own + d * kTokens * kSumStride;
+          total += splits > 1 ? cluster_value(from, r) : *from;
+        }
+      }
+      p.out.store(first_token + token, first_row + row, total);
+    }
+    if (splits > 1)
+      cluster_barrier();
+    else
+      __syncthreads();
+  }
+#endif
+}
+
+template <typename T, int kTokens, bool kNested>
+cudaError_t launch(const Launch& on, const Product4<T>& product) {
+  Skinny<T> p = {};
+  p.w = product.w;
+  p.out = product.out;
+  p.x = product.x;
+  p.book = book_of<T>(product.w.type);
+  p.m = static_cast<int>(product.m);
+  p.tiles = static_cast<int>(product.w.k / kTileK);
+  p.token_blocks = (p.m + kTokens - 1) / kTokens;
+  const int64_t items = (product.w.n + kRows - 1) / kRows * p.token_blocks;
+  // the cluster size that ends first; a step more for what an item costs besides, and clusters of 4 and 8 do
+  // not fill every group of multiprocessors
+  int splits = 1;
+  double least = 0.0;
+  for (const int candidate : {1, 2, 4, 8}) {
+    const int64_t clusters =
+        std::max<int64_t>(1, on.multiprocessors * (candidate <= 2 ? 32 : 31) / 32 / candidate);
+    const int64_t rounds = (items + clusters - 1) / clusters;
+    const int64_t steps = ((p.tiles + candidate - 1) / candidate + kDepth * kPair - 1) / (kDepth * kPair);
+    const double cost = static_cast<double>(rounds) * (steps + (candidate > 1 ? 2.5 : 1.0)) + 3.0;
+    if (least != 0.0 && cost >= least) continue;
+    least = cost;
+    splits = candidate;
+  }
+  const int64_t clusters = std::min<int64_t>(
+      items, std::max<int64_t>(1, on.multiprocessors * (splits <= 2 ? 32 : 31) / 32 / splits));
+  p.each = items / clusters;
+  p.rest = items % clusters;
+  p.share = (p.tiles + splits - 1) / splits;
+  p.steps = (p.share + kDepth * kPair - 1) / (kDepth * kPair);
+  constexpr int kFixed = kTable4Bytes + Space<kTokens>::kSums;
+  const int room = std::min(on.shared - 1024, 227 << 10) - kFixed;
+  p.resident = p.token_blocks == 1 && p.steps * kDepth * Space<kTokens>::kStage <= room;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(clusters * splits));
+  shape.block = dim3(kThreads);
+  shape.shared = static_cast<size_t>(kFixed + (p.resident ? p.steps : Space<kTokens>::kStages) * kDepth *
+                                                  Space<kTokens>::kStage);
+  shape.cluster = static_cast<unsigned>(splits);
+  return launch_kernel(on, shape, skinny_kernel<T, kTokens, kNested>, p);
+}
+
+template <typename T, int kTokens>
+cudaError_t launch(const Launch& on, const Product4<T>& product) {
+  return product.w.absmax.plain ? launch<T, kTokens, false>(on, product)
+                                : launch<T, kTokens, true>(on, product);
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product) {
+  if (product.m <= 16) return launch<T, 16>(on, product);
+  if (product.m <= 32) return launch<T, 32>(on, product);
+  return launch<T, 64>(on, product);
+}
+
+template cudaError_t skinny4_sm90(const Launch&, const Product4<half_t>&);
+template cudaError_t skinny4_sm90(const Launch&, const Product4<bf16_t>&);
+
+}  // namespace halfbyte::cuda
