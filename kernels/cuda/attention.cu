@@ -391,7 +391,7 @@ Status CudaBackend::paged_write(Queue queue, View key_cache, View value_cache, V
 size_t CudaBackend::paged_attention_workspace(const View& q, const View& key_cache, const View& value_cache,
                                               const RaggedBatch& batch) const {
   if (q.ndim != 3 || key_cache.ndim != 4 || value_cache.ndim != 4 || batch.block_table.ndim != 2) return 0;
-  const int splits = splits_for(q, key_cache, batch, multiprocessors_);
+  const int splits = splits_for(q, key_cache, batch, launch_.multiprocessors);
   return splits == 1 ? 0
                      : static_cast<size_t>(q.shape[0] * q.shape[1] * splits * (value_cache.shape[3] + 2)) * 4;
 }
@@ -427,7 +427,7 @@ Status CudaBackend::paged_attention(Queue queue, View y, View q, View key_cache,
   p.dim = static_cast<int>(dim);
   p.value_dim = static_cast<int>(value_dim);
   p.block_len = static_cast<int>(key_cache.shape[1]);
-  p.splits = workspace ? splits_for(q, key_cache, batch, multiprocessors_) : 1;
+  p.splits = workspace ? splits_for(q, key_cache, batch, launch_.multiprocessors) : 1;
   p.tokens = q.shape[0];
   p.blocks = key_cache.shape[0];
   p.q_stride = q.strides[0];

@@ -19,7 +19,13 @@ struct Launch {
   int shared = 0;      // bytes of shared memory of a multiprocessor; a block pays 1 KiB besides its own
   int arch = 0;        // 75, 80, 90, ...: the newest code in this build that the device runs
   bool wgmma = false;  // that code is for sm_90a and has its warpgroup products
+  int clusters[3] =
+      {};  // how many clusters of 2, 4, 8 blocks run at once, with a multiprocessor for each block
   bool early = false;  // it may start before the kernel in front of it has ended
+
+  int clusters_of(int blocks) const {
+    return blocks == 1 ? multiprocessors : clusters[blocks == 2 ? 0 : blocks == 4 ? 1 : 2];
+  }
 };
 
 class CudaBackend final : public Backend {
@@ -70,7 +76,7 @@ class CudaBackend final : public Backend {
   Status quantize_4bit(Queue, View codes, View absmax, View x, QuantType type, int64_t blocksize) override;
   Status dequantize_4bit(Queue, View y, const Weight4& w) override;
   // tile4.cu
-  bool tiles_4bit() const override { return arch_ >= 80; }
+  bool tiles_4bit() const override { return launch_.arch >= 80; }
   Status tile_4bit(Queue, View codes, View absmax, View from_codes, View from_absmax, int64_t n, int64_t k,
                    Layout4 to) override;
   // blockwise8.cu
@@ -131,10 +137,7 @@ class CudaBackend final : public Backend {
   Status check(cudaError_t error, const char* op);
 
   int index_;
-  int multiprocessors_ = 0;
-  int shared_ = 0;  // bytes of a multiprocessor's shared memory
-  int arch_ = 0;    // 75, 80, 90, ...: the newest code in this build that the device runs
-  bool wgmma_ = false;
+  Launch launch_;               // of the compute queue
   mutable bool early_ = false;  // the op last queued for computing lets the next one start early
   cudaStream_t streams_[2] = {};
   cudaMemPool_t pool_ = nullptr;

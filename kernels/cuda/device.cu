@@ -74,6 +74,35 @@ cudaError_t newest_code(int* arch) {
   return cudaSuccess;
 }
 
+cudaError_t describe(int index, Launch* on) {
+  const auto read = [&](int* value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(value, attribute, index);
+  };
+  cudaError_t error = read(&on->multiprocessors, cudaDevAttrMultiProcessorCount);
+  if (error == cudaSuccess) error = read(&on->shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  if (error == cudaSuccess) error = newest_code(&on->arch);
+  if (error != cudaSuccess || on->arch < 90) return error;
+#ifdef HALFBYTE_CUDA_ARCHS
+  on->wgmma = on->arch == 90 && std::strstr(HALFBYTE_CUDA_ARCHS, "90a");
+#endif
+  const int room = on->shared - 1024;  // all that a block can have: one on a multiprocessor
+  error = cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
+  for (int i = 0; i < 3 && error == cudaSuccess; ++i) {
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = 2u << i;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(on->multiprocessors) / 8 * 8);
+    config.blockDim = dim3(512);
+    config.dynamicSmemBytes = static_cast<size_t>(room);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    error = cudaOccupancyMaxActiveClusters(&on->clusters[i], empty_kernel, &config);
+  }
+  return error;
+}
+
 }  // namespace
 
 Status CudaBackend::check(cudaError_t error, const char* op) {
@@ -93,8 +122,10 @@ Status CudaBackend::enter() const {
 }
 
 Status CudaBackend::enter_early(Queue queue, Launch* on) {
-  *on = {stream(queue), multiprocessors_, shared_, arch_, wgmma_, early_ && queue == Queue::compute};
-  early_ = queue == Queue::compute && arch_ >= 90;
+  *on = launch_;
+  on->stream = stream(queue);
+  on->early = early_ && queue == Queue::compute;
+  early_ = queue == Queue::compute && launch_.arch >= 90;
   return make_current();
 }
 
@@ -132,19 +163,8 @@ Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
   status = backend->check(cudaMemPoolSetAttribute(backend->pool_, cudaMemPoolAttrReleaseThreshold, &keep),
                           "configuring the memory pool");
   if (!status.ok()) return status;
-  status = backend->check(
-      cudaDeviceGetAttribute(&backend->multiprocessors_, cudaDevAttrMultiProcessorCount, index),
-      "reading attributes");
+  status = backend->check(describe(index, &backend->launch_), "reading attributes");
   if (!status.ok()) return status;
-  status = backend->check(
-      cudaDeviceGetAttribute(&backend->shared_, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
-      "reading attributes");
-  if (!status.ok()) return status;
-  status = backend->check(newest_code(&backend->arch_), "reading attributes");
-  if (!status.ok()) return status;
-#ifdef HALFBYTE_CUDA_ARCHS
-  backend->wgmma_ = backend->arch_ == 90 && std::strstr(HALFBYTE_CUDA_ARCHS, "90a");
-#endif
   *out = std::move(backend);
   return {};
 }

@@ -6,7 +6,7 @@
 // warps, ... of every row tile, so a block reads one contiguous stream, and x, whose part a warp meets again
 // and again, stays in its registers from beginning to end:
 //
-//   codes   4 x 16 bytes a lane and unit, straight into registers, kAhead units ahead
+//   codes   4 x 16 bytes a lane and unit, straight into registers, a unit or two ahead
 //   decode  a byte permute makes an address, a look-up makes two weights (table4.cuh): the A fragment
 //   mma     m16n8k16. Its 8 columns are kTokens rows of x for each of 8 / kTokens tiles: column c holds x of
 //   the
@@ -142,10 +142,9 @@ __device__ __forceinline__ void for_each(std::integer_sequence<int, i...>, const
 }
 
 /// kTokens rows of x in the columns of a product, kUnits units of a warp in every row tile.
-template <typename T, int kTokens, int kUnits, int kAhead, bool kNested>
+template <typename T, int kTokens, int kUnits, bool kNested>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_constant__ Gemv<T> p) {
   constexpr int kGroup = 8 / kTokens, kPasses = kUnit / kGroup;  // tiles in the columns; groups of a unit
-  static_assert(kAhead <= 2, "a unit ahead belongs to this row tile or one of the next two");
   extern __shared__ __align__(1024) char table[];
   float* const partial = reinterpret_cast<float*>(table + kTable4Bytes);  // [chunk][warps][16][kTokens]
   let_next_start();
@@ -164,11 +163,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
   const int64_t end = begin + (p.each + (cluster < p.rest ? 1 : 0)) * step;
   const auto place = [&](int64_t row_tile) { return locate(p, min(row_tile, end - 1), kNested); };
 
-  Unit<kNested> ahead[kAhead + 1];
-  RowTile here = place(begin), next = place(begin + 1);
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i)
-    ahead[i].fetch(i < kUnits ? here : next, first_tile(i % kUnits), p.tiles, lane);
+  // of two buffers each is filled again as soon as it is decoded; an odd number of units moves one into the
+  // other
+  constexpr bool kEven = kUnits % 2 == 0;
+  Unit<kNested> buffers[2];
+  RowTile here = place(begin);
+  buffers[0].fetch(here, first_tile(0), p.tiles, lane);
+  if (kEven) buffers[1].fetch(here, first_tile(1), p.tiles, lane);
   fill_table4(table, p.book, kNested ? p.w[0].absmax.nested_code : nullptr);
   float offset[kMaxGroup] = {};
   bool same_map = true;  // the maps of all weights are that in the table
@@ -209,16 +210,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
 
   int slot = 0;
   for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
-    const RowTile after = place(row_tile + 2);
+    const RowTile next = place(row_tile + 1);
     float acc[4] = {};
     for_each(
         std::make_integer_sequence<int, kUnits>{}, [&](auto index) __attribute__((always_inline)) {
-          constexpr int i = decltype(index)::value, later = (i + kAhead) / kUnits;
-          ahead[kAhead].fetch(later == 0   ? here
-                              : later == 1 ? next
-                                           : after,
-                              first_tile((i + kAhead) % kUnits), p.tiles, lane);
-          const Unit<kNested>& unit = ahead[0];
+          constexpr int i = decltype(index)::value;
+          Unit<kNested>& unit = buffers[kEven ? i % 2 : 0];
+          if (!kEven)
+            buffers[1].fetch(i + 1 < kUnits ? here : next, first_tile((i + 1) % kUnits), p.tiles, lane);
           float2 scales = unit.scale;
           if (kNested) {
             const uint32_t low = unit.code & 255, high = unit.code >> 8;
@@ -259,11 +258,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
               acc[e] = fmaf(sum, e < 2 ? scale.x : scale.y, acc[e]);
             }
           }
-#pragma unroll
-          for (int d = 0; d < kAhead; ++d) ahead[d] = ahead[d + 1];
+          if (kEven)
+            unit.fetch(i + 2 < kUnits ? here : next, first_tile((i + 2) % kUnits), p.tiles, lane);
+          else
+            unit = buffers[1];
         });
     here = next;
-    next = after;
 
     // rows g and g + 8, tokens 2 t % kTokens and the next
 #pragma unroll
@@ -325,12 +325,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
 }
 
 struct Plan {
-  int tokens, units, ahead, warps, splits, blocks_per_sm;
+  int tokens, units, warps, splits, blocks_per_sm;
 };
 
 /// How K is divided; tokens = 0 where this kernel cannot.
 Plan plan_for(int arch, int64_t m, int64_t tiles) {
-  Plan plan = {m <= 2 ? 2 : m <= 4 ? 4 : 8, 0, 1, 0, 1, 1};
+  Plan plan = {m <= 2 ? 2 : m <= 4 ? 4 : 8, 0, 0, 1, 1};
   const int most = plan.tokens == 8 ? 2 : 4;  // units whose x a warp has registers for
   const int64_t units = (tiles + kUnit - 1) / kUnit;
   if (m > 8 || tiles < kUnit) return {};
@@ -351,18 +351,17 @@ Plan plan_for(int arch, int64_t m, int64_t tiles) {
     plan.warps = warps;
     plan.blocks_per_sm = blocks;
   }
-  if (plan.tokens == 2 && plan.units == 2) plan.ahead = 2;
   return plan;
 }
 
-template <typename T, bool kNested, int kTokens, int kUnits, int kAhead>
+template <typename T, bool kNested, int kTokens, int kUnits>
 cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
   const int64_t step = gemv.gated ? 2 : 1, all = gemv.before[gemv.count] / step;
   const int slot_bytes = plan.warps * kTileRows * kTokens * 4;
   const auto room_of = [&](int blocks) { return on.shared / blocks - 1024 - kTable4Bytes; };
   const int blocks = room_of(plan.blocks_per_sm) >= step * slot_bytes ? plan.blocks_per_sm : 1;
   const int64_t clusters =
-      std::min<int64_t>(all, static_cast<int64_t>(on.multiprocessors) * blocks / plan.splits);
+      std::min<int64_t>(all, plan.splits > 1 ? on.clusters_of(plan.splits) : on.multiprocessors * blocks);
   gemv.each = all / clusters;
   gemv.rest = all % clusters;
   const int64_t longest = (gemv.each + (gemv.rest > 0)) * step;
@@ -372,32 +371,32 @@ cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
   shape.block = dim3(plan.warps * 32);
   shape.shared = static_cast<size_t>(kTable4Bytes + gemv.chunk * slot_bytes);
   shape.cluster = static_cast<unsigned>(plan.splits);
-  return launch_kernel(on, shape, gemv_kernel<T, kTokens, kUnits, kAhead, kNested>, gemv);
+  return launch_kernel(on, shape, gemv_kernel<T, kTokens, kUnits, kNested>, gemv);
 }
 
 template <typename T, bool kNested>
 cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
-  switch (plan.tokens * 100 + plan.units * 10 + plan.ahead) {
-    case 211:
-      return launch<T, kNested, 2, 1, 1>(on, plan, gemv);
-    case 222:
-      return launch<T, kNested, 2, 2, 2>(on, plan, gemv);
-    case 231:
-      return launch<T, kNested, 2, 3, 1>(on, plan, gemv);
-    case 241:
-      return launch<T, kNested, 2, 4, 1>(on, plan, gemv);
-    case 411:
-      return launch<T, kNested, 4, 1, 1>(on, plan, gemv);
-    case 421:
-      return launch<T, kNested, 4, 2, 1>(on, plan, gemv);
-    case 431:
-      return launch<T, kNested, 4, 3, 1>(on, plan, gemv);
-    case 441:
-      return launch<T, kNested, 4, 4, 1>(on, plan, gemv);
-    case 811:
-      return launch<T, kNested, 8, 1, 1>(on, plan, gemv);
-    case 821:
-      return launch<T, kNested, 8, 2, 1>(on, plan, gemv);
+  switch (plan.tokens * 10 + plan.units) {
+    case 21:
+      return launch<T, kNested, 2, 1>(on, plan, gemv);
+    case 22:
+      return launch<T, kNested, 2, 2>(on, plan, gemv);
+    case 23:
+      return launch<T, kNested, 2, 3>(on, plan, gemv);
+    case 24:
+      return launch<T, kNested, 2, 4>(on, plan, gemv);
+    case 41:
+      return launch<T, kNested, 4, 1>(on, plan, gemv);
+    case 42:
+      return launch<T, kNested, 4, 2>(on, plan, gemv);
+    case 43:
+      return launch<T, kNested, 4, 3>(on, plan, gemv);
+    case 44:
+      return launch<T, kNested, 4, 4>(on, plan, gemv);
+    case 81:
+      return launch<T, kNested, 8, 1>(on, plan, gemv);
+    case 82:
+      return launch<T, kNested, 8, 2>(on, plan, gemv);
   }
   return cudaErrorInvalidValue;
 }

@@ -169,7 +169,7 @@ Status CudaBackend::linear(Queue queue, View y, View x, View weight, const Epilo
       if (m > kStreamed && weight.dtype == x.dtype && k % 8 == 0 && k > 0 && is_aligned(x.data, 16) &&
           is_aligned(weight.data, 16)) {
         const int64_t tiles = ((m + 127) / 128) * ((n + 255) / 256);
-        error = tiles >= multiprocessors_
+        error = tiles >= launch_.multiprocessors
                     ? launch_gemm<T, 128, 256>(on, out, x.as<const T>(), weight.as<const T>(), m, k)
                     : launch_gemm<T, 128, 64>(on, out, x.as<const T>(), weight.as<const T>(), m, k);
         return;

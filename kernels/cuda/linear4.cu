@@ -52,12 +52,12 @@ Product4<T> product_of(const View& y, const View& x, const Weight4& w, const Epi
 /// Kernels that read the weight as it is, on the tensor cores.
 enum class Route { gemv, skinny, stream, dense };
 
-Route route_of(int arch, bool wgmma, const View& x, const Weight4& w) {
+Route route_of(const Launch& on, const View& x, const Weight4& w) {
   const int64_t rows = x.rows();
   if (w.layout == Layout4::tiled && x.dtype != DType::f32 && is_aligned(x.data, 16)) {
-    if (gemv4_takes(arch, rows, w.k)) return Route::gemv;
-    if (wgmma && rows <= kMostSkinny) return Route::skinny;
-    if (rows <= 8 * kMostPasses && gemv4_takes(arch, 8, w.k)) return Route::gemv;
+    if (gemv4_takes(on.arch, rows, w.k)) return Route::gemv;
+    if (on.wgmma && rows <= kMostSkinny) return Route::skinny;
+    if (rows <= 8 * kMostPasses && gemv4_takes(on.arch, 8, w.k)) return Route::gemv;
   }
   return rows <= kStreamed || w.k == 0 ? Route::stream : Route::dense;
 }
@@ -79,7 +79,7 @@ cudaError_t gemv_passes(Launch on, Product4<T> product) {
 }  // namespace
 
 size_t CudaBackend::linear_4bit_workspace(const View& x, const Weight4& w) const {
-  if (route_of(arch_, wgmma_, x, w) != Route::dense) return 0;
+  if (route_of(launch_, x, w) != Route::dense) return 0;
   const View dense = dense_view(w, x.dtype, nullptr);
   return round_up(static_cast<size_t>(w.n * w.k * size_of(x.dtype))) + linear_workspace(x, dense);
 }
@@ -89,7 +89,7 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
   if (Status status = check_weight4("linear_4bit", w); !status.ok()) return status;
   if (Status status = check_linear("linear_4bit", y, x, w.n, w.k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
-  const Route route = route_of(arch_, wgmma_, x, w);
+  const Route route = route_of(launch_, x, w);
   if (route == Route::gemv || route == Route::skinny) {
     Launch on;
     if (Status status = enter_early(queue, &on); !status.ok()) return status;
@@ -118,7 +118,7 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
 
 Status CudaBackend::linear_4bit_group(Queue queue, const View* y, View x, const Weight4* w, const View* bias,
                                       int count, View workspace) {
-  if (x.size() == 0 || !takes_gemv(arch_, x, w, count))
+  if (x.size() == 0 || !takes_gemv(launch_.arch, x, w, count))
     return Backend::linear_4bit_group(queue, y, x, w, bias, count, workspace);
   for (int i = 0; i < count; ++i) {
     if (Status status = check_weight4("linear_4bit_group", w[i]); !status.ok()) return status;
@@ -143,7 +143,7 @@ Status CudaBackend::linear_4bit_gated(Queue queue, View y, View x, const Weight4
                                       Activation act, View workspace) {
   const bool known = act == Activation::silu || act == Activation::gelu || act == Activation::gelu_tanh ||
                      act == Activation::relu;
-  if (x.size() == 0 || !known || !takes_gemv(arch_, x, w, 2))
+  if (x.size() == 0 || !known || !takes_gemv(launch_.arch, x, w, 2))
     return Backend::linear_4bit_gated(queue, y, x, w, bias, act, workspace);
   for (int i = 0; i < 2; ++i) {
     if (Status status = check_weight4("linear_4bit_gated", w[i]); !status.ok()) return status;

@@ -168,8 +168,9 @@ Status CudaBackend::quantize_4bit(Queue queue, View codes, View absmax, View x, 
   with_float_type(x.dtype, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;
     const auto run = [&](auto kernel) {
-      kernel<<<blocks_for(blocks, 1, multiprocessors_ * (2048 / threads) * 2), threads, 0, stream(queue)>>>(
-          codes.as<uint8_t>(), absmax.as<float>(), x.as<const T>(), n, static_cast<int>(blocksize), wide);
+      kernel<<<blocks_for(blocks, 1, launch_.multiprocessors * (2048 / threads) * 2), threads, 0,
+               stream(queue)>>>(codes.as<uint8_t>(), absmax.as<float>(), x.as<const T>(), n,
+                                static_cast<int>(blocksize), wide);
     };
     if (type == QuantType::nf4)
       run(quantize_kernel<T, QuantType::nf4>);

@@ -56,8 +56,9 @@ Status CudaBackend::count_nonfinite(Queue queue, View y, View x) {
   if (x.size() == 0) return {};
   with_float_type(x.dtype, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;
-    count_nonfinite_kernel<T><<<blocks_for(x.size(), 256 * 8, multiprocessors_ * 8), 256, 0, stream(queue)>>>(
-        y.as<int32_t>(), x.as<const T>(), x.size());
+    count_nonfinite_kernel<T>
+        <<<blocks_for(x.size(), 256 * 8, launch_.multiprocessors * 8), 256, 0, stream(queue)>>>(
+            y.as<int32_t>(), x.as<const T>(), x.size());
   });
   return check(cudaGetLastError(), "count_nonfinite");
 }

@@ -40,7 +40,7 @@ struct Skinny {
   Book4 book;
   int64_t each, rest;  // items of a cluster; the first `rest` clusters have one more
   int m, tiles;
-  int share, steps;  // k tiles of a block, steps of a warpgroup in them
+  int share, steps;  // k tiles of a block; steps of a warpgroup in them, an even number
   int token_blocks;
   bool resident;  // x stays in the ring
 };
@@ -75,25 +75,33 @@ __device__ __forceinline__ void depth_barrier(int depth) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(depth + 1), "n"(kThreads / kDepth) : "memory");
 }
 
+/// Where a lane reads of one row tile.
+struct Lane {
+  const uint8_t* codes;  // its 16 bytes of the first tile
+  const char* absmax;    // the pair of the first tile
+  const float* nested;
+  int64_t block;  // number of the absmax of its row g, in the flat order
+};
+
+/// What a lane holds of a step: its 16 bytes of each tile, the absmax of rows g and g + 8.
 template <bool kNested>
 struct Step {
   uint4 codes[kPair];
-  float2 scale[kPair];
-  uint32_t code[kPair];
+  float2 scale[kPair];   // nested: their nested absmax
+  uint32_t code[kPair];  // nested: two bytes
 
-  __device__ __forceinline__ void fetch(const Tiled4& w, int64_t row_tile, int tile, int tiles, int lane) {
+  __device__ __forceinline__ void fetch(const Lane& at, int tile, int tiles) {
 #pragma unroll
     for (int p = 0; p < kPair; ++p) {
-      const int kt = min(tile + p, tiles - 1), g = lane / 4;
-      const int64_t at = row_tile * tiles + kt;
-      codes[p] = __ldcs(reinterpret_cast<const uint4*>(w.codes + at * 512) + lane);
+      const int kt = min(tile + p, tiles - 1);
+      codes[p] = __ldcs(reinterpret_cast<const uint4*>(at.codes + kt * 512));
       if (kNested) {
-        code[p] = *reinterpret_cast<const uint16_t*>(w.absmax.codes + at * 16 + 2 * g);
-        const int64_t block = (row_tile * kTileRows + g) * tiles + kt;
-        scale[p].x = w.absmax.nested[block / kNestedBlocksize];
-        scale[p].y = w.absmax.nested[(block + int64_t{8} * tiles) / kNestedBlocksize];
+        code[p] = *reinterpret_cast<const uint16_t*>(at.absmax + kt * 16);
+        const int64_t block = at.block + kt;
+        scale[p].x = at.nested[block / kNestedBlocksize];
+        scale[p].y = at.nested[(block + int64_t{8} * tiles) / kNestedBlocksize];
       } else {
-        scale[p] = *reinterpret_cast<const float2*>(w.absmax.plain + at * 16 + 2 * g);
+        scale[p] = *reinterpret_cast<const float2*>(at.absmax + kt * 64);
       }
     }
   }
@@ -110,10 +118,11 @@ template <typename T, int kTokens, bool kNested>
 __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_constant__ Skinny<T> p) {
 #if HALFBYTE_WGMMA
   constexpr bool kExact = kTokens <= 32;
-  constexpr int kAhead = kTokens <= 32 ? 2 : 1, kSums = kTokens / 2;
+  constexpr int kSums = kTokens / 2;
   extern __shared__ __align__(1024) char table[];
   float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kDepth][kTokens][kSumStride]
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const int depth = warp / 8, in_depth = threadIdx.x % (kThreads / kDepth);
   const int row_warp = warp % 8;  // the row tile of the item
   const uint32_t lane4 = lane * 4;
@@ -130,35 +139,49 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
   const int end_tile = min((rank + 1) * p.share, p.tiles);
   const int64_t last_row_tile = p.w.n / kTileRows - 1;
 
-  // the step that is fetched next, for weights and for x
+  // the step that is fetched next, for weights and for x; stepped without divisions
   struct Cursor {
-    int64_t item;
-    int i;
+    int64_t rows;         // first row tile of the item
+    int tokens, i, left;  // token block, step, items left
   };
   const auto advance = [&](Cursor& c) {
-    if (++c.i == p.steps) {
-      c.i = 0;
-      ++c.item;
-    }
+    if (++c.i < p.steps) return;
+    c.i = 0;
+    --c.left;
+    if (++c.tokens < p.token_blocks) return;
+    c.tokens = 0;
+    c.rows += kRows / kTileRows;
   };
-  const auto row_tile_of = [&](int64_t item) {
-    return min(min(item, first_item + items - 1) / p.token_blocks * (kRows / kTileRows) + row_warp,
-               last_row_tile);
+  Cursor weights = {first_item / p.token_blocks * (kRows / kTileRows),
+                    static_cast<int>(first_item % p.token_blocks), 0, static_cast<int>(items)};
+  Cursor inputs = weights, here_now = weights;
+  const auto lane_at = [&](int64_t rows) {
+    const int64_t tile = min(rows + row_warp, last_row_tile) * p.tiles;
+    Lane at;
+    at.codes = p.w.codes + tile * 512 + lane * 16;
+    at.absmax = kNested ? reinterpret_cast<const char*>(p.w.absmax.codes + tile * 16 + 2 * g)
+                        : reinterpret_cast<const char*>(p.w.absmax.plain + tile * 16 + 2 * g);
+    at.nested = p.w.absmax.nested;
+    at.block = tile * kTileRows + static_cast<int64_t>(g) * p.tiles;
+    return at;
   };
-  Cursor weights = {first_item, 0}, inputs = {first_item, 0};
-  Step<kNested> ahead[kAhead + 1];
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    ahead[i].fetch(p.w, row_tile_of(weights.item), first_tile + weights.i * kDepth * kPair, p.tiles, lane);
+  Lane at = lane_at(weights.rows);
+  // two steps, each fetched again as soon as it is decoded
+  Step<kNested> buffers[2];
+  const auto fetch = [&](Step<kNested>& step) {
+    step.fetch(at, first_tile + weights.i * kDepth * kPair, p.tiles);
     advance(weights);
-  }
+    if (weights.i == 0) at = lane_at(weights.rows);
+  };
+  fetch(buffers[0]);
+  fetch(buffers[1]);
   fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
   const float offset = kNested ? *p.w.absmax.offset : 0.0f;
   wait_for_results();
   __syncthreads();
 
   const auto copy_x = [&](uint32_t stage) {  // 2 tiles of all tokens of the item at `inputs`
-    const int64_t first_token = inputs.item % p.token_blocks * kTokens;
+    const int64_t first_token = inputs.tokens * int64_t{kTokens};
     const int tile = first_tile + inputs.i * kDepth * kPair;
     constexpr int kPieces = kPair * kTokens * 8;
 #pragma unroll
@@ -166,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
       const int at = in_depth + i * 256;
       if (kPieces % 256 != 0 && at >= kPieces) break;
       const int piece = at % 8, token = at / 8 % kTokens, half = at / (8 * kTokens), kt = tile + half;
-      const bool there = first_token + token < p.m && kt < end_tile && inputs.item < first_item + items;
+      const bool there = first_token + token < p.m && kt < end_tile && inputs.left > 0;
       const T* from = there ? p.x + ((first_token + token) * p.tiles + kt) * kTileK + piece * 8 : p.x;
       copy_async(stage + half * (kTokens * 128) + token * 128 + ((piece ^ (token & 7)) * 16), from,
                  there ? 16 : 0);
@@ -185,49 +208,51 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
   }
 
   int stage = 0;
-  for (int64_t item = first_item; item < first_item + items; ++item) {
+  for (int64_t item = 0; item < items; ++item) {
     float acc[kSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) acc[i] = 0.0f;
-    for (int i = 0; i < p.steps; ++i) {
-      ahead[kAhead].fetch(p.w, row_tile_of(weights.item), first_tile + weights.i * kDepth * kPair, p.tiles,
-                          lane);
-      advance(weights);
+    const auto multiply_step = [&](Step<kNested> & step) __attribute__((always_inline)) {
       const uint32_t here = ring + stage * kStage;
       if (!p.resident) {
         wait_copies<kStages - 2>();
         publish_shared();
         depth_barrier(depth);  // x of this step is there, and that of the one before is read
-        copy_x(ring + (stage + kStages - 1) % kStages * kStage);
+        copy_x(ring + (stage == 0 ? kStages - 1 : stage - 1) * kStage);
         commit_copies();
       }
       stage = stage + 1 == (p.resident ? p.steps : kStages) ? 0 : stage + 1;
       uint32_t a[kPair][4][4];
-      float part[kExact ? kPair : 1][kExact ? kSums : 1];
+      float2 scale[kPair];
 #pragma unroll
       for (int q = 0; q < kPair; ++q) {
-        const uint4 c = ahead[0].codes[q];
+        const uint4 c = step.codes[q];
         const uint32_t words[4] = {c.x, c.y, c.z, c.w};
-        const float2 scale = ahead[0].absmax(q, table, offset, lane4);
-        const uint32_t low = twice<T>(scale.x), high = twice<T>(scale.y);
+        scale[q] = step.absmax(q, table, offset, lane4);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          look_up(a[q][j], table, words[j], lane4);
-          if (!kExact) {
-            a[q][j][0] = scale_pair(a[q][j][0], low, T{});
-            a[q][j][1] = scale_pair(a[q][j][1], high, T{});
-            a[q][j][2] = scale_pair(a[q][j][2], low, T{});
-            a[q][j][3] = scale_pair(a[q][j][3], high, T{});
+        for (int j = 0; j < 4; ++j) look_up(a[q][j], table, words[j], lane4);
+      }
+      fetch(step);
+      float part[kExact ? kPair : 1][kExact ? kSums : 1];
+      const uint64_t b = describe_b(here, 0);
+#pragma unroll
+      for (int q = 0; q < kPair; ++q) {
+        if (!kExact) {
+          const uint32_t low = twice<T>(scale[q].x), high = twice<T>(scale[q].y);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) a[q][j][r] = scale_pair(a[q][j][r], r % 2 ? high : low, T{});
           }
         }
         begin_group();
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const uint64_t b = describe_b(here + q * (kTokens * 128), j * 16);
+          const uint64_t at_k = b + ((q * (kTokens * 128) + j * 32) >> 4);
           if constexpr (kExact)
-            multiply_group(part[q], a[q][j], b, j > 0, T{});
+            multiply_group(part[q], a[q][j], at_k, j > 0, T{});
           else
-            multiply_group(acc, a[q][j], b, true, T{});
+            multiply_group(acc, a[q][j], at_k, true, T{});
         }
         commit_group();
       }
@@ -238,15 +263,17 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
             wait_group<1>();
           else
             wait_group<0>();
-          const float2 scale = ahead[0].absmax(q, table, offset, lane4);
 #pragma unroll
-          for (int e = 0; e < kSums; ++e) acc[e] = fmaf(part[q][e], e % 4 < 2 ? scale.x : scale.y, acc[e]);
+          for (int e = 0; e < kSums; ++e)
+            acc[e] = fmaf(part[q][e], e % 4 < 2 ? scale[q].x : scale[q].y, acc[e]);
         }
       } else {
         wait_group<0>();
       }
-#pragma unroll
-      for (int d = 0; d < kAhead; ++d) ahead[d] = ahead[d + 1];
+    };
+    for (int i = 0; i < p.steps; i += 2) {
+      multiply_step(buffers[0]);
+      multiply_step(buffers[1]);
     }
 
 #pragma unroll
@@ -258,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
       cluster_barrier();
     else
       __syncthreads();
-    const int64_t first_row = item / p.token_blocks * kRows, first_token = item % p.token_blocks * kTokens;
+    const int64_t first_row = here_now.rows * kTileRows, first_token = here_now.tokens * int64_t{kTokens};
     const int rows = static_cast<int>(min(int64_t{kRows}, p.w.n - first_row));
     const int tokens = static_cast<int>(min(int64_t{kTokens}, p.m - first_token));
     for (int i = threadIdx.x + rank * kThreads; i < tokens * kRows; i += splits * kThreads) {
@@ -275,6 +302,8 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
       }
       p.out.store(first_token + token, first_row + row, total);
     }
+    here_now.i = p.steps - 1;
+    advance(here_now);
     if (splits > 1)
       cluster_barrier();
     else
@@ -294,26 +323,28 @@ cudaError_t launch(const Launch& on, const Product4<T>& product) {
   p.tiles = static_cast<int>(product.w.k / kTileK);
   p.token_blocks = (p.m + kTokens - 1) / kTokens;
   const int64_t items = (product.w.n + kRows - 1) / kRows * p.token_blocks;
-  // the cluster size that ends first; a step more for what an item costs besides, and clusters of 4 and 8 do
-  // not fill every group of multiprocessors
+  // the cluster size that ends first; what an item costs besides its steps is counted in steps, as measured
+  const auto steps_of = [&](int blocks) {
+    const int share = (p.tiles + blocks - 1) / blocks;
+    return (share + 2 * kDepth * kPair - 1) / (2 * kDepth * kPair) * 2;
+  };
   int splits = 1;
   double least = 0.0;
   for (const int candidate : {1, 2, 4, 8}) {
-    const int64_t clusters =
-        std::max<int64_t>(1, on.multiprocessors * (candidate <= 2 ? 32 : 31) / 32 / candidate);
+    const int64_t clusters = on.clusters_of(candidate);
+    if (clusters == 0) continue;
     const int64_t rounds = (items + clusters - 1) / clusters;
-    const int64_t steps = ((p.tiles + candidate - 1) / candidate + kDepth * kPair - 1) / (kDepth * kPair);
+    const int64_t steps = steps_of(candidate);
     const double cost = static_cast<double>(rounds) * (steps + (candidate > 1 ? 2.5 : 1.0)) + 3.0;
     if (least != 0.0 && cost >= least) continue;
     least = cost;
     splits = candidate;
   }
-  const int64_t clusters = std::min<int64_t>(
-      items, std::max<int64_t>(1, on.multiprocessors * (splits <= 2 ? 32 : 31) / 32 / splits));
+  const int64_t clusters = std::min<int64_t>(items, on.clusters_of(splits));
   p.each = items / clusters;
   p.rest = items % clusters;
   p.share = (p.tiles + splits - 1) / splits;
-  p.steps = (p.share + kDepth * kPair - 1) / (kDepth * kPair);
+  p.steps = steps_of(splits);
   constexpr int kFixed = kTable4Bytes + Space<kTokens>::kSums;
   const int room = std::min(on.shared - 1024, 227 << 10) - kFixed;
   p.resident = p.token_blocks == 1 && p.steps * kDepth * Space<kTokens>::kStage <= room;
