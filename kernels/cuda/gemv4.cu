@@ -328,23 +328,27 @@ struct Plan {
   int tokens, units, warps, splits, blocks_per_sm;
 };
 
-/// How K is divided; tokens = 0 where this kernel cannot.
-Plan plan_for(int arch, int64_t m, int64_t tiles) {
+/// How K is divided; tokens = 0 where this kernel cannot. `row_tiles`: of a multiprocessor.
+Plan plan_for(int arch, int64_t m, int64_t tiles, int64_t row_tiles) {
   Plan plan = {m <= 2 ? 2 : m <= 4 ? 4 : 8, 0, 0, 1, 1};
-  const int most = plan.tokens == 8 ? 2 : 4;  // units whose x a warp has registers for
+  // units whose x a warp has registers for; where K can be divided among blocks, those that leave room to
+  // fetch ahead
+  const int most = plan.tokens == 8 || arch >= 90 ? 2 : 4;
   const int64_t units = (tiles + kUnit - 1) / kUnit;
   if (m > 8 || tiles < kUnit) return {};
   while ((units + plan.splits - 1) / plan.splits > most * kMaxWarps) plan.splits *= 2;
   if (plan.splits > (arch >= 90 ? 8 : 1)) return {};
-  // few idle places and many warps on a multiprocessor; of equals the one with fewer units a warp
+  // few idle places and many warps on a multiprocessor; of equals the one with fewer units a warp, but two
+  // where there is much to stream
   const int share = static_cast<int>((units + plan.splits - 1) / plan.splits);
   double best = 0.0;
   for (int candidate = 1; candidate <= most; ++candidate) {
     const int warps = (share + candidate - 1) / candidate;
     if (warps > kMaxWarps) continue;
-    const int blocks = std::min(kMaxWarps / warps, 2);
+    const int blocks = plan.splits == 1 ? std::min(kMaxWarps / warps, 2) : 1;
     const double used = static_cast<double>(share) / (warps * candidate);
-    const double score = used * std::min(1.0, warps * blocks / 14.0);
+    double score = used * std::min(1.0, warps * blocks / 14.0);
+    if (candidate == 2 && plan.tokens < 8 && row_tiles >= 8) score *= 1.01;
     if (score <= best) continue;
     best = score;
     plan.units = candidate;
@@ -407,7 +411,7 @@ cudaError_t run(const Launch& on, Gemv<T>& gemv) {
   gemv.tiles = static_cast<int>(gemv.w[0].k / kTileK);
   gemv.before[0] = 0;
   for (int i = 0; i < gemv.count; ++i) gemv.before[i + 1] = gemv.before[i] + gemv.w[i].n / kTileRows;
-  const Plan plan = plan_for(on.arch, gemv.m, gemv.tiles);
+  const Plan plan = plan_for(on.arch, gemv.m, gemv.tiles, gemv.before[gemv.count] / on.multiprocessors);
   gemv.book = book_of<T>(gemv.w[0].type);
   const int units = (gemv.tiles + kUnit - 1) / kUnit;
   gemv.units = (units + plan.splits - 1) / plan.splits;
@@ -416,7 +420,7 @@ cudaError_t run(const Launch& on, Gemv<T>& gemv) {
 
 }  // namespace
 
-bool gemv4_takes(int arch, int64_t m, int64_t k) { return plan_for(arch, m, k / kTileK).tokens > 0; }
+bool gemv4_takes(int arch, int64_t m, int64_t k) { return plan_for(arch, m, k / kTileK, 0).tokens > 0; }
 
 template <typename T>
 cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count) {

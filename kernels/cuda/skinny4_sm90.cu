@@ -10,9 +10,9 @@
 //   all of a block's
 //           part of x fits into the ring it is loaded once
 //   decode  a byte permute makes an address, a look-up makes two weights (table4.cuh)
-//   scale   up to 32 tokens absmax times the sums of a tile in fp32; 64 tokens: times the weights, one
-//   rounding more,
-//           which lets products of several tiles run on
+//   scale   up to 16 tokens absmax times the sums of a tile, in fp32; more: times the weights, a rounding
+//   more, which
+//           lets the product of a tile run while the next one is decoded
 //   reduce  warpgroups and blocks of the cluster through shared memory, in a fixed order
 //
 // Up to 64 tokens this is bound by memory. More tokens are several items for each 128 rows, which decode the
@@ -48,9 +48,9 @@ struct Skinny {
 /// Shared memory behind the table: the sums, then a ring for each of the kDepth groups.
 template <int kTokens>
 struct Space {
-  static constexpr int kSums = (kDepth * kTokens * kSumStride * 4 + 1023) / 1024 * 1024;
+  static constexpr int kSums = (kTokens * kSumStride * 4 + 1023) / 1024 * 1024;
   static constexpr int kStage = kPair * kTokens * 128;
-  static constexpr int kStages = kTokens == 64 ? 3 : 4;
+  static constexpr int kStages = 4;
 };
 
 #if HALFBYTE_WGMMA
@@ -117,10 +117,11 @@ struct Step {
 template <typename T, int kTokens, bool kNested>
 __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_constant__ Skinny<T> p) {
 #if HALFBYTE_WGMMA
-  constexpr bool kExact = kTokens <= 32;
+  static_assert(kDepth == 2 && kPair == 2);
+  constexpr bool kExact = kTokens <= 16;
   constexpr int kSums = kTokens / 2;
   extern __shared__ __align__(1024) char table[];
-  float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kDepth][kTokens][kSumStride]
+  float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kTokens][kSumStride]
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const int depth = warp / 8, in_depth = threadIdx.x % (kThreads / kDepth);
@@ -180,106 +181,135 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
   wait_for_results();
   __syncthreads();
 
+  // A thread copies the same 16 bytes of a row in every tile, of tokens 32 apart. What it needs for that
+  // changes with the item only.
+  constexpr int kCopies = kPair * kTokens * 8 / (kThreads / kDepth);
+  const int piece = in_depth % 8, token = in_depth / 8 % kTokens, half = in_depth / 8 / kTokens;
+  const uint32_t to = half * (kTokens * 128) + token * 128 + ((piece ^ (token & 7)) * 16);
+  const T* from = nullptr;
+  bool first_there = false, second_there = false;  // the token, and the one 32 further on
+  const auto begin_inputs = [&] {
+    const int64_t row = inputs.tokens * int64_t{kTokens} + token;
+    first_there = inputs.left > 0 && row < p.m;
+    second_there = inputs.left > 0 && row + 32 < p.m;
+    from = p.x + row * p.tiles * kTileK + half * kTileK + piece * 8;
+  };
+  begin_inputs();
   const auto copy_x = [&](uint32_t stage) {  // 2 tiles of all tokens of the item at `inputs`
-    const int64_t first_token = inputs.tokens * int64_t{kTokens};
     const int tile = first_tile + inputs.i * kDepth * kPair;
-    constexpr int kPieces = kPair * kTokens * 8;
 #pragma unroll
-    for (int i = 0; i < (kPieces + 255) / 256; ++i) {
-      const int at = in_depth + i * 256;
-      if (kPieces % 256 != 0 && at >= kPieces) break;
-      const int piece = at % 8, token = at / 8 % kTokens, half = at / (8 * kTokens), kt = tile + half;
-      const bool there = first_token + token < p.m && kt < end_tile && inputs.left > 0;
-      const T* from = there ? p.x + ((first_token + token) * p.tiles + kt) * kTileK + piece * 8 : p.x;
-      copy_async(stage + half * (kTokens * 128) + token * 128 + ((piece ^ (token & 7)) * 16), from,
+    for (int i = 0; i < kCopies; ++i) {
+      const int apart = kTokens == 64 ? i % 2 : 0, later = kTokens == 64 ? i / 2 : i;  // tokens / 32, tiles
+      const bool there = (apart ? second_there : first_there) && tile + half + later < end_tile;
+      const T* source = from + (tile + later) * kTileK + apart * 32 * static_cast<int64_t>(p.tiles) * kTileK;
+      copy_async(stage + to + apart * 32 * 128 + later * (kTokens * 128), there ? source : p.x,
                  there ? 16 : 0);
     }
     advance(inputs);
+    if (inputs.i == 0) begin_inputs();
   };
   const int before = p.resident ? p.steps : kStages - 1;
   for (int i = 0; i < before; ++i) {
     copy_x(ring + i * kStage);
     commit_copies();
   }
-  if (p.resident) {
+  if (p.resident)
     wait_copies<0>();
-    publish_shared();
-    depth_barrier(depth);
-  }
+  else
+    wait_copies<kStages - 2>();
+  publish_shared();
+  depth_barrier(depth);
 
   int stage = 0;
   for (int64_t item = 0; item < items; ++item) {
-    float acc[kSums];
+    float acc[kSums], part[kPair][kExact ? kSums : 1];
+    uint32_t a[kPair][4][4] = {};
+    float2 scale[kPair] = {};
 #pragma unroll
     for (int i = 0; i < kSums; ++i) acc[i] = 0.0f;
+    // the product of tile q of a step is done: its registers are ours again
+    const auto finish = [&](auto number) __attribute__((always_inline)) {
+      constexpr int q = decltype(number)::value;
+      hold_registers(a[q]);
+      if constexpr (kExact) {
+        hold_registers(part[q]);
+#pragma unroll
+        for (int e = 0; e < kSums; ++e)
+          acc[e] = fmaf(part[q][e], e % 4 < 2 ? scale[q].x : scale[q].y, acc[e]);
+      }
+    };
+    // Tile after tile: decode, start the product, then finish that of the tile before, which has run
+    // meanwhile. Beyond 16 tokens that goes on from step to step.
+    const auto multiply_tile = [&](Step<kNested> & step, auto number) __attribute__((always_inline)) {
+      constexpr int q = decltype(number)::value;
+      const uint4 c = step.codes[q];
+      const uint32_t words[4] = {c.x, c.y, c.z, c.w};
+      scale[q] = step.absmax(q, table, offset, lane4);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) look_up(a[q][j], table, words[j], lane4);
+      if (q == kPair - 1) fetch(step);
+      if (!kExact) {
+        const uint32_t low = twice<T>(scale[q].x), high = twice<T>(scale[q].y);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) a[q][j][r] = scale_pair(a[q][j][r], r % 2 ? high : low, T{});
+        }
+      }
+      const uint64_t x_tile = describe_b(ring + stage * kStage + q * (kTokens * 128), 0);
+      begin_group();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint64_t x_step = x_tile + ((j * 32) >> 4);
+        if constexpr (kExact)
+          multiply_group(part[q], a[q][j], x_step, j > 0, T{});
+        else
+          multiply_group(acc, a[q][j], x_step, true, T{});
+      }
+      commit_group();
+      if constexpr (!kExact || q == 1) {  // sums of their own must not be under way at the end of a step
+        wait_group<1>();
+        finish(std::integral_constant<int, 1 - q>{});
+      }
+      if constexpr (kExact && q == 1) {
+        wait_group<0>();
+        finish(std::integral_constant<int, 1>{});
+      }
+    };
     const auto multiply_step = [&](Step<kNested> & step) __attribute__((always_inline)) {
-      const uint32_t here = ring + stage * kStage;
+      multiply_tile(step, std::integral_constant<int, 0>{});
       if (!p.resident) {
-        wait_copies<kStages - 2>();
+        wait_copies<kStages - 3>();
         publish_shared();
-        depth_barrier(depth);  // x of this step is there, and that of the one before is read
+        depth_barrier(depth);  // x of the next step is there, and that of the one before is read
         copy_x(ring + (stage == 0 ? kStages - 1 : stage - 1) * kStage);
         commit_copies();
       }
+      multiply_tile(step, std::integral_constant<int, 1>{});
       stage = stage + 1 == (p.resident ? p.steps : kStages) ? 0 : stage + 1;
-      uint32_t a[kPair][4][4];
-      float2 scale[kPair];
-#pragma unroll
-      for (int q = 0; q < kPair; ++q) {
-        const uint4 c = step.codes[q];
-        const uint32_t words[4] = {c.x, c.y, c.z, c.w};
-        scale[q] = step.absmax(q, table, offset, lane4);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) look_up(a[q][j], table, words[j], lane4);
-      }
-      fetch(step);
-      float part[kExact ? kPair : 1][kExact ? kSums : 1];
-      const uint64_t b = describe_b(here, 0);
-#pragma unroll
-      for (int q = 0; q < kPair; ++q) {
-        if (!kExact) {
-          const uint32_t low = twice<T>(scale[q].x), high = twice<T>(scale[q].y);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) a[q][j][r] = scale_pair(a[q][j][r], r % 2 ? high : low, T{});
-          }
-        }
-        begin_group();
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint64_t at_k = b + ((q * (kTokens * 128) + j * 32) >> 4);
-          if constexpr (kExact)
-            multiply_group(part[q], a[q][j], at_k, j > 0, T{});
-          else
-            multiply_group(acc, a[q][j], at_k, true, T{});
-        }
-        commit_group();
-      }
-      if constexpr (kExact) {
-#pragma unroll
-        for (int q = 0; q < kPair; ++q) {
-          if (q == 0)
-            wait_group<1>();
-          else
-            wait_group<0>();
-#pragma unroll
-          for (int e = 0; e < kSums; ++e)
-            acc[e] = fmaf(part[q][e], e % 4 < 2 ? scale[q].x : scale[q].y, acc[e]);
-        }
-      } else {
-        wait_group<0>();
-      }
     };
     for (int i = 0; i < p.steps; i += 2) {
       multiply_step(buffers[0]);
       multiply_step(buffers[1]);
     }
+    if (!kExact) {
+      wait_group<0>();
+      finish(std::integral_constant<int, kPair - 1>{});
+      hold_registers(acc);
+    }
 
+    // the second group of warps hands its sums to the first
 #pragma unroll
-    for (int e = 0; e < kSums; ++e) {
-      const int row = row_warp * kTileRows + g + e % 4 / 2 * 8, token = e / 4 * 8 + 2 * t + e % 2;
-      sums[(depth * kTokens + token) * kSumStride + row] = acc[e];
+    for (int turn = 1; turn >= 0; --turn) {
+      if (depth == turn) {
+#pragma unroll
+        for (int e = 0; e < kSums; ++e) {
+          const int row = row_warp * kTileRows + g + e % 4 / 2 * 8, token = e / 4 * 8 + 2 * t + e % 2;
+          float& sum = sums[token * kSumStride + row];
+          sum = turn == 1 ? acc[e] : sum + acc[e];
+        }
+      }
+      if (turn == 1) __syncthreads();
     }
     if (splits > 1)
       cluster_barrier();
@@ -293,13 +323,7 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
       if (row >= rows) continue;
       const float* own = sums + token * kSumStride + row;
       float total = 0.0f;
-      for (int r = 0; r < splits; ++r) {
-#pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          const float* from = own + d * kTokens * kSumStride;
-          total += splits > 1 ? cluster_value(from, r) : *from;
-        }
-      }
+      for (int r = 0; r < splits; ++r) total += splits > 1 ? cluster_value(own, r) : *own;
       p.out.store(first_token + token, first_row + row, total);
     }
     here_now.i = p.steps - 1;

@@ -30,6 +30,16 @@ template <int pending>
 __device__ __forceinline__ void wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(pending) : "memory");
 }
+/// Registers of A or C, after the wait: keeps the compiler from using them for something else before.
+template <int n>
+__device__ __forceinline__ void hold_registers(float (&c)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+__device__ __forceinline__ void hold_registers(uint32_t (&a)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
 /// Makes what this thread has written to shared memory visible to the tensor cores; a barrier follows.
 __device__ __forceinline__ void publish_shared() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
