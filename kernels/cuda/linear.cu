@@ -1,6 +1,8 @@
 // Dense y = x W^T + bias + residual.
 //
-//   M <= 8            stream_kernel: W is read once at memory speed, whatever the dtypes of x and W
+//   M <= 8            stream_kernel: W is read once at memory speed, whatever the dtypes of x and W; 16-bit x
+//   of
+//                     more than 2 rows goes to cuBLASLt where it is
 //   16-bit, one dtype cuBLASLt when it was found at run time, else gemm_sm80.cuh; both on the tensor cores
 //   float32           cuBLASLt, else tile_kernel
 //   everything else   tile_kernel: mixed dtypes, K % 8 != 0, unaligned operands; fp32 multiply-adds from
@@ -12,7 +14,8 @@ namespace halfbyte::cuda {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kStreamed = 8;  // most rows of x that stream_kernel takes
+constexpr int kStreamed = 8;        // most rows of x that stream_kernel takes
+constexpr int kStreamedHalves = 2;  // of 16-bit x, up to which it is faster than cuBLASLt
 
 /// A warp makes kRows outputs for each of M rows of x. A lane's step is 16 bytes of W where rows allow it.
 template <typename T, typename W, int M, int N>
@@ -122,10 +125,14 @@ __global__ void bias_kernel(Output<T> out, int64_t elements) {
   }
 }
 
+bool wants_library(const View& x, const View& weight) {
+  return x.dtype == weight.dtype && x.rows() > (x.dtype == DType::f32 ? kStreamed : kStreamedHalves);
+}
+
 }  // namespace
 
 size_t CudaBackend::linear_workspace(const View& x, const View& weight) const {
-  return x.rows() > kStreamed && x.dtype == weight.dtype && has_cublaslt() ? kCublasWorkspace : 0;
+  return wants_library(x, weight) && has_cublaslt() ? kCublasWorkspace : 0;
 }
 
 Status CudaBackend::linear(Queue queue, View y, View x, View weight, const Epilogue& epilogue,
@@ -140,8 +147,8 @@ Status CudaBackend::linear(Queue queue, View y, View x, View weight, const Epilo
   const cudaStream_t on = stream(queue);
   // The library adds the residual before its rounding; a bias would be a second one, so it is left to our own
   // kernels in 16 bits. In float32 it is one more exact-enough addition.
-  const bool library = m > kStreamed && k > 0 && x.dtype == weight.dtype &&
-                       (!epilogue.bias || x.dtype == DType::f32) && has_cublaslt();
+  const bool library =
+      k > 0 && wants_library(x, weight) && (!epilogue.bias || x.dtype == DType::f32) && has_cublaslt();
   if (library) {
     const DenseProduct product{data_type(x.dtype),
                                data_type(y.dtype),
