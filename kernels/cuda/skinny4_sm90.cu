@@ -28,9 +28,23 @@
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int kThreads = 512, kRows = 128, kDepth = 2,
-              kPair = 2;               // rows of an item; groups along k; tiles of a step
-constexpr int kSumStride = kRows + 4;  // floats between tokens of the sums
+constexpr int kThreads = 512, kPair = 2;  // kPair: tiles of a step
+
+/// How the four warpgroups of a block divide the work, and the shared memory behind the table: sums, then a
+/// ring for each of the kDepth groups.
+template <int kTokens>
+struct Shape {
+  static constexpr int kDepth = kTokens == 128 ? 1 : 2;  // groups of warps along k
+  static constexpr int kRows = 256 / kDepth;             // of an item
+  static constexpr int kGroup = kThreads / kDepth;
+  static constexpr int kBuffers = kDepth;  // steps of codes that a lane holds
+  static constexpr int kSumTokens =
+      kTokens == 128 ? 32 : kTokens;            // whose sums are in shared memory at a time
+  static constexpr int kSumStride = kRows + 4;  // floats between tokens
+  static constexpr int kSumBytes = (kSumTokens * kSumStride * 4 + 1023) / 1024 * 1024;
+  static constexpr int kStage = kPair * kTokens * 128;
+  static constexpr int kStages = kTokens == 128 ? 3 : 4;
+};
 
 template <typename T>
 struct Skinny {
@@ -43,14 +57,6 @@ struct Skinny {
   int share, steps;  // k tiles of a block; steps of a warpgroup in them, an even number
   int token_blocks;
   bool resident;  // x stays in the ring
-};
-
-/// Shared memory behind the table: the sums, then a ring for each of the kDepth groups.
-template <int kTokens>
-struct Space {
-  static constexpr int kSums = (kTokens * kSumStride * 4 + 1023) / 1024 * 1024;
-  static constexpr int kStage = kPair * kTokens * 128;
-  static constexpr int kStages = 4;
 };
 
 #if HALFBYTE_WGMMA
@@ -70,9 +76,10 @@ __device__ __forceinline__ uint32_t twice(float value) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
-/// A barrier among the two warpgroups that share a part of k.
+/// A barrier among the warpgroups that share a part of k.
+template <int threads>
 __device__ __forceinline__ void depth_barrier(int depth) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(depth + 1), "n"(kThreads / kDepth) : "memory");
+  asm volatile("bar.sync %0, %1;\n" ::"r"(depth + 1), "n"(threads) : "memory");
 }
 
 /// Where a lane reads of one row tile.
@@ -117,19 +124,21 @@ struct Step {
 template <typename T, int kTokens, bool kNested>
 __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_constant__ Skinny<T> p) {
 #if HALFBYTE_WGMMA
-  static_assert(kDepth == 2 && kPair == 2);
+  using S = Shape<kTokens>;
+  constexpr int kDepth = S::kDepth, kRows = S::kRows, kSumStride = S::kSumStride, kStage = S::kStage,
+                kStages = S::kStages;
+  static_assert(kPair == 2 && kStages >= 3);
   constexpr bool kExact = kTokens <= 16;
   constexpr int kSums = kTokens / 2;
   extern __shared__ __align__(1024) char table[];
-  float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kTokens][kSumStride]
+  float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kSumTokens][kSumStride]
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
-  const int depth = warp / 8, in_depth = threadIdx.x % (kThreads / kDepth);
-  const int row_warp = warp % 8;  // the row tile of the item
+  const int depth = warp / (16 / kDepth), in_depth = threadIdx.x % S::kGroup;
+  const int row_warp = warp % (16 / kDepth);  // the row tile of the item
   const uint32_t lane4 = lane * 4;
-  constexpr int kStage = Space<kTokens>::kStage, kStages = Space<kTokens>::kStages;
   const int ring_bytes = (p.resident ? p.steps : kStages) * kStage;
-  const uint32_t ring = shared_address(table) + kTable4Bytes + Space<kTokens>::kSums + depth * ring_bytes;
+  const uint32_t ring = shared_address(table) + kTable4Bytes + S::kSumBytes + depth * ring_bytes;
   let_next_start();
 
   const int splits = cluster_size(), rank = cluster_rank();
@@ -167,31 +176,33 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
     return at;
   };
   Lane at = lane_at(weights.rows);
-  // two steps, each fetched again as soon as it is decoded
-  Step<kNested> buffers[2];
+  // one step or two, each fetched again as soon as it is decoded
+  Step<kNested> buffers[S::kBuffers];
   const auto fetch = [&](Step<kNested>& step) {
     step.fetch(at, first_tile + weights.i * kDepth * kPair, p.tiles);
     advance(weights);
     if (weights.i == 0) at = lane_at(weights.rows);
   };
-  fetch(buffers[0]);
-  fetch(buffers[1]);
+#pragma unroll
+  for (int i = 0; i < S::kBuffers; ++i) fetch(buffers[i]);
   fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
   const float offset = kNested ? *p.w.absmax.offset : 0.0f;
   wait_for_results();
   __syncthreads();
 
-  // A thread copies the same 16 bytes of a row in every tile, of tokens 32 apart. What it needs for that
+  // A thread copies the same 16 bytes of a row in every tile, of tokens kApart apart. What it needs for that
   // changes with the item only.
-  constexpr int kCopies = kPair * kTokens * 8 / (kThreads / kDepth);
+  constexpr int kCopies = kPair * kTokens * 8 / S::kGroup, kApart = S::kGroup / 8;
+  constexpr bool kTwice = kTokens == 2 * kApart;  // it has two tokens of a tile
+  static_assert(kTokens <= 2 * kApart);
   const int piece = in_depth % 8, token = in_depth / 8 % kTokens, half = in_depth / 8 / kTokens;
   const uint32_t to = half * (kTokens * 128) + token * 128 + ((piece ^ (token & 7)) * 16);
   const T* from = nullptr;
-  bool first_there = false, second_there = false;  // the token, and the one 32 further on
+  bool first_there = false, second_there = false;  // the tokens
   const auto begin_inputs = [&] {
     const int64_t row = inputs.tokens * int64_t{kTokens} + token;
     first_there = inputs.left > 0 && row < p.m;
-    second_there = inputs.left > 0 && row + 32 < p.m;
+    second_there = inputs.left > 0 && row + kApart < p.m;
     from = p.x + row * p.tiles * kTileK + half * kTileK + piece * 8;
   };
   begin_inputs();
@@ -199,10 +210,11 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
     const int tile = first_tile + inputs.i * kDepth * kPair;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int apart = kTokens == 64 ? i % 2 : 0, later = kTokens == 64 ? i / 2 : i;  // tokens / 32, tiles
-      const bool there = (apart ? second_there : first_there) && tile + half + later < end_tile;
-      const T* source = from + (tile + later) * kTileK + apart * 32 * static_cast<int64_t>(p.tiles) * kTileK;
-      copy_async(stage + to + apart * 32 * 128 + later * (kTokens * 128), there ? source : p.x,
+      const int second = kTwice ? i % 2 : 0, later = kTwice ? i / 2 : i;  // token, tile
+      const bool there = (second ? second_there : first_there) && tile + half + later < end_tile;
+      const T* source =
+          from + (tile + later) * kTileK + second * kApart * static_cast<int64_t>(p.tiles) * kTileK;
+      copy_async(stage + to + second * kApart * 128 + later * (kTokens * 128), there ? source : p.x,
                  there ? 16 : 0);
     }
     advance(inputs);
@@ -218,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
   else
     wait_copies<kStages - 2>();
   publish_shared();
-  depth_barrier(depth);
+  depth_barrier<S::kGroup>(depth);
 
   int stage = 0;
   for (int64_t item = 0; item < items; ++item) {
@@ -281,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
       if (!p.resident) {
         wait_copies<kStages - 3>();
         publish_shared();
-        depth_barrier(depth);  // x of the next step is there, and that of the one before is read
+        depth_barrier<S::kGroup>(depth);  // x of the next step is there, and that of the one before is read
         copy_x(ring + (stage == 0 ? kStages - 1 : stage - 1) * kStage);
         commit_copies();
       }
@@ -290,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
     };
     for (int i = 0; i < p.steps; i += 2) {
       multiply_step(buffers[0]);
-      multiply_step(buffers[1]);
+      multiply_step(buffers[S::kBuffers - 1]);
     }
     if (!kExact) {
       wait_group<0>();
@@ -298,40 +310,45 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
       hold_registers(acc);
     }
 
-    // the second group of warps hands its sums to the first
-#pragma unroll
-    for (int turn = 1; turn >= 0; --turn) {
-      if (depth == turn) {
-#pragma unroll
-        for (int e = 0; e < kSums; ++e) {
-          const int row = row_warp * kTileRows + g + e % 4 / 2 * 8, token = e / 4 * 8 + 2 * t + e % 2;
-          float& sum = sums[token * kSumStride + row];
-          sum = turn == 1 ? acc[e] : sum + acc[e];
-        }
-      }
-      if (turn == 1) __syncthreads();
-    }
-    if (splits > 1)
-      cluster_barrier();
-    else
-      __syncthreads();
     const int64_t first_row = here_now.rows * kTileRows, first_token = here_now.tokens * int64_t{kTokens};
     const int rows = static_cast<int>(min(int64_t{kRows}, p.w.n - first_row));
     const int tokens = static_cast<int>(min(int64_t{kTokens}, p.m - first_token));
-    for (int i = threadIdx.x + rank * kThreads; i < tokens * kRows; i += splits * kThreads) {
-      const int row = i % kRows, token = i / kRows;
-      if (row >= rows) continue;
-      const float* own = sums + token * kSumStride + row;
-      float total = 0.0f;
-      for (int r = 0; r < splits; ++r) total += splits > 1 ? cluster_value(own, r) : *own;
-      p.out.store(first_token + token, first_row + row, total);
+#pragma unroll
+    for (int begin = 0; begin < kTokens; begin += S::kSumTokens) {
+      // a second group of warps hands its sums to the first
+#pragma unroll
+      for (int turn = kDepth - 1; turn >= 0; --turn) {
+        if (depth == turn) {
+#pragma unroll
+          for (int e = begin / 2; e < (begin + S::kSumTokens) / 2; ++e) {
+            const int row = row_warp * kTileRows + g + e % 4 / 2 * 8,
+                      token = e / 4 * 8 + 2 * t + e % 2 - begin;
+            float& sum = sums[token * kSumStride + row];
+            sum = turn == kDepth - 1 ? acc[e] : sum + acc[e];
+          }
+        }
+        if (turn > 0) __syncthreads();
+      }
+      if (splits > 1)
+        cluster_barrier();
+      else
+        __syncthreads();
+      const int here = min(tokens - begin, S::kSumTokens);
+      for (int i = threadIdx.x + rank * kThreads; i < here * kRows; i += splits * kThreads) {
+        const int row = i % kRows, token = i / kRows;
+        if (row >= rows) continue;
+        const float* own = sums + token * kSumStride + row;
+        float total = 0.0f;
+        for (int r = 0; r < splits; ++r) total += splits > 1 ? cluster_value(own, r) : *own;
+        p.out.store(first_token + begin + token, first_row + row, total);
+      }
+      if (splits > 1)
+        cluster_barrier();
+      else
+        __syncthreads();
     }
     here_now.i = p.steps - 1;
     advance(here_now);
-    if (splits > 1)
-      cluster_barrier();
-    else
-      __syncthreads();
   }
 #endif
 }
@@ -346,11 +363,12 @@ cudaError_t launch(const Launch& on, const Product4<T>& product) {
   p.m = static_cast<int>(product.m);
   p.tiles = static_cast<int>(product.w.k / kTileK);
   p.token_blocks = (p.m + kTokens - 1) / kTokens;
-  const int64_t items = (product.w.n + kRows - 1) / kRows * p.token_blocks;
+  using S = Shape<kTokens>;
+  const int64_t items = (product.w.n + S::kRows - 1) / S::kRows * p.token_blocks;
   // the cluster size that ends first; what an item costs besides its steps is counted in steps, as measured
   const auto steps_of = [&](int blocks) {
     const int share = (p.tiles + blocks - 1) / blocks;
-    return (share + 2 * kDepth * kPair - 1) / (2 * kDepth * kPair) * 2;
+    return (share + 2 * S::kDepth * kPair - 1) / (2 * S::kDepth * kPair) * 2;
   };
   int splits = 1;
   double least = 0.0;
@@ -369,14 +387,13 @@ cudaError_t launch(const Launch& on, const Product4<T>& product) {
   p.rest = items % clusters;
   p.share = (p.tiles + splits - 1) / splits;
   p.steps = steps_of(splits);
-  constexpr int kFixed = kTable4Bytes + Space<kTokens>::kSums;
+  constexpr int kFixed = kTable4Bytes + S::kSumBytes;
   const int room = std::min(on.shared - 1024, 227 << 10) - kFixed;
-  p.resident = p.token_blocks == 1 && p.steps * kDepth * Space<kTokens>::kStage <= room;
+  p.resident = p.token_blocks == 1 && p.steps * S::kDepth * S::kStage <= room;
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(clusters * splits));
   shape.block = dim3(kThreads);
-  shape.shared = static_cast<size_t>(kFixed + (p.resident ? p.steps : Space<kTokens>::kStages) * kDepth *
-                                                  Space<kTokens>::kStage);
+  shape.shared = static_cast<size_t>(kFixed + (p.resident ? p.steps : S::kStages) * S::kDepth * S::kStage);
   shape.cluster = static_cast<unsigned>(splits);
   return launch_kernel(on, shape, skinny_kernel<T, kTokens, kNested>, p);
 }
@@ -393,6 +410,9 @@ template <typename T>
 cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product) {
   if (product.m <= 16) return launch<T, 16>(on, product);
   if (product.m <= 32) return launch<T, 32>(on, product);
+  // wide items where there are enough of them for every multiprocessor
+  const int64_t wide = (product.w.n + 255) / 256 * ((product.m + 127) / 128);
+  if (product.m > 64 && wide * 4 >= on.multiprocessors * 3) return launch<T, 128>(on, product);
   return launch<T, 64>(on, product);
 }
 
