@@ -1,34 +1,33 @@
 // y = x w^T + bias + residual with a tiled 4-bit weight and 9 rows of 16-bit x or more, on sm_90a: the weight
 // is the A operand of wgmma, decoded on the way from memory into registers; x is B, from shared memory.
 //
-// A block of four warpgroups makes 128 rows of the weight times up to 64 tokens: two warpgroups have 64 rows
-// each, the other two the same rows at other k. The blocks of a cluster divide K further, so that every
-// multiprocessor has work whatever N is. A step is 2 k tiles of a warpgroup:
+// A block of four warpgroups makes an item: 128 rows of the weight times up to 64 tokens, two warpgroups with
+// 64 rows each and the other two at the same rows and other k; or 256 rows times 128 tokens. The blocks of a
+// cluster divide K further, so that every multiprocessor has work whatever N is. A step is 2 k tiles:
 //
-//   codes   2 x 16 bytes a lane, straight into registers, kAhead steps ahead, on into the next item of the
-//   block x       [tokens][64 k] a tile by asynchronous copies into a ring, swizzled as wgmma wants it; where
-//   all of a block's
-//           part of x fits into the ring it is loaded once
+//   codes   2 x 16 bytes a lane, straight into registers, up to two steps ahead, on into the next item
+//   x       [tokens][64 k] a tile by the copy engine into a ring, swizzled as wgmma wants it; where all of a
+//           block's part of x fits into the ring it is loaded once
 //   decode  a byte permute makes an address, a look-up makes two weights (table4.cuh)
 //   scale   up to 16 tokens absmax times the sums of a tile, in fp32; more: times the weights, a rounding
-//   more, which
-//           lets the product of a tile run while the next one is decoded
+//           more, which lets the product of a tile run while the next one is decoded
 //   reduce  warpgroups and blocks of the cluster through shared memory, in a fixed order
 //
-// Up to 64 tokens this is bound by memory. More tokens are several items for each 128 rows, which decode the
-// weight again: bound by the tensor cores and decoding, and no slower than a dense product until about 256
-// tokens.
+// Up to 64 tokens this is bound by memory and decoding. More tokens are several items for the same rows,
+// which decode the weight again.
 #include <algorithm>
 
 #include "cluster.cuh"
 #include "launch.cuh"
 #include "table4.cuh"
+#include "tma_sm90.cuh"
 #include "wgmma_sm90.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
 constexpr int kThreads = 512, kPair = 2;  // kPair: tiles of a step
+constexpr int kMostStages = 32;           // of the ring, where x stays
 
 /// How the four warpgroups of a block divide the work, and the shared memory behind the table: sums, then a
 /// ring for each of the kDepth groups.
@@ -42,8 +41,9 @@ struct Shape {
       kTokens == 128 ? 32 : kTokens;            // whose sums are in shared memory at a time
   static constexpr int kSumStride = kRows + 4;  // floats between tokens
   static constexpr int kSumBytes = (kSumTokens * kSumStride * 4 + 1023) / 1024 * 1024;
+  static constexpr int kFixed = kTable4Bytes + kSumBytes + 1024;  // the last for barriers
   static constexpr int kStage = kPair * kTokens * 128;
-  static constexpr int kStages = kTokens == 128 ? 3 : 4;
+  static constexpr int kStages = 4;
 };
 
 template <typename T>
@@ -74,12 +74,6 @@ __device__ __forceinline__ uint32_t twice(float value) {
   Vec<T, 2> pair;
   pair.v[0] = pair.v[1] = from_float<T>(value);
   return *reinterpret_cast<uint32_t*>(&pair);
-}
-
-/// A barrier among the warpgroups that share a part of k.
-template <int threads>
-__device__ __forceinline__ void depth_barrier(int depth) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(depth + 1), "n"(threads) : "memory");
 }
 
 /// Where a lane reads of one row tile.
@@ -122,7 +116,8 @@ struct Step {
 #endif  // HALFBYTE_WGMMA
 
 template <typename T, int kTokens, bool kNested>
-__global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_constant__ Skinny<T> p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    skinny_kernel(const __grid_constant__ Skinny<T> p, const __grid_constant__ CUtensorMap x_tiles) {
 #if HALFBYTE_WGMMA
   using S = Shape<kTokens>;
   constexpr int kDepth = S::kDepth, kRows = S::kRows, kSumStride = S::kSumStride, kStage = S::kStage,
@@ -137,8 +132,11 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
   const int depth = warp / (16 / kDepth), in_depth = threadIdx.x % S::kGroup;
   const int row_warp = warp % (16 / kDepth);  // the row tile of the item
   const uint32_t lane4 = lane * 4;
-  const int ring_bytes = (p.resident ? p.steps : kStages) * kStage;
-  const uint32_t ring = shared_address(table) + kTable4Bytes + S::kSumBytes + depth * ring_bytes;
+  const int stages = p.resident ? p.steps : kStages, ring_bytes = stages * kStage;
+  const uint32_t ring = shared_address(table) + S::kFixed + depth * ring_bytes;
+  // of each stage: x is there; all warps of the group have read it
+  const uint32_t full = shared_address(table) + kTable4Bytes + S::kSumBytes + depth * (kMostStages * 16);
+  const uint32_t empty = full + kMostStages * 8;
   let_next_start();
 
   const int splits = cluster_size(), rank = cluster_rank();
@@ -187,52 +185,35 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
   for (int i = 0; i < S::kBuffers; ++i) fetch(buffers[i]);
   fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
   const float offset = kNested ? *p.w.absmax.offset : 0.0f;
-  wait_for_results();
+  const bool fetches = in_depth == 0;  // the thread that asks for x
+  if (fetches) {
+    for (int i = 0; i < stages; ++i) {
+      init_barrier(full + i * 8, 1);
+      init_barrier(empty + i * 8, S::kGroup / 32);
+    }
+    publish_barriers();
+  }
   __syncthreads();
+  wait_for_results();
 
-  // A thread copies the same 16 bytes of a row in every tile, of tokens kApart apart. What it needs for that
-  // changes with the item only.
-  constexpr int kCopies = kPair * kTokens * 8 / S::kGroup, kApart = S::kGroup / 8;
-  constexpr bool kTwice = kTokens == 2 * kApart;  // it has two tokens of a tile
-  static_assert(kTokens <= 2 * kApart);
-  const int piece = in_depth % 8, token = in_depth / 8 % kTokens, half = in_depth / 8 / kTokens;
-  const uint32_t to = half * (kTokens * 128) + token * 128 + ((piece ^ (token & 7)) * 16);
-  const T* from = nullptr;
-  bool first_there = false, second_there = false;  // the tokens
-  const auto begin_inputs = [&] {
-    const int64_t row = inputs.tokens * int64_t{kTokens} + token;
-    first_there = inputs.left > 0 && row < p.m;
-    second_there = inputs.left > 0 && row + kApart < p.m;
-    from = p.x + row * p.tiles * kTileK + half * kTileK + piece * 8;
-  };
-  begin_inputs();
-  const auto copy_x = [&](uint32_t stage) {  // 2 tiles of all tokens of the item at `inputs`
-    const int tile = first_tile + inputs.i * kDepth * kPair;
+  const auto fetch_x = [&](int stage) {  // 2 tiles of all tokens of the item at `inputs`
+    if (inputs.left <= 0) return;
+    const int tile = first_tile + inputs.i * kDepth * kPair, row = inputs.tokens * kTokens;
+    arrive_expecting(full + stage * 8, kStage);
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int second = kTwice ? i % 2 : 0, later = kTwice ? i / 2 : i;  // token, tile
-      const bool there = (second ? second_there : first_there) && tile + half + later < end_tile;
-      const T* source =
-          from + (tile + later) * kTileK + second * kApart * static_cast<int64_t>(p.tiles) * kTileK;
-      copy_async(stage + to + second * kApart * 128 + later * (kTokens * 128), there ? source : p.x,
-                 there ? 16 : 0);
+    for (int q = 0; q < kPair; ++q) {
+      const int kt = tile + q < end_tile ? tile + q : p.tiles;  // beyond the end of x: zeros
+      fetch_tile(ring + stage * kStage + q * (kTokens * 128), x_tiles, row, kt * static_cast<int>(kTileK),
+                 full + stage * 8);
     }
     advance(inputs);
-    if (inputs.i == 0) begin_inputs();
   };
-  const int before = p.resident ? p.steps : kStages - 1;
-  for (int i = 0; i < before; ++i) {
-    copy_x(ring + i * kStage);
-    commit_copies();
+  if (fetches) {
+    for (int i = 0; i < (p.resident ? p.steps : kStages - 1); ++i) fetch_x(i);
   }
-  if (p.resident)
-    wait_copies<0>();
-  else
-    wait_copies<kStages - 2>();
-  publish_shared();
-  depth_barrier<S::kGroup>(depth);
 
-  int stage = 0;
+  int stage = 0, last_stage = -1;        // of this step and the one before
+  uint32_t parity = 0, last_parity = 0;  // of the round through the ring
   for (int64_t item = 0; item < items; ++item) {
     float acc[kSums], part[kPair][kExact ? kSums : 1];
     uint32_t a[kPair][4][4] = {};
@@ -289,16 +270,27 @@ __global__ void __launch_bounds__(kThreads, 1) skinny_kernel(const __grid_consta
       }
     };
     const auto multiply_step = [&](Step<kNested> & step) __attribute__((always_inline)) {
+      wait_barrier(full + stage * 8, parity);
       multiply_tile(step, std::integral_constant<int, 0>{});
       if (!p.resident) {
-        wait_copies<kStages - 3>();
-        publish_shared();
-        depth_barrier<S::kGroup>(depth);  // x of the next step is there, and that of the one before is read
-        copy_x(ring + (stage == 0 ? kStages - 1 : stage - 1) * kStage);
-        commit_copies();
+        if (last_stage < 0) {
+          if (fetches) fetch_x(kStages - 1);
+        } else {  // the products of the step before are done: its place in the ring is free
+          if (lane == 0) arrive(empty + last_stage * 8);
+          if (fetches) {
+            wait_barrier(empty + last_stage * 8, last_parity);
+            fetch_x(last_stage);
+          }
+        }
+        __syncwarp();
+        last_stage = stage;
+        last_parity = parity;
       }
       multiply_tile(step, std::integral_constant<int, 1>{});
-      stage = stage + 1 == (p.resident ? p.steps : kStages) ? 0 : stage + 1;
+      if (++stage == stages) {
+        stage = 0;
+        parity ^= p.resident ? 0 : 1;
+      }
     };
     for (int i = 0; i < p.steps; i += 2) {
       multiply_step(buffers[0]);
@@ -387,15 +379,18 @@ cudaError_t launch(const Launch& on, const Product4<T>& product) {
   p.rest = items % clusters;
   p.share = (p.tiles + splits - 1) / splits;
   p.steps = steps_of(splits);
-  constexpr int kFixed = kTable4Bytes + S::kSumBytes;
-  const int room = std::min(on.shared - 1024, 227 << 10) - kFixed;
-  p.resident = p.token_blocks == 1 && p.steps * S::kDepth * S::kStage <= room;
+  const int room = std::min(on.shared - 1024, 227 << 10) - S::kFixed;
+  p.resident = p.token_blocks == 1 && p.steps <= kMostStages && p.steps * S::kDepth * S::kStage <= room;
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(clusters * splits));
   shape.block = dim3(kThreads);
-  shape.shared = static_cast<size_t>(kFixed + (p.resident ? p.steps : S::kStages) * S::kDepth * S::kStage);
+  shape.shared = static_cast<size_t>(S::kFixed + (p.resident ? p.steps : S::kStages) * S::kDepth * S::kStage);
   shape.cluster = static_cast<unsigned>(splits);
-  return launch_kernel(on, shape, skinny_kernel<T, kTokens, kNested>, p);
+  CUtensorMap x_tiles;
+  constexpr DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
+  const cudaError_t error = describe_tiles(&x_tiles, dtype, p.x, p.m, product.w.k, kTokens);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(on, shape, skinny_kernel<T, kTokens, kNested>, p, x_tiles);
 }
 
 template <typename T, int kTokens>

@@ -1,0 +1,56 @@
+// Tiles of a row-major matrix into shared memory by the copy engine of sm_90, and the barriers that tell when
+// they are there. One thread asks for a tile, any thread waits for it.
+#pragma once
+
+#include <cuda.h>
+
+#include "mma.cuh"
+
+namespace halfbyte::cuda {
+
+/// Describes x [rows, cols] of 16-bit elements, 16-byte aligned, for tiles of `tile_rows` x 64 elements with
+/// the 128-byte swizzle. What a tile has outside of x is zero. libcuda is not linked: the driver is asked
+/// through the runtime.
+cudaError_t describe_tiles(CUtensorMap* map, DType dtype, const void* x, int64_t rows, int64_t cols,
+                           int tile_rows);
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+/// `barrier` is the shared address of 8 bytes; `arrivals` complete a phase, together with the bytes expected.
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+/// After the barriers were set up, by the thread that did it; a block barrier follows.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+/// Until the phase of this parity is complete: phases count from 0.
+__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+/// The tile at (row, column) of the matrix; counts on the barrier.
+__device__ __forceinline__ void fetch_tile(uint32_t shared, const CUtensorMap& map, int row, int column,
+                                           uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+      "%3}], "
+      "[%4];\n" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+#endif
+
+}  // namespace halfbyte::cuda
