@@ -53,9 +53,8 @@ constexpr bool is_blocksize(int64_t b) { return b >= 32 && b <= 4096 && (b & (b 
 constexpr int64_t kNestedBlocksize = 256;
 
 /// How the codes and absmax of a 4-bit weight [N, K] lie in memory.
-///   flat   bitsandbytes' own: row-major, two codes a byte, the even element in the high half; a block's
-///   absmax
-///          at element / blocksize
+///   flat   bitsandbytes' own: row-major, two codes a byte, the even element in the high half; the absmax of
+///          a block at element / blocksize
 ///   tiled  the same bytes in the order in which the tensor cores want them (blocksize 64, N % 16 = 0,
 ///          K % 64 = 0). A tile is 16 rows x 64 k: 512 bytes of codes and 16 absmax; tile (N / 16, K / 64) is
 ///          row-major. Lane l = 4 g + t of a warp has bytes 16 l .. 16 l + 15 of a tile, 4 for each step j of

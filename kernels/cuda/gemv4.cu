@@ -2,21 +2,18 @@
 // once, at the rate of the memory. Also several weights that share x in one launch (q, k, v), and act(gate) *
 // up.
 //
-// A block takes a run of row tiles; its warps divide K. A unit is 4 tiles, 256 k; warp w has the units w, w +
-// warps, ... of every row tile, so a block reads one contiguous stream, and x, whose part a warp meets again
-// and again, stays in its registers from beginning to end:
+// A block takes a run of row tiles; its warps divide K. A unit is 4 tiles, 256 k; warp w has the units w,
+// w + warps, ... of every row tile, so a block reads one contiguous stream, and x, whose part a warp meets
+// again and again, stays in its registers from beginning to end:
 //
 //   codes   4 x 16 bytes a lane and unit, straight into registers, a unit or two ahead
 //   decode  a byte permute makes an address, a look-up makes two weights (table4.cuh): the A fragment
 //   mma     m16n8k16. Its 8 columns are kTokens rows of x for each of 8 / kTokens tiles: column c holds x of
-//   the
-//           group's tile c / kTokens, so of the products with tile q only those columns count, and each lane
-//           keeps x of one tile only. The lane that finds the column in its accumulators has also loaded that
-//           tile's absmax.
+//           the group's tile c / kTokens, so of the products with tile q only those columns count, and each
+//           lane keeps x of one tile only. The lane that accumulates a column also scales it.
 //   scale   sums of a tile's 64 k times absmax, in fp32
-//   reduce  over the columns' tiles by shuffles, over warps (and the blocks of a cluster, where K is divided
-//   among them)
-//           through shared memory, after several row tiles at once, in a fixed order
+//   reduce  over the columns' tiles by shuffles; over warps, and over the blocks of a cluster where K is
+//           divided among them, through shared memory after several row tiles at once; in a fixed order
 //
 // Fast where K / 256 divides among 8 to 16 warps without a rest and there are 132 row tiles or more.
 #include <algorithm>

@@ -1,10 +1,10 @@
-// y [M, N] = x [M, K] w^T + bias + residual with a 4-bit weight, alone or several together: which kernel
-// runs.
+// y [M, N] = x [M, K] w^T + bias + residual with a 4-bit weight, alone or several together: the choice of a
+// kernel.
 //
-//   tiled, 16-bit x, M <= 8   gemv4.cu, tensor cores
-//   a few rows                stream4.cu: fp32 multiply-adds, both layouts, any K
-//   else                      the weight is dequantised to x's dtype in the workspace, then the dense product
-//   runs
+//   tiled, 16-bit x   up to M = 8 gemv4.cu, up to kMostSkinny skinny4_sm90.cu; without wgmma gemv4.cu a few
+//                     times, for 8 rows each
+//   a few rows        stream4.cu: fp32 multiply-adds, both layouts, any K
+//   else              the weight is dequantised to x's dtype in the workspace, then the dense product runs
 #include <algorithm>
 
 #include "tiled4.cuh"
@@ -13,7 +13,7 @@ namespace halfbyte::cuda {
 namespace {
 
 constexpr int64_t kStreamed = 16;     // rows of x up to which streaming beats dequantising
-constexpr int64_t kMostSkinny = 256;  // the same for skinny4_sm90
+constexpr int64_t kMostSkinny = 512;  // the same for skinny4_sm90; half of it with nested statistics
 constexpr int64_t kMostPasses = 4;    // of gemv4, for M > 8
 
 View dense_view(const Weight4& w, DType dtype, void* data) {
@@ -56,7 +56,7 @@ Route route_of(const Launch& on, const View& x, const Weight4& w) {
   const int64_t rows = x.rows();
   if (w.layout == Layout4::tiled && x.dtype != DType::f32 && is_aligned(x.data, 16)) {
     if (gemv4_takes(on.arch, rows, w.k)) return Route::gemv;
-    if (on.wgmma && rows <= kMostSkinny) return Route::skinny;
+    if (on.wgmma && rows <= (w.nested_absmax ? kMostSkinny / 2 : kMostSkinny)) return Route::skinny;
     if (rows <= 8 * kMostPasses && gemv4_takes(on.arch, 8, w.k)) return Route::gemv;
   }
   return rows <= kStreamed || w.k == 0 ? Route::stream : Route::dense;

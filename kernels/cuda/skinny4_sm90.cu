@@ -35,8 +35,6 @@ template <int kTokens>
 struct Shape {
   static constexpr int kDepth = kTokens == 128 ? 1 : 2;  // groups of warps along k
   static constexpr int kRows = 256 / kDepth;             // of an item
-  static constexpr int kGroup = kThreads / kDepth;
-  static constexpr int kBuffers = kDepth;  // steps of codes that a lane holds
   static constexpr int kSumTokens =
       kTokens == 128 ? 32 : kTokens;            // whose sums are in shared memory at a time
   static constexpr int kSumStride = kRows + 4;  // floats between tokens
@@ -122,6 +120,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   using S = Shape<kTokens>;
   constexpr int kDepth = S::kDepth, kRows = S::kRows, kSumStride = S::kSumStride, kStage = S::kStage,
                 kStages = S::kStages;
+  constexpr int kGroup = kThreads / kDepth;  // threads that share a part of k
+  constexpr int kBuffers = kDepth;           // steps of codes that a lane holds
   static_assert(kPair == 2 && kStages >= 3);
   constexpr bool kExact = kTokens <= 16;
   constexpr int kSums = kTokens / 2;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kSumTokens][kSumStride]
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
-  const int depth = warp / (16 / kDepth), in_depth = threadIdx.x % S::kGroup;
+  const int depth = warp / (16 / kDepth), in_depth = threadIdx.x % kGroup;
   const int row_warp = warp % (16 / kDepth);  // the row tile of the item
   const uint32_t lane4 = lane * 4;
   const int stages = p.resident ? p.steps : kStages, ring_bytes = stages * kStage;
@@ -175,21 +175,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   Lane at = lane_at(weights.rows);
   // one step or two, each fetched again as soon as it is decoded
-  Step<kNested> buffers[S::kBuffers];
+  Step<kNested> buffers[kBuffers];
   const auto fetch = [&](Step<kNested>& step) {
     step.fetch(at, first_tile + weights.i * kDepth * kPair, p.tiles);
     advance(weights);
     if (weights.i == 0) at = lane_at(weights.rows);
   };
 #pragma unroll
-  for (int i = 0; i < S::kBuffers; ++i) fetch(buffers[i]);
+  for (int i = 0; i < kBuffers; ++i) fetch(buffers[i]);
   fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
   const float offset = kNested ? *p.w.absmax.offset : 0.0f;
   const bool fetches = in_depth == 0;  // the thread that asks for x
   if (fetches) {
     for (int i = 0; i < stages; ++i) {
       init_barrier(full + i * 8, 1);
-      init_barrier(empty + i * 8, S::kGroup / 32);
+      init_barrier(empty + i * 8, kGroup / 32);
     }
     publish_barriers();
   }
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     for (int i = 0; i < p.steps; i += 2) {
       multiply_step(buffers[0]);
-      multiply_step(buffers[S::kBuffers - 1]);
+      multiply_step(buffers[kBuffers - 1]);
     }
     if (!kExact) {
       wait_group<0>();
