@@ -1,8 +1,8 @@
 // y [M, N] = x [M, K] w^T + bias + residual with a 4-bit weight, alone or several together: the choice of a
 // kernel.
 //
-//   tiled, 16-bit x   up to M = 8 gemv4.cu, up to kMostSkinny skinny4_sm90.cu; without wgmma gemv4.cu a few
-//                     times, for 8 rows each
+//   tiled, 16-bit x   up to M = 8 gemv4.cu, then skinny4_sm90.cu, from kSkinny on gemm4_sm90.cu; without
+//                     wgmma gemv4.cu a few times, for 8 rows each
 //   a few rows        stream4.cu: fp32 multiply-adds, both layouts, any K
 //   else              the weight is dequantised to x's dtype in the workspace, then the dense product runs
 #include <algorithm>
@@ -12,9 +12,10 @@
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int64_t kStreamed = 16;     // rows of x up to which streaming beats dequantising
-constexpr int64_t kMostSkinny = 512;  // the same for skinny4_sm90; half of it with nested statistics
-constexpr int64_t kMostPasses = 4;    // of gemv4, for M > 8
+constexpr int64_t kStreamed = 16;  // rows of x up to which streaming beats dequantising
+// Rows of x up to which skinny4_sm90 beats gemm4_sm90: by how many rows the weight has.
+constexpr int64_t kSkinny = 64, kSkinnyFew = 128, kFewRows = 8192;
+constexpr int64_t kMostPasses = 4;  // of gemv4, for M > 8
 
 View dense_view(const Weight4& w, DType dtype, void* data) {
   View v;
@@ -50,13 +51,13 @@ Product4<T> product_of(const View& y, const View& x, const Weight4& w, const Epi
 }
 
 /// Kernels that read the weight as it is, on the tensor cores.
-enum class Route { gemv, skinny, stream, dense };
+enum class Route { gemv, skinny, gemm, stream, dense };
 
 Route route_of(const Launch& on, const View& x, const Weight4& w) {
   const int64_t rows = x.rows();
   if (w.layout == Layout4::tiled && x.dtype != DType::f32 && is_aligned(x.data, 16)) {
     if (gemv4_takes(on.arch, rows, w.k)) return Route::gemv;
-    if (on.wgmma && rows <= (w.nested_absmax ? kMostSkinny / 2 : kMostSkinny)) return Route::skinny;
+    if (on.wgmma) return rows <= (w.n < kFewRows ? kSkinnyFew : kSkinny) ? Route::skinny : Route::gemm;
     if (rows <= 8 * kMostPasses && gemv4_takes(on.arch, 8, w.k)) return Route::gemv;
   }
   return rows <= kStreamed || w.k == 0 ? Route::stream : Route::dense;
@@ -89,16 +90,18 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
   if (Status status = check_weight4("linear_4bit", w); !status.ok()) return status;
   if (Status status = check_linear("linear_4bit", y, x, w.n, w.k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
-  const Route route = route_of(launch_, x, w);
-  if (route == Route::gemv || route == Route::skinny) {
+  Route route = route_of(launch_, x, w);
+  if (route == Route::gemm && !is_aligned(y.data, 16)) route = Route::skinny;
+  if (route == Route::gemv || route == Route::skinny || route == Route::gemm) {
     Launch on;
     if (Status status = enter_early(queue, &on); !status.ok()) return status;
     return check(with_half_type(x.dtype,
                                 [&](auto* p) {
                                   using T = std::remove_pointer_t<decltype(p)>;
                                   const Product4<T> product = product_of<T>(y, x, w, epilogue);
-                                  return route == Route::gemv ? gemv_passes(on, product)
-                                                              : skinny4_sm90(on, product);
+                                  if (route == Route::gemv) return gemv_passes(on, product);
+                                  return route == Route::skinny ? skinny4_sm90(on, product)
+                                                                : gemm4_sm90(on, product);
                                 }),
                  "linear_4bit");
   }

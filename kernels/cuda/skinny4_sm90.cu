@@ -1,11 +1,11 @@
-// y = x w^T + bias + residual with a tiled 4-bit weight and 9 rows of 16-bit x or more, on sm_90a: the weight
+// y = x w^T + bias + residual with a tiled 4-bit weight and 9 to 128 rows of 16-bit x, on sm_90a: the weight
 // is the A operand of wgmma, decoded on the way from memory into registers; x is B, from shared memory.
 //
 // A block of four warpgroups makes an item: 128 rows of the weight times up to 64 tokens, two warpgroups with
-// 64 rows each and the other two at the same rows and other k; or 256 rows times 128 tokens. The blocks of a
-// cluster divide K further, so that every multiprocessor has work whatever N is. A step is 2 k tiles:
+// 64 rows each and the other two at the same rows and other k. The blocks of a cluster divide K further, so
+// that every multiprocessor has work whatever N is. A step is 2 k tiles of a warpgroup:
 //
-//   codes   2 x 16 bytes a lane, straight into registers, up to two steps ahead, on into the next item
+//   codes   2 x 16 bytes a lane, straight into registers, two steps ahead, on into the next item
 //   x       [tokens][64 k] a tile by the copy engine into a ring, swizzled as wgmma wants it; where all of a
 //           block's part of x fits into the ring it is loaded once
 //   decode  a byte permute makes an address, a look-up makes two weights (table4.cuh)
@@ -13,8 +13,8 @@
 //           more, which lets the product of a tile run while the next one is decoded
 //   reduce  warpgroups and blocks of the cluster through shared memory, in a fixed order
 //
-// Up to 64 tokens this is bound by memory and decoding. More tokens are several items for the same rows,
-// which decode the weight again.
+// Bound by memory and decoding. More than 64 tokens are several items for the same rows, which decode the
+// weight again: right where N is too small for gemm4_sm90.cu to fill the chip.
 #include <algorithm>
 
 #include "cluster.cuh"
@@ -29,19 +29,16 @@ namespace {
 constexpr int kThreads = 512, kPair = 2;  // kPair: tiles of a step
 constexpr int kMostStages = 32;           // of the ring, where x stays
 
-/// How the four warpgroups of a block divide the work, and the shared memory behind the table: sums, then a
-/// ring for each of the kDepth groups.
+constexpr int kDepth = 2, kRows = 128;  // groups of warps along k; rows of an item
+constexpr int kStages = 4;              // of the ring, where x passes through it
+constexpr int kSumStride = kRows + 4;   // floats between tokens of the sums
+
+/// Shared memory behind the table: sums, barriers, then a ring for each of the kDepth groups.
 template <int kTokens>
 struct Shape {
-  static constexpr int kDepth = kTokens == 128 ? 1 : 2;  // groups of warps along k
-  static constexpr int kRows = 256 / kDepth;             // of an item
-  static constexpr int kSumTokens =
-      kTokens == 128 ? 32 : kTokens;            // whose sums are in shared memory at a time
-  static constexpr int kSumStride = kRows + 4;  // floats between tokens
-  static constexpr int kSumBytes = (kSumTokens * kSumStride * 4 + 1023) / 1024 * 1024;
+  static constexpr int kSumBytes = (kTokens * kSumStride * 4 + 1023) / 1024 * 1024;
   static constexpr int kFixed = kTable4Bytes + kSumBytes + 1024;  // the last for barriers
   static constexpr int kStage = kPair * kTokens * 128;
-  static constexpr int kStages = 4;
 };
 
 template <typename T>
@@ -59,20 +56,7 @@ struct Skinny {
 
 #if HALFBYTE_WGMMA
 
-__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, half_t) {
-  asm("mul.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(scale));
-  return pair;
-}
-__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, bf16_t) {
-  asm("mul.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(scale));
-  return pair;
-}
-template <typename T>
-__device__ __forceinline__ uint32_t twice(float value) {
-  Vec<T, 2> pair;
-  pair.v[0] = pair.v[1] = from_float<T>(value);
-  return *reinterpret_cast<uint32_t*>(&pair);
-}
+constexpr int kGroup = kThreads / kDepth;  // threads that share a part of k
 
 /// Where a lane reads of one row tile.
 struct Lane {
@@ -118,15 +102,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     skinny_kernel(const __grid_constant__ Skinny<T> p, const __grid_constant__ CUtensorMap x_tiles) {
 #if HALFBYTE_WGMMA
   using S = Shape<kTokens>;
-  constexpr int kDepth = S::kDepth, kRows = S::kRows, kSumStride = S::kSumStride, kStage = S::kStage,
-                kStages = S::kStages;
-  constexpr int kGroup = kThreads / kDepth;  // threads that share a part of k
-  constexpr int kBuffers = kDepth;           // steps of codes that a lane holds
-  static_assert(kPair == 2 && kStages >= 3);
+  constexpr int kStage = S::kStage;
+  static_assert(kPair == 2 && kDepth == 2 && kStages >= 3);
   constexpr bool kExact = kTokens <= 16;
   constexpr int kSums = kTokens / 2;
   extern __shared__ __align__(1024) char table[];
-  float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kSumTokens][kSumStride]
+  float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kTokens][kSumStride]
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const int depth = warp / (16 / kDepth), in_depth = threadIdx.x % kGroup;
@@ -174,15 +155,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     return at;
   };
   Lane at = lane_at(weights.rows);
-  // one step or two, each fetched again as soon as it is decoded
-  Step<kNested> buffers[kBuffers];
+  // two steps, each fetched again as soon as it is decoded
+  Step<kNested> buffers[2];
   const auto fetch = [&](Step<kNested>& step) {
     step.fetch(at, first_tile + weights.i * kDepth * kPair, p.tiles);
     advance(weights);
     if (weights.i == 0) at = lane_at(weights.rows);
   };
 #pragma unroll
-  for (int i = 0; i < kBuffers; ++i) fetch(buffers[i]);
+  for (int i = 0; i < 2; ++i) fetch(buffers[i]);
   fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
   const float offset = kNested ? *p.w.absmax.offset : 0.0f;
   const bool fetches = in_depth == 0;  // the thread that asks for x
@@ -242,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int j = 0; j < 4; ++j) look_up(a[q][j], table, words[j], lane4);
       if (q == kPair - 1) fetch(step);
       if (!kExact) {
-        const uint32_t low = twice<T>(scale[q].x), high = twice<T>(scale[q].y);
+        const uint32_t low = pair_of<T>(scale[q].x, scale[q].x), high = pair_of<T>(scale[q].y, scale[q].y);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -294,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     for (int i = 0; i < p.steps; i += 2) {
       multiply_step(buffers[0]);
-      multiply_step(buffers[kBuffers - 1]);
+      multiply_step(buffers[1]);
     }
     if (!kExact) {
       wait_group<0>();
@@ -305,40 +286,35 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t first_row = here_now.rows * kTileRows, first_token = here_now.tokens * int64_t{kTokens};
     const int rows = static_cast<int>(min(int64_t{kRows}, p.w.n - first_row));
     const int tokens = static_cast<int>(min(int64_t{kTokens}, p.m - first_token));
+    // the second group of warps hands its sums to the first
 #pragma unroll
-    for (int begin = 0; begin < kTokens; begin += S::kSumTokens) {
-      // a second group of warps hands its sums to the first
+    for (int turn = 1; turn >= 0; --turn) {
+      if (depth == turn) {
 #pragma unroll
-      for (int turn = kDepth - 1; turn >= 0; --turn) {
-        if (depth == turn) {
-#pragma unroll
-          for (int e = begin / 2; e < (begin + S::kSumTokens) / 2; ++e) {
-            const int row = row_warp * kTileRows + g + e % 4 / 2 * 8,
-                      token = e / 4 * 8 + 2 * t + e % 2 - begin;
-            float& sum = sums[token * kSumStride + row];
-            sum = turn == kDepth - 1 ? acc[e] : sum + acc[e];
-          }
+        for (int e = 0; e < kSums; ++e) {
+          const int row = row_warp * kTileRows + g + e % 4 / 2 * 8, token = e / 4 * 8 + 2 * t + e % 2;
+          float& sum = sums[token * kSumStride + row];
+          sum = turn == 1 ? acc[e] : sum + acc[e];
         }
-        if (turn > 0) __syncthreads();
       }
-      if (splits > 1)
-        cluster_barrier();
-      else
-        __syncthreads();
-      const int here = min(tokens - begin, S::kSumTokens);
-      for (int i = threadIdx.x + rank * kThreads; i < here * kRows; i += splits * kThreads) {
-        const int row = i % kRows, token = i / kRows;
-        if (row >= rows) continue;
-        const float* own = sums + token * kSumStride + row;
-        float total = 0.0f;
-        for (int r = 0; r < splits; ++r) total += splits > 1 ? cluster_value(own, r) : *own;
-        p.out.store(first_token + begin + token, first_row + row, total);
-      }
-      if (splits > 1)
-        cluster_barrier();
-      else
-        __syncthreads();
+      if (turn == 1) __syncthreads();
     }
+    const auto together = [&] {
+      if (splits > 1)
+        cluster_barrier();
+      else
+        __syncthreads();
+    };
+    together();
+    for (int i = threadIdx.x + rank * kThreads; i < tokens * kRows; i += splits * kThreads) {
+      const int row = i % kRows, token = i / kRows;
+      if (row >= rows) continue;
+      const float* own = sums + token * kSumStride + row;
+      float total = 0.0f;
+      for (int r = 0; r < splits; ++r) total += splits > 1 ? cluster_value(own, r) : *own;
+      p.out.store(first_token + token, first_row + row, total);
+    }
+    together();
     here_now.i = p.steps - 1;
     advance(here_now);
   }
@@ -356,11 +332,11 @@ cudaError_t launch(const Launch& on, const Product4<T>& product) {
   p.tiles = static_cast<int>(product.w.k / kTileK);
   p.token_blocks = (p.m + kTokens - 1) / kTokens;
   using S = Shape<kTokens>;
-  const int64_t items = (product.w.n + S::kRows - 1) / S::kRows * p.token_blocks;
+  const int64_t items = (product.w.n + kRows - 1) / kRows * p.token_blocks;
   // the cluster size that ends first; what an item costs besides its steps is counted in steps, as measured
   const auto steps_of = [&](int blocks) {
     const int share = (p.tiles + blocks - 1) / blocks;
-    return (share + 2 * S::kDepth * kPair - 1) / (2 * S::kDepth * kPair) * 2;
+    return (share + 2 * kDepth * kPair - 1) / (2 * kDepth * kPair) * 2;
   };
   int splits = 1;
   double least = 0.0;
@@ -380,11 +356,11 @@ cudaError_t launch(const Launch& on, const Product4<T>& product) {
   p.share = (p.tiles + splits - 1) / splits;
   p.steps = steps_of(splits);
   const int room = std::min(on.shared - 1024, 227 << 10) - S::kFixed;
-  p.resident = p.token_blocks == 1 && p.steps <= kMostStages && p.steps * S::kDepth * S::kStage <= room;
+  p.resident = p.token_blocks == 1 && p.steps <= kMostStages && p.steps * kDepth * S::kStage <= room;
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(clusters * splits));
   shape.block = dim3(kThreads);
-  shape.shared = static_cast<size_t>(S::kFixed + (p.resident ? p.steps : S::kStages) * S::kDepth * S::kStage);
+  shape.shared = static_cast<size_t>(S::kFixed + (p.resident ? p.steps : kStages) * kDepth * S::kStage);
   shape.cluster = static_cast<unsigned>(splits);
   CUtensorMap x_tiles;
   constexpr DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
@@ -405,9 +381,6 @@ template <typename T>
 cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product) {
   if (product.m <= 16) return launch<T, 16>(on, product);
   if (product.m <= 32) return launch<T, 32>(on, product);
-  // wide items where there are enough of them for every multiprocessor
-  const int64_t wide = (product.w.n + 255) / 256 * ((product.m + 127) / 128);
-  if (product.m > 64 && wide * 4 >= on.multiprocessors * 3) return launch<T, 128>(on, product);
   return launch<T, 64>(on, product);
 }
 

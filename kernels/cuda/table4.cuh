@@ -69,4 +69,23 @@ __device__ __forceinline__ float map_value(const char* table, uint32_t code, uin
   return *reinterpret_cast<const float*>(table + (code << 8 | lane4) + 128);
 }
 
+/// Both halves of `pair` times those of `scale`.
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, half_t) {
+  asm("mul.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(scale));
+  return pair;
+}
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, bf16_t) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("mul.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(scale));
+#endif
+  return pair;
+}
+template <typename T>
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+  Vec<T, 2> pair;
+  pair.v[0] = from_float<T>(low);
+  pair.v[1] = from_float<T>(high);
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+
 }  // namespace halfbyte::cuda

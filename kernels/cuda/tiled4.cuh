@@ -44,9 +44,13 @@ cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count);
 template <typename T>
 cudaError_t gemv4_gated(const Launch& on, const Product4<T>& gate, const Product4<T>& up, Activation act);
 
-/// Any rows of x, made for 9 and more; only where Launch::wgmma. skinny4_sm90.cu
+/// Any rows of x, made for 9 to 128; only where Launch::wgmma. skinny4_sm90.cu
 template <typename T>
 cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product);
+
+/// Any rows of x, made for 65 and more; only where Launch::wgmma, y 16-byte aligned. gemm4_sm90.cu
+template <typename T>
+cudaError_t gemm4_sm90(const Launch& on, const Product4<T>& product);
 
 /// A few rows of x of any float dtype, a weight of either layout. stream4.cu
 cudaError_t stream4(cudaStream_t stream, const View& y, const View& x, const Weight4& w,
