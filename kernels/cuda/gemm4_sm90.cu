@@ -1,13 +1,13 @@
 // y = x w^T + bias + residual with a tiled 4-bit weight and many rows of x (65 and more), on sm_90a: the
-// weight is the A operand of wgmma, decoded on the way from memory into registers; x is B, brought into
-// shared memory by the copy engine. Bound by the tensor cores.
+// weight is the A operand of wgmma, decoded on the way from shared memory into registers; x is B. Bound by
+// the tensor cores.
 //
 // A block makes 128 rows of the weight times 128 or 256 tokens: a producer warp and two consumer warpgroups
 // of 64 rows each. One step is 64 k:
 //
-//   producer  a box of x [tokens][64 k], swizzled, into a ring; the blocks of a cluster that work on the same
-//             tokens bring a part each and hand it to all of them
-//   codes     16 bytes a lane and tile, straight into registers, kAhead steps ahead, on into the next item
+//   producer  a box of x [tokens][64 k], swizzled, codes and absmax of 8 row tiles, by the copy engine into a
+//             ring; the blocks of a cluster that work on the same tokens bring a part of x each and hand it
+//             to all of them
 //   decode    a byte permute makes an address, a look-up makes two weights (table4.cuh), one product scales
 //             them by absmax rounded to their type; done while the product of the step before runs
 //   end       fp32 sums + bias + residual, rounded once, turned round in shared memory so that y is written
@@ -28,10 +28,25 @@ namespace halfbyte::cuda {
 namespace {
 
 constexpr int kRows = 128, kThreads = 384;  // of a block: rows of the weight; consumers and the producer
-constexpr int kRing = 128 << 10;
-constexpr int kStaged = 128;                // tokens whose results are turned round at a time
+constexpr int kStaged = 64;                 // tokens whose results are turned round at a time
 constexpr int kStaging = kStaged * 64 * 2;  // bytes of a warpgroup for that
-constexpr int kBarriers = kTable4Bytes + kRing + 2 * kStaging, kShared = kBarriers + 256;
+constexpr int kSumTokens = 128;             // whose sums of a divided K are in the ring at a time
+constexpr int kSumStride = kRows + 4;       // floats between them
+constexpr int kCodes = kRows / kTileRows * 512, kAbsmax = kRows * 4;  // bytes of a step
+
+/// Shared memory behind the table: a ring of x, of codes, of absmax, then results, then barriers.
+template <int kTokens>
+struct Space {
+  static constexpr int kX = kTokens * 128, kStages = kTokens == 256 ? 4 : 7;
+  static constexpr int kCodesAt = kTable4Bytes + kStages * kX, kAbsmaxAt = kCodesAt + kStages * kCodes;
+  static constexpr int kStagingAt = kAbsmaxAt + kStages * kAbsmax;
+  static constexpr int kBarriersAt = kStagingAt + 2 * kStaging;
+  static constexpr int kBytes = kBarriersAt + kStages * 16;
+  static_assert(kBytes <= 227 << 10 && kStages * kX >= kSumTokens * kSumStride * 4);
+};
+struct Maps {
+  CUtensorMap x, codes, absmax;
+};
 
 /// How the product is cut: tokens of a block, blocks of a cluster that share x, and that divide K.
 struct Cut {
@@ -45,7 +60,7 @@ struct Gemm4 {
   Book4 book;
   int m, tiles;
   int sharing, splits;
-  int steps;  // k tiles of a block, a multiple of kAhead
+  int steps;  // k tiles of a block, an even number
   int row_groups, token_tiles, band, items;
   bool whole_lines;  // the residual may be read 16 bytes at a time
 };
@@ -53,7 +68,6 @@ struct Gemm4 {
 #if HALFBYTE_WGMMA
 
 constexpr int kConsumers = 256, kGroup = 128;  // threads
-constexpr int kSumStride = kRows + 4;  // floats between tokens of the sums of a divided K, in the ring
 
 template <int registers>
 __device__ __forceinline__ void give_registers() {
@@ -99,13 +113,6 @@ __device__ __forceinline__ float4 cluster_values(const float* own, int rank) {
   return v;
 }
 
-/// Where a lane reads of one row tile.
-struct Lane {
-  const uint8_t* codes;  // its 16 bytes of the first k tile
-  const char* absmax;    // the pair of the first k tile
-  int64_t block;         // nested: number of the absmax of its row g, in the flat order
-};
-
 /// What a lane holds of a tile: its codes, the absmax of rows g and g + 8.
 template <bool kNested>
 struct Tile {
@@ -113,18 +120,16 @@ struct Tile {
   float2 scale;   // nested: their nested absmax
   uint32_t code;  // nested: two bytes
 
-  __device__ __forceinline__ void fetch(const Lane& at, const float* nested, int kt, int tiles) {
-    const uint8_t* from = at.codes + static_cast<int64_t>(kt) * 512;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(codes.x), "=r"(codes.y), "=r"(codes.z), "=r"(codes.w)
-                 : "l"(from));
+  /// `block` is the number of the absmax of row g in the flat order, `rows8` eight rows further.
+  __device__ __forceinline__ void read(const char* code_bytes, const char* absmax_bytes, const float* nested,
+                                       int64_t block, int64_t rows8) {
+    codes = *reinterpret_cast<const uint4*>(code_bytes);
     if (kNested) {
-      code = *reinterpret_cast<const uint16_t*>(at.absmax + kt * 16);
-      const int64_t block = at.block + kt;
+      code = *reinterpret_cast<const uint16_t*>(absmax_bytes);
       scale.x = nested[block / kNestedBlocksize];
-      scale.y = nested[(block + int64_t{8} * tiles) / kNestedBlocksize];
+      scale.y = nested[(block + rows8) / kNestedBlocksize];
     } else {
-      scale = *reinterpret_cast<const float2*>(at.absmax + kt * 64);
+      scale = *reinterpret_cast<const float2*>(absmax_bytes);
     }
   }
   __device__ __forceinline__ float2 absmax(const char* table, float offset, uint32_t lane4) const {
@@ -206,19 +211,58 @@ __device__ __forceinline__ void write_sums(const Gemm4<T>& p, const float (&acc)
   }
 }
 
+__device__ __forceinline__ void consumers_barrier() {
+  asm volatile("bar.sync 3, %0;\n" ::"n"(kConsumers) : "memory");
+}
+
+/// Adds the sums of the blocks that divide K, each for its share of the tokens, and writes them.
+template <typename T>
+__device__ __forceinline__ void add_parts(const Gemm4<T>& p, const float* sums, int split, int peer,
+                                          int64_t first_row, int64_t first_token) {
+  constexpr int kAtOnce = 4, kFours = kRows / 4;
+  const int tokens = kSumTokens / p.splits;
+  for (int from = threadIdx.x; from < tokens * kFours; from += kConsumers * kAtOnce) {
+    float4 total[kAtOnce] = {};
+    for (int s = 0; s < p.splits; ++s) {
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int i = from + u * kConsumers;
+        if (i >= tokens * kFours) continue;
+        const float4 v = cluster_values(sums + (split * tokens + i / kFours) * kSumStride + i % kFours * 4,
+                                        s * p.sharing + peer);
+        total[u].x += v.x, total[u].y += v.y, total[u].z += v.z, total[u].w += v.w;
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = from + u * kConsumers;
+      const int64_t m = first_token + split * tokens + i / kFours, row = first_row + i % kFours * 4;
+      if (i >= tokens * kFours || m >= p.m || row >= p.w.n) continue;
+      float sum[4] = {total[u].x, total[u].y, total[u].z, total[u].w};
+      Vec<T, 4> result;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (p.out.bias) sum[e] += p.out.bias_at(row + e);
+        if (p.out.residual) sum[e] += to_float(p.out.residual[m * p.out.n + row + e]);
+        result.v[e] = from_float<T>(sum[e]);
+      }
+      *reinterpret_cast<Vec<T, 4>*>(p.out.y + m * p.out.n + row) = result;
+    }
+  }
+}
+
 #endif  // HALFBYTE_WGMMA
 
 template <typename T, int kTokens, bool kNested>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm4_kernel(const __grid_constant__ Gemm4<T> p, const __grid_constant__ CUtensorMap x_map) {
+    gemm4_kernel(const __grid_constant__ Gemm4<T> p, const __grid_constant__ Maps maps) {
 #if HALFBYTE_WGMMA
-  constexpr int kAhead = kTokens == 256 ? 2 : 4;
-  constexpr int kStage = kTokens * 128, kStages = kRing / kStage;
+  using S = Space<kTokens>;
+  constexpr int kStages = S::kStages;
+  constexpr int kAbsmaxBytes = kNested ? kRows : kRows * 4;
   extern __shared__ __align__(1024) char table[];
-  char* const ring_bytes = table + kTable4Bytes;
-  const uint32_t ring = shared_address(ring_bytes), barriers = shared_address(table) + kBarriers;
-  const auto full = [&](int stage) { return barriers + stage * 8; };
-  const auto empty = [&](int stage) { return barriers + (kStages + stage) * 8; };
+  const uint32_t shared = shared_address(table);
+  const uint32_t ring = shared + kTable4Bytes, full = shared + S::kBarriersAt, empty = full + kStages * 8;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const bool consumes = warp < kConsumers / 32;
@@ -230,37 +274,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int clusters = gridDim.x / blocks, first_item = blockIdx.x / blocks;
   const int first_tile = split * p.steps;
 
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == kConsumers) {
     for (int i = 0; i < kStages; ++i) {
-      init_barrier(full(i), 1);
-      init_barrier(empty(i), kConsumers / 32 * p.sharing);
+      init_barrier(full + i * 8, 1);
+      init_barrier(empty + i * 8, kConsumers / 32 * p.sharing);
     }
     publish_barriers();
   }
-
-  const int64_t last_row_tile = p.w.n / kTileRows - 1;
-  Tile<kNested> ahead[kAhead];
-  Lane at;
-  int next_item = first_item, next_step = 0;
-  const auto begin_rows = [&] {
-    const int rows = place_of(p, min(next_item, p.items - 1)).rows * p.sharing + peer;
-    const int64_t tile = min(int64_t{rows} * (kRows / kTileRows) + warp % 8, last_row_tile) * p.tiles;
-    at.codes = p.w.codes + tile * 512 + lane * 16;
-    at.absmax = kNested ? reinterpret_cast<const char*>(p.w.absmax.codes + tile * 16 + 2 * g)
-                        : reinterpret_cast<const char*>(p.w.absmax.plain + tile * 16 + 2 * g);
-    at.block = tile * kTileRows + static_cast<int64_t>(g) * p.tiles;
+  // the producer's part of a step: the weight needs nothing of the kernels before
+  const auto fetch_weight = [&](int stage, int row_tile, int kt) {
+    arrive_expecting(full + stage * 8, S::kX + kCodes + kAbsmaxBytes);
+    fetch_tile(shared + S::kCodesAt + stage * kCodes, maps.codes, row_tile, kt * 128, full + stage * 8);
+    fetch_tile(shared + S::kAbsmaxAt + stage * kAbsmax, maps.absmax, row_tile, kt * (kNested ? 4 : 16),
+               full + stage * 8);
   };
-  const auto fetch = [&](Tile<kNested> & tile) __attribute__((always_inline)) {
-    tile.fetch(at, p.w.absmax.nested, min(first_tile + next_step, p.tiles - 1), p.tiles);
-    if (++next_step < p.steps) return;
-    next_step = 0;
-    next_item += clusters;
-    begin_rows();
+  const auto row_tile_of = [&](const Place& place) {
+    return (place.rows * p.sharing + peer) * (kRows / kTileRows);
   };
-  if (consumes) {
-    begin_rows();
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) fetch(ahead[i]);
+  int early = 0;  // steps whose weights were fetched before
+  if (threadIdx.x == kConsumers && first_item < p.items) {
+    const int row_tile = row_tile_of(place_of(p, first_item));
+    for (; early < min(kStages, p.steps); ++early) fetch_weight(early, row_tile, first_tile + early);
   }
   fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
   wait_for_results();
@@ -271,23 +305,28 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (!consumes) {
     give_registers<40>();
-    if (warp == kConsumers / 32 && lane == 0) {
+    if (threadIdx.x == kConsumers) {
       const int part = kTokens / p.sharing;
       const uint32_t part_at = peer * part * 128;
       const uint16_t everyone = static_cast<uint16_t>(((1 << p.sharing) - 1) << (split * p.sharing));
-      uint32_t count = 0;
+      int stage = 0;
+      uint32_t parity = 1;
       for (int item = first_item; item < p.items; item += clusters) {
-        const int row = place_of(p, item).tokens * kTokens + peer * part;
-        for (int i = 0; i < p.steps; ++i, ++count) {
-          const int stage = count % kStages;
-          wait_barrier(empty(stage), (count / kStages & 1) ^ 1);
-          arrive_expecting(full(stage), kStage);
-          const uint32_t to = ring + stage * kStage + part_at;
+        const Place place = place_of(p, item);
+        const int row = place.tokens * kTokens + peer * part, row_tile = row_tile_of(place);
+        for (int i = 0; i < p.steps; ++i) {
+          wait_barrier(empty + stage * 8, parity);
+          if (early > 0)
+            --early;
+          else
+            fetch_weight(stage, row_tile, first_tile + i);
+          const uint32_t to = ring + stage * S::kX + part_at;
           const int column = (first_tile + i) * kTileK;
           if (p.sharing > 1)
-            fetch_tile(to, x_map, row, column, full(stage), everyone);
+            fetch_tile(to, maps.x, row, column, full + stage * 8, everyone);
           else
-            fetch_tile(to, x_map, row, column, full(stage));
+            fetch_tile(to, maps.x, row, column, full + stage * 8);
+          if (++stage == kStages) stage = 0, parity ^= 1;
         }
       }
     }
@@ -296,105 +335,101 @@ __global__ void __launch_bounds__(kThreads, 1)
     take_registers<232>();
     const int group = warp / 4;
     const float offset = kNested ? *p.w.absmax.offset : 0.0f;
-    uint32_t count = 0;
+    const char* const my_codes = table + S::kCodesAt + warp * 512 + lane * 16;
+    const char* const my_absmax = table + S::kAbsmaxAt + (kNested ? warp * 16 + g * 2 : warp * 64 + g * 8);
+    int stage = 0;
+    uint32_t parity = 0;
     for (int item = first_item; item < p.items; item += clusters) {
+      const Place place = place_of(p, item);
+      const int64_t first_row = (static_cast<int64_t>(place.rows) * p.sharing + peer) * kRows;
+      const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
+      int64_t block =
+          (min(first_row + warp * kTileRows, p.w.n - kTileRows) + g) * p.tiles + min(first_tile, p.tiles - 1);
+      Tile<kNested> tile;
+      const auto read = [&] {  // the step at `stage`
+        wait_barrier(full + stage * 8, parity);
+        tile.read(my_codes + stage * kCodes, my_absmax + stage * kAbsmax, p.w.absmax.nested, block,
+                  int64_t{8} * p.tiles);
+      };
+      const auto release = [&](int of) __attribute__((always_inline)) {
+        if (p.sharing == 1) {
+          if (lane == 0) arrive(empty + of * 8);
+        } else if (lane < p.sharing) {
+          arrive_at(empty + of * 8, split * p.sharing + lane);
+        }
+      };
       float acc[kTokens / 2];
       uint32_t a[2][4][4] = {};
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
-      const auto release = [&](uint32_t number) __attribute__((always_inline)) {
-        if (p.sharing == 1) {
-          if (lane == 0) arrive(empty(number % kStages));
-        } else if (lane < p.sharing) {
-          arrive_at(empty(number % kStages), split * p.sharing + lane);
-        }
-      };
-      for (int i = 0; i < p.steps; i += kAhead) {
+      int before = stage;  // the step whose product runs
+      read();
+      for (int i = 0; i < p.steps; i += 2) {
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u, ++count) {
-          uint32_t(&now)[4][4] = a[u % 2];
-          const uint4 codes = ahead[u].codes;
-          const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-          const float2 scale = ahead[u].absmax(table, offset, lane4);
+        for (int u = 0; u < 2; ++u) {
+          uint32_t(&now)[4][4] = a[u];
+          const uint32_t words[4] = {tile.codes.x, tile.codes.y, tile.codes.z, tile.codes.w};
+          const float2 scale = tile.absmax(table, offset, lane4);
           const uint32_t low = pair_of<T>(scale.x, scale.x), high = pair_of<T>(scale.y, scale.y);
 #pragma unroll
           for (int j = 0; j < 4; ++j) look_up(now[j], table, words[j], lane4);
-          fetch(ahead[u]);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
 #pragma unroll
             for (int r = 0; r < 4; ++r) now[j][r] = scale_pair(now[j][r], r % 2 ? high : low, T{});
           }
-          const int stage = count % kStages;
-          wait_barrier(full(stage), count / kStages & 1);
-          const uint64_t x_tile = describe_b(ring + stage * kStage, 0);
+          const uint64_t x_tile = describe_b(ring + stage * S::kX, 0);
           begin_group();
 #pragma unroll
           for (int j = 0; j < 4; ++j) multiply_group(acc, now[j], x_tile + ((j * 32) >> 4), true, T{});
           commit_group();
+          const int running = stage;
+          if (++stage == kStages) stage = 0, parity ^= 1;
+          if (i + u + 1 < p.steps) {
+            if (kNested && first_tile + i + u + 1 < p.tiles) ++block;
+            read();
+          }
           wait_group<1>();
-          hold_registers(a[(u + 1) % 2]);
-          if (u > 0 || i > 0) release(count - 1);
+          hold_registers(a[1 - u]);
+          if (i + u > 0) release(before);
+          before = running;
         }
       }
       wait_group<0>();
       hold_registers(a[1]);
       hold_registers(acc);
-      release(count - 1);
+      release(before);
 
-      const Place place = place_of(p, item);
-      const int64_t first_row = (static_cast<int64_t>(place.rows) * p.sharing + peer) * kRows;
-      const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
       if (p.splits == 1) {
-        write_sums<kTokens>(p, acc, ring_bytes + kRing + group * kStaging, group, first_row + group * 64,
+        write_sums<kTokens>(p, acc, table + S::kStagingAt + group * kStaging, group, first_row + group * 64,
                             first_token);
         continue;
       }
-      // K divided: the only item of this block, so the ring is free
-      if constexpr (kTokens == 128) {
-        float* const sums = reinterpret_cast<float*>(ring_bytes);
-        asm volatile("bar.sync 3, %0;\n" ::"n"(kConsumers) : "memory");  // both have read their last stage
+      // K divided. This is the only item of the block, so the ring is free.
+      float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kSumTokens][kSumStride]
 #pragma unroll
-        for (int e = 0; e < kTokens / 2; ++e)
-          sums[(e / 4 * 8 + 2 * t + e % 2) * kSumStride + warp * 16 + g + e % 4 / 2 * 8] = acc[e];
+      for (int part = 0; part < kTokens / kSumTokens; ++part) {
+        consumers_barrier();  // all have read what was there
+#pragma unroll
+        for (int e = 0; e < kSumTokens / 2; ++e)
+          sums[(e / 4 * 8 + 2 * t + e % 2) * kSumStride + warp * 16 + g + e % 4 / 2 * 8] =
+              acc[part * (kSumTokens / 2) + e];
+        cluster_barrier();
+        add_parts(p, sums, split, peer, first_row, first_token + part * kSumTokens);
+        cluster_barrier();
       }
     }
   }
-  if (p.splits > 1) {
-    cluster_barrier();
-    if (consumes && first_item < p.items) {
-      const Place place = place_of(p, first_item);
-      const int64_t first_row = (static_cast<int64_t>(place.rows) * p.sharing + peer) * kRows;
-      const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
-      const float* sums = reinterpret_cast<const float*>(ring_bytes);
-      const int tokens = kTokens / p.splits;
-      for (int i = threadIdx.x; i < tokens * (kRows / 4); i += kConsumers) {
-        const int token = split * tokens + i / (kRows / 4), four = i % (kRows / 4) * 4;
-        const int64_t m = first_token + token, row = first_row + four;
-        if (m >= p.m || row >= p.w.n) continue;
-        float total[4] = {};
-        for (int s = 0; s < p.splits; ++s) {
-          const float4 v = cluster_values(sums + token * kSumStride + four, s * p.sharing + peer);
-          total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
-        }
-        Vec<T, 4> result;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (p.out.bias) total[e] += p.out.bias_at(row + e);
-          if (p.out.residual) total[e] += to_float(p.out.residual[m * p.out.n + row + e]);
-          result.v[e] = from_float<T>(total[e]);
-        }
-        *reinterpret_cast<Vec<T, 4>*>(p.out.y + m * p.out.n + row) = result;
-      }
-    }
+  // what others still read or write here; a block whose K is divided has met them already
+  if (p.splits > 1 && !(consumes && first_item < p.items)) {
+    for (int part = 0; part < kTokens / kSumTokens * 2; ++part) cluster_barrier();
   }
-  if (blocks > 1) cluster_barrier();  // others may still read here, or write
+  if (blocks > 1) cluster_barrier();
 #endif
 }
 
 template <typename T, int kTokens, bool kNested>
 cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut) {
-  constexpr int kAhead = kTokens == 256 ? 2 : 4;
   Gemm4<T> p = {};
   p.w = product.w;
   p.out = product.out;
@@ -403,25 +438,32 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut)
   p.tiles = static_cast<int>(product.w.k / kTileK);
   p.sharing = cut.sharing;
   p.splits = cut.splits;
-  p.steps = ((p.tiles + p.splits - 1) / p.splits + kAhead - 1) / kAhead * kAhead;
+  p.steps = ((p.tiles + p.splits - 1) / p.splits + 1) / 2 * 2;
   p.row_groups = static_cast<int>((product.w.n + kRows * p.sharing - 1) / (kRows * p.sharing));
   p.token_tiles = (p.m + kTokens - 1) / kTokens;
   p.band = std::min(p.token_tiles, 1024 / kTokens);
   p.items = p.row_groups * p.token_tiles;
   p.whole_lines = is_aligned(product.out.residual, 16);
-  CUtensorMap x_map;
+  Maps maps;
   const DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
-  if (const cudaError_t error =
-          describe_tiles(&x_map, dtype, product.x, product.m, product.w.k, kTokens / p.sharing);
-      error != cudaSuccess)
-    return error;
+  const Absmax& absmax = p.w.absmax;
+  const void* scales = kNested ? static_cast<const void*>(absmax.codes) : absmax.plain;
+  constexpr int kTileWords = kNested ? 4 : 16, kRowTiles = kRows / kTileRows;
+  const int64_t row_tiles = p.w.n / kTileRows;
+  cudaError_t error = describe_tiles(&maps.x, dtype, product.x, product.m, product.w.k, kTokens / p.sharing);
+  if (error == cudaSuccess)
+    error = describe_words(&maps.codes, p.w.codes, row_tiles, p.tiles * int64_t{128}, kRowTiles, 128);
+  if (error == cudaSuccess)
+    error =
+        describe_words(&maps.absmax, scales, row_tiles, p.tiles * int64_t{kTileWords}, kRowTiles, kTileWords);
+  if (error != cudaSuccess) return error;
   const int blocks = p.sharing * p.splits;
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(std::min(p.items, on.clusters_of(blocks)) * blocks));
   shape.block = dim3(kThreads);
-  shape.shared = kShared;
+  shape.shared = Space<kTokens>::kBytes;
   shape.cluster = static_cast<unsigned>(blocks);
-  return launch_kernel(on, shape, gemm4_kernel<T, kTokens, kNested>, p, x_map);
+  return launch_kernel(on, shape, gemm4_kernel<T, kTokens, kNested>, p, maps);
 }
 
 /// The cut that should end first. Costs are clocks of a multiprocessor.
@@ -433,7 +475,7 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
       for (int splits = 1; sharing * splits <= 8; splits *= 2) {
         const int64_t clusters = on.clusters_of(sharing * splits);
         const int64_t items = (n + kRows * sharing - 1) / (kRows * sharing) * ((m + tokens - 1) / tokens);
-        if (clusters == 0 || (splits > 1 && (tokens != 128 || items > clusters))) continue;
+        if (clusters == 0 || (splits > 1 && items > clusters)) continue;
         const int64_t rounds = (items + clusters - 1) / clusters;
         const int64_t steps = (k / kTileK + splits - 1) / splits;
         const double step = tokens == 256 ? (sharing > 1 ? 1060 : 1150) : (sharing > 1 ? 580 : 680);
@@ -457,6 +499,9 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut)
 
 template <typename T>
 cudaError_t gemm4_sm90(const Launch& on, const Product4<T>& product) {
+  const Absmax& absmax = product.w.absmax;
+  const void* scales = absmax.plain ? static_cast<const void*>(absmax.plain) : absmax.codes;
+  if (!is_aligned(scales, 16)) return skinny4_sm90(on, product);  // the copy engine cannot read it
   const Cut cut = cut_of(on, product.m, product.w.n, product.w.k);
   return cut.tokens == 128 ? launch<T, 128>(on, product, cut) : launch<T, 256>(on, product, cut);
 }

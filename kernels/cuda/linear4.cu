@@ -2,7 +2,7 @@
 // kernel.
 //
 //   tiled, 16-bit x   up to M = 8 gemv4.cu, then skinny4_sm90.cu, from kSkinny on gemm4_sm90.cu; without
-//                     wgmma gemv4.cu a few times, for 8 rows each
+//                     wgmma gemv4.cu a few times, for 8 rows each, then gemm4_sm80.cu
 //   a few rows        stream4.cu: fp32 multiply-adds, both layouts, any K
 //   else              the weight is dequantised to x's dtype in the workspace, then the dense product runs
 #include <algorithm>
@@ -14,8 +14,9 @@ namespace {
 
 constexpr int64_t kStreamed = 16;  // rows of x up to which streaming beats dequantising
 // Rows of x up to which skinny4_sm90 beats gemm4_sm90: by how many rows the weight has.
-constexpr int64_t kSkinny = 64, kSkinnyFew = 128, kFewRows = 8192;
-constexpr int64_t kMostPasses = 4;  // of gemv4, for M > 8
+constexpr int64_t kSkinny = 64, kSkinnyFew = 128, kFewRows = 6144;
+constexpr int64_t kMostPasses = 4;    // of gemv4, for M > 8
+constexpr int64_t kMostGemm80 = 256;  // rows of x up to which gemm4_sm80 beats dequantising
 
 View dense_view(const Weight4& w, DType dtype, void* data) {
   View v;
@@ -59,6 +60,7 @@ Route route_of(const Launch& on, const View& x, const Weight4& w) {
     if (gemv4_takes(on.arch, rows, w.k)) return Route::gemv;
     if (on.wgmma) return rows <= (w.n < kFewRows ? kSkinnyFew : kSkinny) ? Route::skinny : Route::gemm;
     if (rows <= 8 * kMostPasses && gemv4_takes(on.arch, 8, w.k)) return Route::gemv;
+    if (on.arch >= 80 && rows <= kMostGemm80) return Route::gemm;
   }
   return rows <= kStreamed || w.k == 0 ? Route::stream : Route::dense;
 }
@@ -91,7 +93,7 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
   if (Status status = check_linear("linear_4bit", y, x, w.n, w.k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
   Route route = route_of(launch_, x, w);
-  if (route == Route::gemm && !is_aligned(y.data, 16)) route = Route::skinny;
+  if (route == Route::gemm && launch_.wgmma && !is_aligned(y.data, 16)) route = Route::skinny;
   if (route == Route::gemv || route == Route::skinny || route == Route::gemm) {
     Launch on;
     if (Status status = enter_early(queue, &on); !status.ok()) return status;
@@ -100,8 +102,8 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
                                   using T = std::remove_pointer_t<decltype(p)>;
                                   const Product4<T> product = product_of<T>(y, x, w, epilogue);
                                   if (route == Route::gemv) return gemv_passes(on, product);
-                                  return route == Route::skinny ? skinny4_sm90(on, product)
-                                                                : gemm4_sm90(on, product);
+                                  if (route == Route::skinny) return skinny4_sm90(on, product);
+                                  return on.wgmma ? gemm4_sm90(on, product) : gemm4_sm80(on, product);
                                 }),
                  "linear_4bit");
   }

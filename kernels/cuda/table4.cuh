@@ -71,14 +71,13 @@ __device__ __forceinline__ float map_value(const char* table, uint32_t code, uin
 
 /// Both halves of `pair` times those of `scale`.
 __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, half_t) {
-  asm("mul.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(scale));
-  return pair;
+  const __half2 scaled = __hmul2(*reinterpret_cast<__half2*>(&pair), *reinterpret_cast<__half2*>(&scale));
+  return *reinterpret_cast<const uint32_t*>(&scaled);
 }
 __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, bf16_t) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm("mul.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(scale));
-#endif
-  return pair;
+  const __nv_bfloat162 scaled =
+      __hmul2(*reinterpret_cast<__nv_bfloat162*>(&pair), *reinterpret_cast<__nv_bfloat162*>(&scale));
+  return *reinterpret_cast<const uint32_t*>(&scaled);
 }
 template <typename T>
 __device__ __forceinline__ uint32_t pair_of(float low, float high) {

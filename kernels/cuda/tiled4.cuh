@@ -52,6 +52,10 @@ cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product);
 template <typename T>
 cudaError_t gemm4_sm90(const Launch& on, const Product4<T>& product);
 
+/// The same by mma.sync: sm_80 and up, any alignment of y. gemm4_sm80.cu
+template <typename T>
+cudaError_t gemm4_sm80(const Launch& on, const Product4<T>& product);
+
 /// A few rows of x of any float dtype, a weight of either layout. stream4.cu
 cudaError_t stream4(cudaStream_t stream, const View& y, const View& x, const Weight4& w,
                     const Epilogue& epilogue);

@@ -38,4 +38,19 @@ cudaError_t describe_tiles(CUtensorMap* map, DType dtype, const void* x, int64_t
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+cudaError_t describe_words(CUtensorMap* map, const void* data, int64_t rows, int64_t words, int tile_rows,
+                           int tile_words) {
+  static const Encode encode = find_encoder();
+  if (!encode) return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(words), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(words) * 4};
+  const cuuint32_t tile[2] = {static_cast<cuuint32_t>(tile_words), static_cast<cuuint32_t>(tile_rows)},
+                   steps[2] = {1, 1};
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT32, 2, const_cast<void*>(data), sizes, row_bytes, tile, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 }  // namespace halfbyte::cuda

@@ -14,6 +14,11 @@ namespace halfbyte::cuda {
 cudaError_t describe_tiles(CUtensorMap* map, DType dtype, const void* x, int64_t rows, int64_t cols,
                            int tile_rows);
 
+/// The same for rows of 4-byte words, a multiple of 4 of them, which arrive as they are: a tile's rows
+/// follow each other. Columns are words.
+cudaError_t describe_words(CUtensorMap* map, const void* data, int64_t rows, int64_t words, int tile_rows,
+                           int tile_words);
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 /// `barrier` is the shared address of 8 bytes; `arrivals` complete a phase, together with the bytes expected.
