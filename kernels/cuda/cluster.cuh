@@ -29,6 +29,12 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
 #endif
 }
+/// The same where nothing was written that others read.
+__device__ __forceinline__ void cluster_meet() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+#endif
+}
 /// A float in the shared memory of block `rank` of the cluster, at the place of `own`.
 __device__ __forceinline__ float cluster_value(const float* own, int rank) {
   float value = 0.0f;

@@ -6,16 +6,15 @@
 // of 64 rows each. One step is 64 k:
 //
 //   producer  a box of x [tokens][64 k], swizzled, codes and absmax of 8 row tiles, by the copy engine into a
-//             ring; the blocks of a cluster that work on the same tokens bring a part of x each and hand it
-//             to all of them
+//             ring
 //   decode    a byte permute makes an address, a look-up makes two weights (table4.cuh), one product scales
 //             them by absmax rounded to their type; done while the product of the step before runs
 //   end       fp32 sums + bias + residual, rounded once, turned round in shared memory so that y is written
-//             in lines; where K is divided over the blocks of a cluster, sums go through its shared memory
-//             in a fixed order
+//             in lines
 //
 // Blocks stay and take items in turn, in bands of token tiles, so that what runs at once shares x and weights
-// in L2.
+// in L2. Items that do not fill the last round go to a cluster each, whose blocks divide K and exchange sums
+// through shared memory, in a fixed order.
 #include <algorithm>
 
 #include "cluster.cuh"
@@ -30,8 +29,6 @@ namespace {
 constexpr int kRows = 128, kThreads = 384;  // of a block: rows of the weight; consumers and the producer
 constexpr int kStaged = 64;                 // tokens whose results are turned round at a time
 constexpr int kStaging = kStaged * 64 * 2;  // bytes of a warpgroup for that
-constexpr int kSumTokens = 128;             // whose sums of a divided K are in the ring at a time
-constexpr int kSumStride = kRows + 4;       // floats between them
 constexpr int kCodes = kRows / kTileRows * 512, kAbsmax = kRows * 4;  // bytes of a step
 
 /// Shared memory behind the table: a ring of x, of codes, of absmax, then results, then barriers.
@@ -42,15 +39,15 @@ struct Space {
   static constexpr int kStagingAt = kAbsmaxAt + kStages * kAbsmax;
   static constexpr int kBarriersAt = kStagingAt + 2 * kStaging;
   static constexpr int kBytes = kBarriersAt + kStages * 16;
-  static_assert(kBytes <= 227 << 10 && kStages * kX >= kSumTokens * kSumStride * 4);
+  static_assert(kBytes <= 227 << 10);
 };
 struct Maps {
   CUtensorMap x, codes, absmax;
 };
 
-/// How the product is cut: tokens of a block, blocks of a cluster that share x, and that divide K.
+/// How the product is cut: tokens of a block, blocks that divide K of the last items.
 struct Cut {
-  int tokens, sharing, splits;
+  int tokens, splits;
 };
 
 template <typename T>
@@ -59,9 +56,10 @@ struct Gemm4 {
   Output<T> out;
   Book4 book;
   int m, tiles;
-  int sharing, splits;
-  int steps;  // k tiles of a block, an even number
-  int row_groups, token_tiles, band, items;
+  int row_groups, token_tiles, band;
+  int whole, items;  // items of one block each; all of them
+  int rounds;        // of whole items before the divided ones
+  int splits, part;  // blocks that divide K of an item, and their k tiles
   bool whole_lines;  // the residual may be read 16 bytes at a time
 };
 
@@ -102,15 +100,13 @@ __device__ __forceinline__ float2 floats_of(uint32_t pair, half_t) {
 __device__ __forceinline__ float2 floats_of(uint32_t pair, bf16_t) {
   return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&pair));
 }
-__device__ __forceinline__ float4 cluster_values(const float* own, int rank) {
-  float4 v;
+/// To the place of `own` in block `rank` of the cluster.
+__device__ __forceinline__ void store_at(float4* own, int rank, float4 v) {
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(there)
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(v.x), "f"(v.y), "f"(v.z),
+               "f"(v.w)
                : "memory");
-  return v;
 }
 
 /// What a lane holds of a tile: its codes, the absmax of rows g and g + 8.
@@ -139,7 +135,25 @@ struct Tile {
   }
 };
 
-/// The place of an item: its rows in groups of kRows * sharing, its tokens.
+/// An item of a block: which, and its k tiles.
+struct Work {
+  int item, first_tile, steps;
+};
+/// The n-th of this block; false when there is none.
+template <typename T>
+__device__ __forceinline__ bool find_work(const Gemm4<T>& p, int n, Work* work) {
+  const int item = n * gridDim.x + blockIdx.x;
+  if (item < p.whole) {
+    *work = {item, 0, (p.tiles + 1) / 2 * 2};
+    return true;
+  }
+  if (n != p.rounds) return false;
+  *work = {p.whole + static_cast<int>(blockIdx.x) / p.splits,
+           static_cast<int>(blockIdx.x) % p.splits * p.part, p.part};
+  return work->item < p.items;
+}
+
+/// The place of an item: its rows in groups of kRows, its tokens in tiles.
 struct Place {
   int rows, tokens;
 };
@@ -154,6 +168,7 @@ __device__ __forceinline__ Place place_of(const Gemm4<T>& p, int item) {
 template <int kTokens, typename T>
 __device__ __forceinline__ void write_sums(const Gemm4<T>& p, const float (&acc)[kTokens / 2], char* staging,
                                            int group, int64_t first_row, int64_t first_token) {
+  constexpr int kPass = kTokens < kStaged ? kTokens : kStaged;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, in_group = threadIdx.x % kGroup;
   float bias[2] = {};
   if (p.out.bias) {
@@ -166,11 +181,11 @@ __device__ __forceinline__ void write_sums(const Gemm4<T>& p, const float (&acc)
   const uint32_t matrices = shared_address(staging) + token * 128 + ((rows8 ^ (token & 7)) * 16);
   const int64_t row = first_row + in_group % 8 * 8;  // of the 16 bytes this lane reads and writes
 #pragma unroll
-  for (int part = 0; part < kTokens / kStaged; ++part) {
-    const int64_t from = first_token + part * kStaged;
+  for (int part = 0; part < kTokens / kPass; ++part) {
+    const int64_t from = first_token + part * kPass;
     const auto each_piece = [&](const auto& body) __attribute__((always_inline)) {
 #pragma unroll
-      for (int i = 0; i < kStaged * 8 / kGroup; ++i) {
+      for (int i = 0; i < kPass * 8 / kGroup; ++i) {
         const int at = in_group / 8 + i * (kGroup / 8);
         const int64_t m = from + at;
         if (m < p.m && row < p.w.n)
@@ -189,12 +204,12 @@ __device__ __forceinline__ void write_sums(const Gemm4<T>& p, const float (&acc)
       group_barrier(group);
     }
 #pragma unroll
-    for (int j = 0; j < kStaged / 16; ++j) {
+    for (int j = 0; j < kPass / 16; ++j) {
       uint32_t r[4] = {};
       if (p.out.residual) load_transposed(r, matrices + j * 16 * 128);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int e = part * (kStaged / 2) + j * 8 + i * 2;
+        const int e = part * (kPass / 2) + j * 8 + i * 2;
         float low = acc[e], high = acc[e + 1];
         if (p.out.bias) low += bias[i % 2], high += bias[i % 2];
         if (p.out.residual) {
@@ -211,44 +226,49 @@ __device__ __forceinline__ void write_sums(const Gemm4<T>& p, const float (&acc)
   }
 }
 
-__device__ __forceinline__ void consumers_barrier() {
-  asm volatile("bar.sync 3, %0;\n" ::"n"(kConsumers) : "memory");
-}
-
-/// Adds the sums of the blocks that divide K, each for its share of the tokens, and writes them.
-template <typename T>
-__device__ __forceinline__ void add_parts(const Gemm4<T>& p, const float* sums, int split, int peer,
-                                          int64_t first_row, int64_t first_token) {
-  constexpr int kAtOnce = 4, kFours = kRows / 4;
-  const int tokens = kSumTokens / p.splits;
-  for (int from = threadIdx.x; from < tokens * kFours; from += kConsumers * kAtOnce) {
-    float4 total[kAtOnce] = {};
-    for (int s = 0; s < p.splits; ++s) {
+/// The end of an item whose K is divided: each block gets a share of the tokens, and of their sums what the
+/// others have made.
+template <int kSplits, int kTokens, typename T>
+__device__ __forceinline__ void exchange_sums(const Gemm4<T>& p, const float (&acc)[kTokens / 2], char* ring,
+                                              char* staging, int group, int64_t first_row,
+                                              int64_t first_token) {
+  constexpr int kShare = kTokens / kSplits / 2, kFours = kShare / 4;  // registers of a block's tokens
+  const int rank = cluster_rank();
+  float4* const received =
+      reinterpret_cast<float4*>(ring) + threadIdx.x;  // [kSplits - 1][kFours][kConsumers]
+  const auto slot = [&](int from, int to) { return (from < to ? from : from - 1) * kFours * kConsumers; };
+  float own[kShare];
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int i = from + u * kConsumers;
-        if (i >= tokens * kFours) continue;
-        const float4 v = cluster_values(sums + (split * tokens + i / kFours) * kSumStride + i % kFours * 4,
-                                        s * p.sharing + peer);
-        total[u].x += v.x, total[u].y += v.y, total[u].z += v.z, total[u].w += v.w;
+  for (int to = 0; to < kSplits; ++to) {
+    if (to == rank) {
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) own[i] = acc[to * kShare + i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        const float* sums = acc + to * kShare + i * 4;
+        store_at(received + slot(rank, to) + i * kConsumers, to,
+                 make_float4(sums[0], sums[1], sums[2], sums[3]));
       }
-    }
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const int i = from + u * kConsumers;
-      const int64_t m = first_token + split * tokens + i / kFours, row = first_row + i % kFours * 4;
-      if (i >= tokens * kFours || m >= p.m || row >= p.w.n) continue;
-      float sum[4] = {total[u].x, total[u].y, total[u].z, total[u].w};
-      Vec<T, 4> result;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (p.out.bias) sum[e] += p.out.bias_at(row + e);
-        if (p.out.residual) sum[e] += to_float(p.out.residual[m * p.out.n + row + e]);
-        result.v[e] = from_float<T>(sum[e]);
-      }
-      *reinterpret_cast<Vec<T, 4>*>(p.out.y + m * p.out.n + row) = result;
     }
   }
+  cluster_barrier();
+  float total[kShare] = {};
+#pragma unroll
+  for (int from = 0; from < kSplits; ++from) {
+    if (from == rank) {
+#pragma unroll
+      for (int i = 0; i < kShare; ++i) total[i] += own[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kFours; ++i) {
+        const float4 v = received[slot(from, rank) + i * kConsumers];
+        total[i * 4] += v.x, total[i * 4 + 1] += v.y, total[i * 4 + 2] += v.z, total[i * 4 + 3] += v.w;
+      }
+    }
+  }
+  write_sums<kTokens / kSplits>(p, total, staging, group, first_row,
+                                first_token + rank * (kTokens / kSplits));
 }
 
 #endif  // HALFBYTE_WGMMA
@@ -263,74 +283,61 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) char table[];
   const uint32_t shared = shared_address(table);
   const uint32_t ring = shared + kTable4Bytes, full = shared + S::kBarriersAt, empty = full + kStages * 8;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, g = lane / 4;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const bool consumes = warp < kConsumers / 32;
   const uint32_t lane4 = lane * 4;
   let_next_start();
 
-  const int blocks = p.sharing * p.splits, rank = blocks > 1 ? cluster_rank() : 0;
-  const int peer = rank % p.sharing, split = rank / p.sharing;
-  const int clusters = gridDim.x / blocks, first_item = blockIdx.x / blocks;
-  const int first_tile = split * p.steps;
-
   if (threadIdx.x == kConsumers) {
     for (int i = 0; i < kStages; ++i) {
       init_barrier(full + i * 8, 1);
-      init_barrier(empty + i * 8, kConsumers / 32 * p.sharing);
+      init_barrier(empty + i * 8, kConsumers / 32);
     }
     publish_barriers();
   }
-  // the producer's part of a step: the weight needs nothing of the kernels before
+  // the producer's part of a step; the weight needs nothing of the kernels before
   const auto fetch_weight = [&](int stage, int row_tile, int kt) {
     arrive_expecting(full + stage * 8, S::kX + kCodes + kAbsmaxBytes);
     fetch_tile(shared + S::kCodesAt + stage * kCodes, maps.codes, row_tile, kt * 128, full + stage * 8);
     fetch_tile(shared + S::kAbsmaxAt + stage * kAbsmax, maps.absmax, row_tile, kt * (kNested ? 4 : 16),
                full + stage * 8);
   };
-  const auto row_tile_of = [&](const Place& place) {
-    return (place.rows * p.sharing + peer) * (kRows / kTileRows);
-  };
   int early = 0;  // steps whose weights were fetched before
-  if (threadIdx.x == kConsumers && first_item < p.items) {
-    const int row_tile = row_tile_of(place_of(p, first_item));
-    for (; early < min(kStages, p.steps); ++early) fetch_weight(early, row_tile, first_tile + early);
+  if (Work work; threadIdx.x == kConsumers && find_work(p, 0, &work)) {
+    const int row_tile = place_of(p, work.item).rows * (kRows / kTileRows);
+    for (; early < min(kStages, work.steps); ++early) fetch_weight(early, row_tile, work.first_tile + early);
   }
   fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
   wait_for_results();
-  if (blocks > 1)
-    cluster_barrier();
-  else
-    __syncthreads();
+  __syncthreads();
 
   if (!consumes) {
     give_registers<40>();
     if (threadIdx.x == kConsumers) {
-      const int part = kTokens / p.sharing;
-      const uint32_t part_at = peer * part * 128;
-      const uint16_t everyone = static_cast<uint16_t>(((1 << p.sharing) - 1) << (split * p.sharing));
       int stage = 0;
       uint32_t parity = 1;
-      for (int item = first_item; item < p.items; item += clusters) {
-        const Place place = place_of(p, item);
-        const int row = place.tokens * kTokens + peer * part, row_tile = row_tile_of(place);
-        for (int i = 0; i < p.steps; ++i) {
+      Work work;
+      for (int n = 0; find_work(p, n, &work); ++n) {
+        const Place place = place_of(p, work.item);
+        const int row_tile = place.rows * (kRows / kTileRows);
+        for (int i = 0; i < work.steps; ++i) {
+          const int kt = work.first_tile + i;
           wait_barrier(empty + stage * 8, parity);
           if (early > 0)
             --early;
           else
-            fetch_weight(stage, row_tile, first_tile + i);
-          const uint32_t to = ring + stage * S::kX + part_at;
-          const int column = (first_tile + i) * kTileK;
-          if (p.sharing > 1)
-            fetch_tile(to, maps.x, row, column, full + stage * 8, everyone);
-          else
-            fetch_tile(to, maps.x, row, column, full + stage * 8);
+            fetch_weight(stage, row_tile, kt);
+          fetch_tile(ring + stage * S::kX, maps.x, place.tokens * kTokens, kt * kTileK, full + stage * 8);
           if (++stage == kStages) stage = 0, parity ^= 1;
         }
       }
     }
     __syncwarp();
+    if (Work work; p.splits > 1 && find_work(p, p.rounds, &work)) {
+      cluster_meet();
+      cluster_barrier();
+    }
   } else {
     take_registers<232>();
     const int group = warp / 4;
@@ -339,24 +346,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     const char* const my_absmax = table + S::kAbsmaxAt + (kNested ? warp * 16 + g * 2 : warp * 64 + g * 8);
     int stage = 0;
     uint32_t parity = 0;
-    for (int item = first_item; item < p.items; item += clusters) {
-      const Place place = place_of(p, item);
-      const int64_t first_row = (static_cast<int64_t>(place.rows) * p.sharing + peer) * kRows;
+    Work work;
+    for (int n = 0; find_work(p, n, &work); ++n) {
+      const Place place = place_of(p, work.item);
+      const int64_t first_row = static_cast<int64_t>(place.rows) * kRows;
       const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
-      int64_t block =
-          (min(first_row + warp * kTileRows, p.w.n - kTileRows) + g) * p.tiles + min(first_tile, p.tiles - 1);
+      int kt = work.first_tile;
+      const int64_t first_block = (min(first_row + warp * kTileRows, p.w.n - kTileRows) + g) * p.tiles;
       Tile<kNested> tile;
       const auto read = [&] {  // the step at `stage`
         wait_barrier(full + stage * 8, parity);
-        tile.read(my_codes + stage * kCodes, my_absmax + stage * kAbsmax, p.w.absmax.nested, block,
-                  int64_t{8} * p.tiles);
+        tile.read(my_codes + stage * kCodes, my_absmax + stage * kAbsmax, p.w.absmax.nested,
+                  first_block + min(kt, p.tiles - 1), int64_t{8} * p.tiles);
       };
       const auto release = [&](int of) __attribute__((always_inline)) {
-        if (p.sharing == 1) {
-          if (lane == 0) arrive(empty + of * 8);
-        } else if (lane < p.sharing) {
-          arrive_at(empty + of * 8, split * p.sharing + lane);
-        }
+        if (lane == 0) arrive(empty + of * 8);
       };
       float acc[kTokens / 2];
       uint32_t a[2][4][4] = {};
@@ -364,7 +368,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
       int before = stage;  // the step whose product runs
       read();
-      for (int i = 0; i < p.steps; i += 2) {
+      for (int i = 0; i < work.steps; i += 2) {
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
           uint32_t(&now)[4][4] = a[u];
@@ -385,8 +389,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           commit_group();
           const int running = stage;
           if (++stage == kStages) stage = 0, parity ^= 1;
-          if (i + u + 1 < p.steps) {
-            if (kNested && first_tile + i + u + 1 < p.tiles) ++block;
+          if (i + u + 1 < work.steps) {
+            ++kt;
             read();
           }
           wait_group<1>();
@@ -400,49 +404,55 @@ __global__ void __launch_bounds__(kThreads, 1)
       hold_registers(acc);
       release(before);
 
-      if (p.splits == 1) {
-        write_sums<kTokens>(p, acc, table + S::kStagingAt + group * kStaging, group, first_row + group * 64,
-                            first_token);
+      char* const staging = table + S::kStagingAt + group * kStaging;
+      const int64_t row = first_row + group * 64;
+      if (n != p.rounds) {
+        write_sums<kTokens>(p, acc, staging, group, row, first_token);
         continue;
       }
-      // K divided. This is the only item of the block, so the ring is free.
-      float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kSumTokens][kSumStride]
-#pragma unroll
-      for (int part = 0; part < kTokens / kSumTokens; ++part) {
-        consumers_barrier();  // all have read what was there
-#pragma unroll
-        for (int e = 0; e < kSumTokens / 2; ++e)
-          sums[(e / 4 * 8 + 2 * t + e % 2) * kSumStride + warp * 16 + g + e % 4 / 2 * 8] =
-              acc[part * (kSumTokens / 2) + e];
-        cluster_barrier();
-        add_parts(p, sums, split, peer, first_row, first_token + part * kSumTokens);
-        cluster_barrier();
-      }
+      cluster_meet();  // nothing more comes, the rings of the cluster are free
+      char* const free = table + kTable4Bytes;
+      if (p.splits == 2)
+        exchange_sums<2, kTokens>(p, acc, free, staging, group, row, first_token);
+      else if (p.splits == 4)
+        exchange_sums<4, kTokens>(p, acc, free, staging, group, row, first_token);
+      else
+        exchange_sums<8, kTokens>(p, acc, free, staging, group, row, first_token);
     }
   }
-  // what others still read or write here; a block whose K is divided has met them already
-  if (p.splits > 1 && !(consumes && first_item < p.items)) {
-    for (int part = 0; part < kTokens / kSumTokens * 2; ++part) cluster_barrier();
-  }
-  if (blocks > 1) cluster_barrier();
 #endif
 }
 
+/// How many items fill rounds of whole ones, and how many are left to be divided.
+struct Rounds {
+  int64_t whole, divided, blocks;
+};
+Rounds rounds_of(const Launch& on, int64_t m, int64_t n, const Cut& cut) {
+  const int64_t items = (n + kRows - 1) / kRows * ((m + cut.tokens - 1) / cut.tokens);
+  const int64_t clusters = on.clusters_of(cut.splits), blocks = clusters * cut.splits;
+  const int64_t left = cut.splits > 1 ? items % blocks : 0;
+  if (left == 0 || left > clusters) return {items, 0, std::min(items, blocks)};
+  return {items - left, left, items > left ? blocks : left * cut.splits};
+}
+
 template <typename T, int kTokens, bool kNested>
-cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut) {
+cudaError_t launch(const Launch& on, const Product4<T>& product, Cut cut) {
   Gemm4<T> p = {};
   p.w = product.w;
   p.out = product.out;
   p.book = book_of<T>(product.w.type);
   p.m = static_cast<int>(product.m);
   p.tiles = static_cast<int>(product.w.k / kTileK);
-  p.sharing = cut.sharing;
-  p.splits = cut.splits;
-  p.steps = ((p.tiles + p.splits - 1) / p.splits + 1) / 2 * 2;
-  p.row_groups = static_cast<int>((product.w.n + kRows * p.sharing - 1) / (kRows * p.sharing));
+  p.row_groups = static_cast<int>((product.w.n + kRows - 1) / kRows);
   p.token_tiles = (p.m + kTokens - 1) / kTokens;
   p.band = std::min(p.token_tiles, 1024 / kTokens);
-  p.items = p.row_groups * p.token_tiles;
+  const Rounds rounds = rounds_of(on, product.m, product.w.n, cut);
+  if (rounds.divided == 0) cut.splits = 1;
+  p.whole = static_cast<int>(rounds.whole);
+  p.items = static_cast<int>(rounds.whole + rounds.divided);
+  p.rounds = rounds.divided ? static_cast<int>(rounds.whole / rounds.blocks) : -1;
+  p.splits = cut.splits;
+  p.part = ((p.tiles + p.splits - 1) / p.splits + 1) / 2 * 2;
   p.whole_lines = is_aligned(product.out.residual, 16);
   Maps maps;
   const DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
@@ -450,40 +460,38 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut)
   const void* scales = kNested ? static_cast<const void*>(absmax.codes) : absmax.plain;
   constexpr int kTileWords = kNested ? 4 : 16, kRowTiles = kRows / kTileRows;
   const int64_t row_tiles = p.w.n / kTileRows;
-  cudaError_t error = describe_tiles(&maps.x, dtype, product.x, product.m, product.w.k, kTokens / p.sharing);
+  cudaError_t error = describe_tiles(&maps.x, dtype, product.x, product.m, product.w.k, kTokens);
   if (error == cudaSuccess)
     error = describe_words(&maps.codes, p.w.codes, row_tiles, p.tiles * int64_t{128}, kRowTiles, 128);
   if (error == cudaSuccess)
     error =
         describe_words(&maps.absmax, scales, row_tiles, p.tiles * int64_t{kTileWords}, kRowTiles, kTileWords);
   if (error != cudaSuccess) return error;
-  const int blocks = p.sharing * p.splits;
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(std::min(p.items, on.clusters_of(blocks)) * blocks));
+  shape.grid = dim3(static_cast<unsigned>(rounds.blocks));
   shape.block = dim3(kThreads);
   shape.shared = Space<kTokens>::kBytes;
-  shape.cluster = static_cast<unsigned>(blocks);
+  shape.cluster = static_cast<unsigned>(cut.splits);
   return launch_kernel(on, shape, gemm4_kernel<T, kTokens, kNested>, p, maps);
 }
 
-/// The cut that should end first. Costs are clocks of a multiprocessor.
+/// The cut that should end first. Costs are in steps of 256 tokens, as measured.
 Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
-  Cut best = {128, 1, 1};
+  Cut best = {256, 1};
   double least = 0.0;
-  for (const int tokens : {128, 256}) {
-    for (const int sharing : {1, 2, 4}) {
-      for (int splits = 1; sharing * splits <= 8; splits *= 2) {
-        const int64_t clusters = on.clusters_of(sharing * splits);
-        const int64_t items = (n + kRows * sharing - 1) / (kRows * sharing) * ((m + tokens - 1) / tokens);
-        if (clusters == 0 || (splits > 1 && items > clusters)) continue;
-        const int64_t rounds = (items + clusters - 1) / clusters;
-        const int64_t steps = (k / kTileK + splits - 1) / splits;
-        const double step = tokens == 256 ? (sharing > 1 ? 1060 : 1150) : (sharing > 1 ? 580 : 680);
-        const double cost = rounds * (steps * step + tokens * 12 + (splits > 1 ? 3000 : 0)) + 3000;
-        if (least != 0.0 && cost >= least) continue;
-        least = cost;
-        best = {tokens, sharing, splits};
-      }
+  const int64_t steps = k / kTileK;
+  for (const int tokens : {256, 128}) {
+    const double step = tokens == 256 ? 1.0 : 0.6, end = tokens == 256 ? 2.0 : 1.0;
+    for (const int splits : {1, 2, 4, 8}) {
+      if (on.clusters_of(splits) == 0) continue;
+      const Rounds rounds = rounds_of(on, m, n, {tokens, splits});
+      if (splits > 1 && rounds.divided == 0) continue;
+      const int64_t whole = (rounds.whole + rounds.blocks - 1) / rounds.blocks;
+      double cost = whole * (steps * step + end);
+      if (rounds.divided > 0) cost += (steps + splits - 1) / splits * step + end + 3.0;
+      if (least != 0.0 && cost >= least) continue;
+      least = cost;
+      best = {tokens, splits};
     }
   }
   return best;

@@ -45,14 +45,6 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
-/// At the barrier in the same place of block `rank` of the cluster.
-__device__ __forceinline__ void arrive_at(uint32_t barrier, int rank) {
-  asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
-}
 /// The tile at (row, column) of the matrix; counts on the barrier.
 __device__ __forceinline__ void fetch_tile(uint32_t shared, const CUtensorMap& map, int row, int column,
                                            uint32_t barrier) {
@@ -63,17 +55,6 @@ __device__ __forceinline__ void fetch_tile(uint32_t shared, const CUtensorMap& m
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-/// The same into `shared` of every block of the cluster whose bit is set in `blocks`; counts on the barrier
-/// of each.
-__device__ __forceinline__ void fetch_tile(uint32_t shared, const CUtensorMap& map, int row, int column,
-                                           uint32_t barrier, uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(shared),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
-      : "memory");
-}
-
 #endif
 
 }  // namespace halfbyte::cuda
