@@ -175,7 +175,7 @@ static inline const int8_t* padded(int8_t (&buffer)[Kind::kStep], const int8_t* 
 }
 
 /// sums[r, 0..3] += a[r, :] . b[c, :] over k columns, for R rows of a and four rows of b as they lie in
-/// memory. Prefetches kAhead bytes ahead in b.
+/// memory. Prefetches kAhead bytes ahead in b, at the end of these rows the beginning of the next four.
 template <typename Kind, int R>
 static void tile_in_place(const int8_t* a, int64_t lda, const int8_t* const (&b)[4], int64_t k,
                           int32_t* sums) {
@@ -188,7 +188,8 @@ static void tile_in_place(const int8_t* a, int64_t lda, const int8_t* const (&b)
   }
   int64_t i = 0;
   for (; i + 64 <= k; i += 64) {
-    for (int c = 0; c < 4; ++c) __builtin_prefetch(b[c] + i + kAhead);
+    const int64_t ahead = i + kAhead < k ? i + kAhead : i + kAhead + 3 * k;
+    for (int c = 0; c < 4; ++c) __builtin_prefetch(b[c] + ahead);
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       V x[R];
