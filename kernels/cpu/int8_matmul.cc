@@ -6,9 +6,9 @@
 // do.
 //
 // Many rows of a: a panel of 16 rows of b is converted once, kDepth columns at a time, into a buffer of the
-// first-level cache and multiplied with up to 64 rows of a in register tiles of R x C sums. Few rows: b is
-// read in place, four rows at a time, each byte once, with prefetches ahead: the speed of memory decides.
-// Panels are spread over the pool; every thread goes through its panels from front to back.
+// first-level cache and multiplied with up to 64 rows of a in register tiles of R x C sums. Up to four rows:
+// b is read in place, one row after the other, each byte once, with prefetches ahead: the speed of memory
+// decides. Panels are spread over the pool; every thread goes through its panels from front to back.
 #include "int8.h"
 
 #include <cstring>
@@ -105,6 +105,7 @@ struct Words {
   static V load_ready(const Ready* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_ready(Ready* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static V dot(V sum, V a, V b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  static int32_t total(V s) { return _mm_cvtsi128_si32(totals(s, s, s, s)); }
   /// The four totals of four vectors.
   static __m128i totals(V s0, V s1, V s2, V s3) {
     const V t = _mm256_hadd_epi32(_mm256_hadd_epi32(s0, s1), _mm256_hadd_epi32(s2, s3));
@@ -120,6 +121,7 @@ struct Wide {
   static __m256i half(V s) {
     return _mm256_add_epi32(_mm512_castsi512_si256(s), _mm512_extracti64x4_epi64(s, 1));
   }
+  static int32_t total(V s) { return _mm_cvtsi128_si32(totals(s, s, s, s)); }
   static __m128i totals(V s0, V s1, V s2, V s3) {
     const __m256i t =
         _mm256_hadd_epi32(_mm256_hadd_epi32(half(s0), half(s1)), _mm256_hadd_epi32(half(s2), half(s3)));
@@ -174,46 +176,36 @@ static inline const int8_t* padded(int8_t (&buffer)[Kind::kStep], const int8_t* 
   return buffer;
 }
 
-/// sums[r, 0..3] += a[r, :] . b[c, :] over k columns, for R rows of a and four rows of b as they lie in
-/// memory. Prefetches kAhead bytes ahead in b, at the end of these rows the beginning of the next four.
+/// sums[r, 0] += a[r, :] . b[:] over k columns, for R rows of a and one row of b as it lies in memory. One
+/// row after the other is one stream per thread, which the hardware's prefetch follows best; the software's
+/// is for the row that follows as well.
 template <typename Kind, int R>
-static void tile_in_place(const int8_t* a, int64_t lda, const int8_t* const (&b)[4], int64_t k,
-                          int32_t* sums) {
-  constexpr int64_t kAhead = 1024;
+static void row_in_place(const int8_t* a, int64_t lda, const int8_t* b, int64_t k, int32_t* sums) {
+  constexpr int64_t kAhead = 4096;
   constexpr int kUnroll = static_cast<int>(64 / Kind::kStep);
   using V = typename Kind::V;
-  V s[R][4];
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < 4; ++c) s[r][c] = Kind::none();
-  }
+  V s[R];
+  for (int r = 0; r < R; ++r) s[r] = Kind::none();
   int64_t i = 0;
   for (; i + 64 <= k; i += 64) {
-    const int64_t ahead = i + kAhead < k ? i + kAhead : i + kAhead + 3 * k;
-    for (int c = 0; c < 4; ++c) __builtin_prefetch(b[c] + ahead);
+    __builtin_prefetch(b + i + kAhead);
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
-      V x[R];
-      for (int r = 0; r < R; ++r) x[r] = Kind::load_a(a + r * lda + i + u * Kind::kStep);
-      for (int c = 0; c < 4; ++c) {
-        const V w = Kind::load_b(b[c] + i + u * Kind::kStep);
-        for (int r = 0; r < R; ++r) s[r][c] = Kind::dot(s[r][c], x[r], w);
-      }
+      const int64_t at = i + u * Kind::kStep;
+      const V w = Kind::load_b(b + at);
+      for (int r = 0; r < R; ++r) s[r] = Kind::dot(s[r], Kind::load_a(a + r * lda + at), w);
     }
   }
   for (; i < k; i += Kind::kStep) {
     const int64_t n = k - i < Kind::kStep ? k - i : Kind::kStep;
     int8_t last[Kind::kStep];
-    V x[R];
-    for (int r = 0; r < R; ++r) x[r] = Kind::load_a(padded<Kind>(last, a + r * lda + i, n));
-    for (int c = 0; c < 4; ++c) {
-      const V w = Kind::load_b(padded<Kind>(last, b[c] + i, n));
-      for (int r = 0; r < R; ++r) s[r][c] = Kind::dot(s[r][c], x[r], w);
-    }
+    const V w = Kind::load_b(padded<Kind>(last, b + i, n));
+    for (int r = 0; r < R; ++r)
+      s[r] = Kind::dot(s[r], Kind::load_a(padded<Kind>(last, a + r * lda + i, n)), w);
   }
   for (int r = 0; r < R; ++r) {
-    __m128i* const out = reinterpret_cast<__m128i*>(sums + r * kInt8PanelRows);
-    _mm_storeu_si128(out,
-                     _mm_add_epi32(_mm_loadu_si128(out), Kind::totals(s[r][0], s[r][1], s[r][2], s[r][3])));
+    int32_t* const out = sums + r * kInt8PanelRows;
+    *out = static_cast<int32_t>(static_cast<uint32_t>(*out) + static_cast<uint32_t>(Kind::total(s[r])));
   }
 }
 
@@ -275,11 +267,11 @@ template <typename Kind>
 struct InPlace {
   const Int8Product& p;
   int64_t m0;
-  const int8_t* const (&b)[4];
+  const int8_t* b;
   int32_t* sums;
   template <int R>
   void run(int64_t r) const {
-    tile_in_place<Kind, R>(p.a + (m0 + r) * p.lda, p.lda, b, p.k, sums + r * kInt8PanelRows);
+    row_in_place<Kind, R>(p.a + (m0 + r) * p.lda, p.lda, b, p.k, sums + r * kInt8PanelRows);
   }
 };
 
@@ -381,11 +373,8 @@ static void panels_of(const Int8Product& p, int64_t begin, int64_t end) {
           for (int64_t c = 0; c < kInt8PanelRows; ++c) sums[r * kInt8PanelRows + c] = start[r];
         }
         if (in_place) {
-          for (int64_t c = 0; c < n1 - n0; c += 4) {
-            const int8_t* b[4];
-            for (int64_t j = 0; j < 4; ++j) b[j] = p.b + (n0 + c + j < n1 ? n0 + c + j : n1 - 1) * p.k;
-            in_tiles<Kind>(m1 - m0, InPlace<Kind>{p, m0, b, sums + c});
-          }
+          for (int64_t c = 0; c < n1 - n0; ++c)
+            in_tiles<Kind>(m1 - m0, InPlace<Kind>{p, m0, p.b + (n0 + c) * p.k, sums + c});
         } else {
           for (int64_t k0 = 0; k0 < p.k; k0 += Kind::kDepth) {
             const int64_t depth = p.k - k0 < Kind::kDepth ? p.k - k0 : Kind::kDepth;
