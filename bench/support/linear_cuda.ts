@@ -33,6 +33,10 @@ export interface Layer {
   bytes: number
   copies: number
   forward: (x: Tensor, copy: number) => Tensor
+}
+
+/** One whose results can be checked. */
+export interface CheckedLayer extends Layer {
   /** Float values of row `n` of the weight. */
   row: (n: number) => Promise<Float32Array>
 }
@@ -46,7 +50,6 @@ export function denseLayer(weight: Tensor): Layer & Disposable {
     bytes,
     copies,
     forward: (x, copy) => ops.linear(x, weights[copy]!),
-    row: (n) => weight.slice(0, n, n + 1).floats(),
     [Symbol.dispose]: () => weights.slice(1).forEach((copy) => copy.dispose()),
   }
 }
@@ -56,7 +59,7 @@ export function timeLayer(device: Device, layer: Layer, x: Tensor, rounds: numbe
 }
 
 /** Relative error of a sample of the layer's results against sums in double precision. */
-export async function sampleError(layer: Layer, x: Tensor): Promise<number> {
+export async function sampleError(layer: CheckedLayer, x: Tensor): Promise<number> {
   using y = layer.forward(x, layer.copies - 1)
   const [m, n] = y.shape as [number, number]
   const rows = [...new Set([0, 1, n >> 1, Math.floor(n * 0.7), n - 2, n - 1])]

@@ -36,10 +36,10 @@ size_t round_up(size_t bytes) {
 /// token, and at every border of a small page the hardware's prefetch stops and an address must be looked up.
 void* map(size_t bytes) {
   const bool huge = bytes >= kHugeFrom;
-  void* block = std::aligned_alloc(huge ? kHugePage : kAlignment, bytes);
+  void* block = nullptr;
+  if (posix_memalign(&block, huge ? kHugePage : kAlignment, bytes) != 0) return nullptr;
 #ifdef MADV_HUGEPAGE
-  if (block && huge)
-    madvise(block, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish: no error matters
+  if (huge) madvise(block, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish: no error matters
 #endif
   return block;
 }

@@ -16,12 +16,11 @@ namespace halfbyte::cuda {
 struct Launch {
   cudaStream_t stream = nullptr;
   int multiprocessors = 0;
-  int shared = 0;      // bytes of shared memory of a multiprocessor; a block pays 1 KiB besides its own
-  int arch = 0;        // 75, 80, 90, ...: the newest code in this build that the device runs
-  bool wgmma = false;  // that code is for sm_90a and has its warpgroup products
-  int clusters[3] =
-      {};  // how many clusters of 2, 4, 8 blocks run at once, with a multiprocessor for each block
-  bool early = false;  // it may start before the kernel in front of it has ended
+  int shared = 0;        // bytes of shared memory of a multiprocessor; a block pays 1 KiB besides its own
+  int arch = 0;          // 75, 80, 90, ...: the newest code in this build that the device runs
+  bool wgmma = false;    // that code is for sm_90a and has its warpgroup products
+  int clusters[3] = {};  // of 2, 4, 8 blocks that run at once, each block on a multiprocessor of its own
+  bool early = false;    // it may start before the kernel in front of it has ended
 
   int clusters_of(int blocks) const {
     return blocks == 1 ? multiprocessors : clusters[blocks == 2 ? 0 : blocks == 4 ? 1 : 2];
@@ -104,6 +103,7 @@ class CudaBackend final : public Backend {
   Status linear_4bit(Queue, View y, View x, const Weight4& w, const Epilogue&, View workspace) override;
   Status linear_4bit_group(Queue, const View* y, View x, const Weight4* w, const View* bias, int count,
                            View workspace) override;
+  size_t linear_4bit_gated_workspace(const View& x, const Weight4* w) const override;
   Status linear_4bit_gated(Queue, View y, View x, const Weight4* w, const View* bias, Activation act,
                            View workspace) override;
 
@@ -131,6 +131,7 @@ class CudaBackend final : public Backend {
   /// The same for an op whose kernel may start early, if the op queued before was such a one too: its results
   /// are then all that the new one must wait for. Every other op, and every wait for an event, ends that.
   Status enter_early(Queue queue, Launch* on);
+  /// The part of both that changes nothing of this object.
   Status make_current() const;
   void count(int64_t bytes);
   /// Names the op (or the call) of a CUDA failure; a sticky one marks the device lost.

@@ -3,7 +3,7 @@
 // Views are reduced to as few dimensions as their strides allow. One dimension of stride 1 on every side (the
 // usual case) runs in 16-byte vectors when addresses and length allow; all else runs an element a thread,
 // with the index taken apart by division.
-#include "common.cuh"
+#include "activation.cuh"
 
 namespace halfbyte::cuda {
 namespace {
@@ -187,31 +187,6 @@ __global__ void binary_kernel(T* y, const T* a, const T* b, Extent e, StridesOf<
     int64_t at[3];
     offsets(i, e, strides.s, at);
     y[at[0]] = apply_as<op>(a[at[1]], b[at[2]]);
-  }
-}
-
-/// `rough`: for results rounded to 16 bits, where the fast exponential and division are exact enough.
-template <bool rough>
-__device__ __forceinline__ float activate(Activation act, float x) {
-  switch (act) {
-    case Activation::silu:
-      return rough ? __fdividef(x, 1.0f + __expf(-x)) : x / (1.0f + expf(-x));
-    case Activation::gelu:
-      return 0.5f * x * erfcf(x * -0.70710678118654752f);  // exact in the negative tail as well
-    case Activation::gelu_tanh:
-      return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case Activation::relu:
-      return x < 0.0f ? 0.0f : x;
-    case Activation::sigmoid:
-      return 1.0f / (1.0f + expf(-x));
-    case Activation::tanh:
-      return tanhf(x);
-    case Activation::exp:
-      return expf(x);
-    case Activation::neg:
-      return -x;
-    default:
-      return x;
   }
 }
 

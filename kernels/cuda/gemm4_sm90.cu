@@ -129,9 +129,7 @@ struct Tile {
     }
   }
   __device__ __forceinline__ float2 absmax(const char* table, float offset, uint32_t lane4) const {
-    if (!kNested) return scale;
-    return make_float2(__fadd_rn(__fmul_rn(map_value(table, code & 255, lane4), scale.x), offset),
-                       __fadd_rn(__fmul_rn(map_value(table, code >> 8, lane4), scale.y), offset));
+    return kNested ? nested_pair(table, code, scale, offset, lane4) : scale;
   }
 };
 

@@ -1,6 +1,6 @@
 // y = x w^T + bias + residual with a tiled 4-bit weight and up to 8 rows of 16-bit x: the weight is read
-// once, at the rate of the memory. Also several weights that share x in one launch (q, k, v), and act(gate) *
-// up.
+// once, at the rate of the memory. Also several weights that share x in one launch (q, k, v), and
+// act(gate) * up.
 //
 // A block takes a run of row tiles; its warps divide K. A unit is 4 tiles, 256 k; warp w has the units w,
 // w + warps, ... of every row tile, so a block reads one contiguous stream, and x, whose part a warp meets
@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "activation.cuh"
 #include "cluster.cuh"
 #include "launch.cuh"
 #include "table4.cuh"
@@ -76,8 +77,8 @@ __device__ __forceinline__ RowTile locate(const Gemv<T>& p, int64_t row_tile, bo
   return place;
 }
 
-/// What a lane 4 g + t holds of a unit: its 16 bytes of each tile, and of tile t the absmax of rows g and g
-/// + 8.
+/// What a lane 4 g + t holds of a unit: its 16 bytes of each tile, and of tile t the absmax of rows g and
+/// g + 8.
 template <bool kNested>
 struct Unit {
   uint4 codes[kUnit];
@@ -100,23 +101,8 @@ struct Unit {
   }
 };
 
-__device__ __forceinline__ float activated(float x, Activation act) {
-  switch (act) {
-    case Activation::silu:
-      return x / (1.0f + __expf(-x));
-    case Activation::gelu:
-      return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-    case Activation::gelu_tanh:
-      return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    case Activation::relu:
-      return fmaxf(x, 0.0f);
-    default:
-      return x;
-  }
-}
-
-/// Words of 32 k that lanes of a quad hold four each, in order, to those that each needs: lane t gets t, 4 +
-/// t, ...
+/// Words of 32 k that lanes of a quad hold four each, in order, to those that each needs: lane t gets t,
+/// 4 + t, ...
 __device__ __forceinline__ void transpose_quad(uint32_t (&r)[4], int t) {
   const bool odd = t & 1, high = t & 2;
 #pragma unroll
@@ -222,8 +208,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
             const float a = same_map ? map_value(table, low, lane4) : map[low];
             const float b = same_map ? map_value(table, high, lane4) : map[high];
             const float mean = here.part == 0 ? offset[0] : here.part == 1 ? offset[1] : offset[2];
-            scales.x = __fadd_rn(__fmul_rn(a, scales.x), mean);
-            scales.y = __fadd_rn(__fmul_rn(b, scales.y), mean);
+            scales = make_float2(nested_value(a, scales.x, mean), nested_value(b, scales.y, mean));
           }
 #pragma unroll
           for (int pass = 0; pass < kPasses; ++pass) {
@@ -306,7 +291,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
         float gate = total, up = total_of(at + 1, row * kTokens + token);
         if (p.out[0].bias) gate += p.out[0].bias_at(column);
         if (p.out[1].bias) up += p.out[1].bias_at(column);
-        p.out[0].y[token * p.out[0].n + column] = from_float<T>(activated(gate, p.act) * up);
+        p.out[0].y[token * p.out[0].n + column] = from_float<T>(activate<true>(p.act, gate) * up);
       } else {
         int part = 0;
         while (part + 1 < p.count && first + at >= p.before[part + 1]) ++part;
@@ -415,12 +400,8 @@ cudaError_t run(const Launch& on, Gemv<T>& gemv) {
   return nested ? launch<T, true>(on, plan, gemv) : launch<T, false>(on, plan, gemv);
 }
 
-}  // namespace
-
-bool gemv4_takes(int arch, int64_t m, int64_t k) { return plan_for(arch, m, k / kTileK, 0).tokens > 0; }
-
 template <typename T>
-cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count) {
+Gemv<T> gemv_of(const Product4<T>* products, int count) {
   Gemv<T> gemv = {};
   for (int i = 0; i < count; ++i) {
     gemv.w[i] = products[i].w;
@@ -429,27 +410,30 @@ cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count) {
   gemv.count = count;
   gemv.x = products[0].x;
   gemv.m = static_cast<int>(products[0].m);
+  return gemv;
+}
+
+}  // namespace
+
+bool gemv4_takes(int arch, int64_t m, int64_t k) { return plan_for(arch, m, k / kTileK, 0).tokens > 0; }
+
+template <typename T>
+cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count) {
+  Gemv<T> gemv = gemv_of(products, count);
   return run(on, gemv);
 }
 
 template <typename T>
-cudaError_t gemv4_gated(const Launch& on, const Product4<T>& gate, const Product4<T>& up, Activation act) {
-  Gemv<T> gemv = {};
-  gemv.w[0] = gate.w;
-  gemv.w[1] = up.w;
-  gemv.out[0] = gate.out;
-  gemv.out[1] = up.out;
-  gemv.count = 2;
+cudaError_t gemv4_gated(const Launch& on, const Product4<T>* products, Activation act) {
+  Gemv<T> gemv = gemv_of(products, 2);
   gemv.gated = true;
   gemv.act = act;
-  gemv.x = gate.x;
-  gemv.m = static_cast<int>(gate.m);
   return run(on, gemv);
 }
 
 template cudaError_t gemv4(const Launch&, const Product4<half_t>*, int);
 template cudaError_t gemv4(const Launch&, const Product4<bf16_t>*, int);
-template cudaError_t gemv4_gated(const Launch&, const Product4<half_t>&, const Product4<half_t>&, Activation);
-template cudaError_t gemv4_gated(const Launch&, const Product4<bf16_t>&, const Product4<bf16_t>&, Activation);
+template cudaError_t gemv4_gated(const Launch&, const Product4<half_t>*, Activation);
+template cudaError_t gemv4_gated(const Launch&, const Product4<bf16_t>*, Activation);
 
 }  // namespace halfbyte::cuda

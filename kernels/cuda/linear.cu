@@ -1,8 +1,7 @@
 // Dense y = x W^T + bias + residual.
 //
-//   M <= 8            stream_kernel: W is read once at memory speed, whatever the dtypes of x and W; 16-bit x
-//   of
-//                     more than 2 rows goes to cuBLASLt where it is
+//   M <= 8            stream_kernel: W is read once at memory speed, whatever the dtypes of x and W; 16-bit
+//                     x of more than 2 rows goes to cuBLASLt where it is
 //   16-bit, one dtype cuBLASLt when it was found at run time, else gemm_sm80.cuh; both on the tensor cores
 //   float32           cuBLASLt, else tile_kernel
 //   everything else   tile_kernel: mixed dtypes, K % 8 != 0, unaligned operands; fp32 multiply-adds from

@@ -37,7 +37,8 @@ cudaError_t with_half_type(DType dtype, const Body& body) {
 }
 
 bool takes_gemv(int arch, const View& x, const Weight4* w, int count) {
-  if (x.dtype == DType::f32 || !is_aligned(x.data, 16) || !gemv4_takes(arch, x.rows(), w[0].k)) return false;
+  if (x.size() == 0 || x.dtype == DType::f32 || !is_aligned(x.data, 16)) return false;
+  if (!gemv4_takes(arch, x.rows(), w[0].k)) return false;
   for (int i = 0; i < count; ++i) {
     if (w[i].layout != Layout4::tiled || w[i].type != w[0].type || w[i].n == 0 ||
         static_cast<bool>(w[i].nested_absmax) != static_cast<bool>(w[0].nested_absmax))
@@ -51,7 +52,29 @@ Product4<T> product_of(const View& y, const View& x, const Weight4& w, const Epi
   return {output_of<T>(y, epilogue), x.as<const T>(), x.rows(), tiled_of(w)};
 }
 
-/// Kernels that read the weight as it is, on the tensor cores.
+/// Of y[i] = x w[i]^T + bias[i].
+Status check_products(const char* op, const View* y, const View& x, const Weight4* w, const View* bias,
+                      int count) {
+  for (int i = 0; i < count; ++i) {
+    if (Status status = check_weight4(op, w[i]); !status.ok()) return status;
+    const Epilogue epilogue = {bias[i], View{}};
+    if (Status status = check_linear(op, y[i], x, w[i].n, w[i].k, epilogue); !status.ok()) return status;
+  }
+  return {};
+}
+
+/// Calls body with those products.
+template <typename Body>
+cudaError_t with_products(const View* y, const View& x, const Weight4* w, const View* bias, int count,
+                          const Body& body) {
+  return with_half_type(x.dtype, [&](auto* p) {
+    using T = std::remove_pointer_t<decltype(p)>;
+    Product4<T> products[kMaxGroup];
+    for (int i = 0; i < count; ++i) products[i] = product_of<T>(y[i], x, w[i], Epilogue{bias[i], View{}});
+    return body(products);
+  });
+}
+
 enum class Route { gemv, skinny, gemm, stream, dense };
 
 Route route_of(const Launch& on, const View& x, const Weight4& w) {
@@ -123,48 +146,31 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
 
 Status CudaBackend::linear_4bit_group(Queue queue, const View* y, View x, const Weight4* w, const View* bias,
                                       int count, View workspace) {
-  if (x.size() == 0 || !takes_gemv(launch_.arch, x, w, count))
+  if (!takes_gemv(launch_.arch, x, w, count))
     return Backend::linear_4bit_group(queue, y, x, w, bias, count, workspace);
-  for (int i = 0; i < count; ++i) {
-    if (Status status = check_weight4("linear_4bit_group", w[i]); !status.ok()) return status;
-    const Epilogue epilogue = {bias[i], View{}};
-    if (Status status = check_linear("linear_4bit_group", y[i], x, w[i].n, w[i].k, epilogue); !status.ok())
-      return status;
-  }
+  const char* const op = "linear_4bit_group";
+  if (Status status = check_products(op, y, x, w, bias, count); !status.ok()) return status;
   Launch on;
   if (Status status = enter_early(queue, &on); !status.ok()) return status;
-  return check(with_half_type(x.dtype,
-                              [&](auto* p) {
-                                using T = std::remove_pointer_t<decltype(p)>;
-                                Product4<T> products[kMaxGroup];
-                                for (int i = 0; i < count; ++i)
-                                  products[i] = product_of<T>(y[i], x, w[i], Epilogue{bias[i], View{}});
-                                return gemv4(on, products, count);
-                              }),
-               "linear_4bit_group");
+  const auto launch = [&](const auto* products) { return gemv4(on, products, count); };
+  return check(with_products(y, x, w, bias, count, launch), op);
+}
+
+size_t CudaBackend::linear_4bit_gated_workspace(const View& x, const Weight4* w) const {
+  return takes_gemv(launch_.arch, x, w, 2) ? 0 : Backend::linear_4bit_gated_workspace(x, w);
 }
 
 Status CudaBackend::linear_4bit_gated(Queue queue, View y, View x, const Weight4* w, const View* bias,
                                       Activation act, View workspace) {
-  const bool known = act == Activation::silu || act == Activation::gelu || act == Activation::gelu_tanh ||
-                     act == Activation::relu;
-  if (x.size() == 0 || !known || !takes_gemv(launch_.arch, x, w, 2))
+  if (!takes_gemv(launch_.arch, x, w, 2))
     return Backend::linear_4bit_gated(queue, y, x, w, bias, act, workspace);
-  for (int i = 0; i < 2; ++i) {
-    if (Status status = check_weight4("linear_4bit_gated", w[i]); !status.ok()) return status;
-    const Epilogue epilogue = {bias[i], View{}};
-    if (Status status = check_linear("linear_4bit_gated", y, x, w[i].n, w[i].k, epilogue); !status.ok())
-      return status;
-  }
+  const char* const op = "linear_4bit_gated";
+  const View both[2] = {y, y};
+  if (Status status = check_products(op, both, x, w, bias, 2); !status.ok()) return status;
   Launch on;
   if (Status status = enter_early(queue, &on); !status.ok()) return status;
-  return check(with_half_type(x.dtype,
-                              [&](auto* p) {
-                                using T = std::remove_pointer_t<decltype(p)>;
-                                return gemv4_gated(on, product_of<T>(y, x, w[0], Epilogue{bias[0], View{}}),
-                                                   product_of<T>(y, x, w[1], Epilogue{bias[1], View{}}), act);
-                              }),
-               "linear_4bit_gated");
+  const auto launch = [&](const auto* products) { return gemv4_gated(on, products, act); };
+  return check(with_products(both, x, w, bias, 2, launch), op);
 }
 
 }  // namespace halfbyte::cuda

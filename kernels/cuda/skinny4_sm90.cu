@@ -89,9 +89,7 @@ struct Step {
     }
   }
   __device__ __forceinline__ float2 absmax(int p, const char* table, float offset, uint32_t lane4) const {
-    if (!kNested) return scale[p];
-    return make_float2(__fadd_rn(__fmul_rn(map_value(table, code[p] & 255, lane4), scale[p].x), offset),
-                       __fadd_rn(__fmul_rn(map_value(table, code[p] >> 8, lane4), scale[p].y), offset));
+    return kNested ? nested_pair(table, code[p], scale[p], offset, lane4) : scale[p];
   }
 };
 

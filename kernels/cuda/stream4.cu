@@ -1,10 +1,9 @@
 // y = x W^T + bias + residual with a 4-bit weight, a few rows of x, fp32 multiply-adds throughout: exact for
 // every dtype, any K and blocksize, both layouts. Codes and absmax are read once for up to 8 rows of x.
 //
-//   stream_kernel   flat, where a lane's 8 codes lie in one block and a row on whole words (K % 32 = 0): a
-//   warp
-//                   makes kRows outputs; a lane holds 8 consecutive k (4 bytes of codes a row), a warp 256,
-//                   and kSteps such runs are loaded ahead
+//   stream_kernel   flat, where a lane's 8 codes lie in one block and a row on whole words (K % 32 = 0):
+//                   a warp makes kRows outputs; a lane holds 8 consecutive k (4 bytes of codes a row), a
+//                   warp 256, and kSteps such runs are loaded ahead
 //   element_kernel  flat, every other K
 //   tiled_kernel    tiled: a block makes 16 outputs, its warps take k tiles in turn
 //

@@ -14,11 +14,7 @@ struct Tiled4 {
 
   /// absmax of row `row` in k tile `kt`.
   __device__ __forceinline__ float scale(int64_t row, int64_t kt) const {
-    const int64_t at = (row / kTileRows * (k / kTileK) + kt) * 16 + row % 8 * 2 + row % 16 / 8;
-    if (absmax.plain) return absmax.plain[at];
-    const int64_t block = row * (k / kTileK) + kt;
-    return __fadd_rn(__fmul_rn(absmax.nested_code[absmax.codes[at]], absmax.nested[block / kNestedBlocksize]),
-                     *absmax.offset);
+    return absmax.value(tiled_block(row, kt, k), row * (k / kTileK) + kt);
   }
 };
 
@@ -40,9 +36,9 @@ bool gemv4_takes(int arch, int64_t m, int64_t k);
 /// One to kMaxGroup products of one x, their weights all plain or all nested and of one type. gemv4.cu
 template <typename T>
 cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count);
-/// gate.out.y = act(x gate^T + bias) * (x up^T + bias).
+/// The same of two, gate and up, of as many rows: gate's out.y = act(x gate^T + bias) * (x up^T + bias).
 template <typename T>
-cudaError_t gemv4_gated(const Launch& on, const Product4<T>& gate, const Product4<T>& up, Activation act);
+cudaError_t gemv4_gated(const Launch& on, const Product4<T>* products, Activation act);
 
 /// Any rows of x, made for 9 to 128; only where Launch::wgmma. skinny4_sm90.cu
 template <typename T>

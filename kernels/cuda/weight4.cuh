@@ -5,6 +5,11 @@
 
 namespace halfbyte::cuda {
 
+/// An absmax of double quantisation; its two steps are rounded apart, as where it was made.
+__device__ __forceinline__ float nested_value(float code, float nested, float offset) {
+  return __fadd_rn(__fmul_rn(code, nested), offset);
+}
+
 struct Absmax {
   const float* plain;        // fp32 [blocks], or null when nested
   const uint8_t* codes;      // nested: uint8 [blocks]
@@ -12,9 +17,11 @@ struct Absmax {
   const float* nested_code;  // fp32 [256]
   const float* offset;       // fp32 [1]
 
-  __device__ __forceinline__ float operator[](int64_t block) const {
-    if (plain) return plain[block];
-    return __fadd_rn(__fmul_rn(nested_code[codes[block]], nested[block / kNestedBlocksize]), *offset);
+  __device__ __forceinline__ float operator[](int64_t block) const { return value(block, block); }
+  /// That of block `block`, which is stored at `at`.
+  __device__ __forceinline__ float value(int64_t at, int64_t block) const {
+    if (plain) return plain[at];
+    return nested_value(nested_code[codes[at]], nested[block / kNestedBlocksize], *offset);
   }
 };
 

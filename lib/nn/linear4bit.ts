@@ -52,7 +52,10 @@ export function weight4Options(options: Linear4bitOptions): Weight4Options {
   }
 }
 
-/** y = x W^T + b with W [outFeatures, inFeatures] in 4 bits. */
+/**
+ * y = x W^T + b with W [outFeatures, inFeatures] in 4 bits. On a GPU `weight.value` holds the codes in the order that
+ * `quantState.layout` names; state dicts hold the flat order of bitsandbytes on every device.
+ */
 export class Linear4bit extends Linear {
   computeDtype: DType | null
   readonly transposed: boolean

@@ -14,13 +14,15 @@ interface Format {
   quantType?: 'nf4' | 'fp4'
   blocksize?: number
   nested?: boolean
+  /** What the values of the nested map are times those of the dynamic one. */
+  mapScale?: number
 }
 
 const DYNAMIC = native.codebook('dynamic')
 
 /** A weight of random codes and statistics, and its values: codebook[code] * absmax in float32. */
 function randomPacked(n: number, k: number, on: Device, format: Format): Packed {
-  const { quantType = 'nf4', blocksize = 64, nested = false } = format
+  const { quantType = 'nf4', blocksize = 64, nested = false, mapScale = 1 } = format
   const random = uniform(n * 31 + k)
   const codes = Uint8Array.from({ length: Math.ceil((n * k) / 2) }, () => 256 * random())
   const blocks = Math.ceil((n * k) / blocksize)
@@ -29,14 +31,15 @@ function randomPacked(n: number, k: number, on: Device, format: Format): Packed 
   const weight = { codes: tensor(codes), quantType, blocksize, n, k }
   const scales = { absmax: tensor(absmax), nestedAbsmax: {}, nestedCode: {}, offset: {} }
   if (nested) {
+    const map = DYNAMIC.map((value) => mapScale * value)
     const quantised = Uint8Array.from({ length: blocks }, () => 256 * random())
     const outer = Float32Array.from({ length: Math.ceil(blocks / 256) }, () => 0.2 + 0.1 * random())
     for (let b = 0; b < blocks; ++b)
-      absmax[b] = Math.fround(DYNAMIC[quantised[b]!]! * outer[b >> 8]!) + Math.fround(0.4)
+      absmax[b] = Math.fround(map[quantised[b]!]! * outer[b >> 8]!) + Math.fround(0.4)
     Object.assign(scales, {
       absmax: tensor(quantised),
       nestedAbsmax: tensor(outer),
-      nestedCode: tensor(DYNAMIC),
+      nestedCode: tensor(map),
       offset: tensor(Float32Array.of(0.4)),
     })
   }
@@ -213,6 +216,8 @@ describe.each(devices())('4-bit linear on %s', (on) => {
         [96, 176, 2112],
         [300, 272, 576],
         [1025, 32, 192],
+        [40, 17536, 64],
+        [1100, 4352, 64],
       ] as const)('%i x %i x %i', async (...shape) => {
         await checkTiled(shape, {}, dtype)
         await checkTiled(shape, { nested: true }, dtype)
@@ -224,57 +229,81 @@ describe.each(devices())('4-bit linear on %s', (on) => {
     const layouts = on.native.tiles4bit ? (['flat', 'tiled'] as const) : (['flat'] as const)
 
     describe.each(layouts)('%s', (layout) => {
-      /** Weights of one K, in turn plain and nested, NF4 and FP4, with and without a bias. */
-      const operands = (ns: readonly number[], k: number) =>
+      /** Formats of weight i of a group: of one kind, as a model has them and kernels take together, or in turn. */
+      const formats: Record<string, (i: number) => Format> = {
+        plain: () => ({}),
+        fp4: () => ({ quantType: 'fp4' }),
+        nested: () => ({ nested: true }),
+        'nested, of several maps': (i) => ({ nested: true, mapScale: 1 - i / 4 }),
+        mixed: (i) => ({ nested: i % 2 === 1, quantType: i === 2 ? 'fp4' : 'nf4' }),
+      }
+      const kinds = Object.keys(formats)
+
+      /** Weights of one K, with and without a bias. */
+      const operands = (ns: readonly number[], k: number, kind: string) =>
         ns.map((n, i) => {
-          const made = randomPacked(n, k, on, { nested: i % 2 === 1, quantType: i === 2 ? 'fp4' : 'nf4' })
+          const made = randomPacked(n, k, on, formats[kind]!(i))
           const weight = { ...made.weight, ...ops.tile4(made.weight, layout), layout }
           return { ...made, weight, bias: i === 1 ? undefined : randomOperand([n], 'float32', on, n + i) }
         })
 
-      it.each([
+      const groups = [
         [1, [48, 16, 16], 320],
         [2, [64, 32], 192],
+        [3, [32, 48], 640],
+        [4, [16, 16, 16], 8256],
         [5, [16], 128],
         [8, [80, 16, 32], 1088],
         [17, [32, 16, 16], 256],
-      ] as const)('%i rows, %j x %i', async (m, ns, k) => {
-        for (const dtype of FLOATS) {
-          const x = randomOperand([m, k], dtype, on, m)
-          const weights = operands(ns, k)
-          const results = ops.linear4bitGroup(
-            x.tensor,
-            weights.map(({ weight }) => weight),
-            weights.map(({ bias }) => bias?.tensor),
-          )
-          expect(results.map(({ shape }) => shape)).toEqual(ns.map((n) => [m, n]))
-          for (const [i, y] of results.entries())
-            await expectProduct(y, x.values, weights[i]!.values, k, weights[i]!.bias?.values)
-        }
-      })
+      ] as const
+      it.each(kinds.flatMap((kind) => groups.map(([m, ns, k]) => [kind, m, ns, k] as const)))(
+        '%s: %i rows, %j x %i',
+        async (kind, m, ns, k) => {
+          for (const dtype of FLOATS) {
+            const x = randomOperand([m, k], dtype, on, m)
+            const weights = operands(ns, k, kind)
+            const results = ops.linear4bitGroup(
+              x.tensor,
+              weights.map(({ weight }) => weight),
+              weights.map(({ bias }) => bias?.tensor),
+            )
+            expect(results.map(({ shape }) => shape)).toEqual(ns.map((n) => [m, n]))
+            for (const [i, y] of results.entries())
+              await expectProduct(y, x.values, weights[i]!.values, k, weights[i]!.bias?.values)
+          }
+        },
+      )
 
-      it.each([
+      const pairs = [
         [1, 48, 320],
         [3, 16, 64],
+        [4, 32, 8256],
         [8, 160, 704],
         [20, 32, 192],
-      ] as const)('gated, %i x %i x %i', async (m, n, k) => {
-        for (const dtype of FLOATS) {
-          for (const act of ['silu', 'gelu_tanh'] as const) {
+      ] as const
+      it.each(kinds.flatMap((kind) => pairs.map(([m, n, k]) => [kind, m, n, k] as const)))(
+        'gated, %s: %i x %i x %i',
+        async (kind, m, n, k) => {
+          const [gate, up] = operands([n, n], k, kind)
+          const bias = gate!.bias!.tensor
+          for (const dtype of FLOATS) {
             const x = randomOperand([m, k], dtype, on, m)
-            const [gate, up] = operands([n, n], k)
-            const y = ops.linear4bitGated(x.tensor, gate!.weight, up!.weight, act, [gate!.bias!.tensor])
             const wide = x.tensor.to('float32')
-            const apart = ops.gatedActivation(
-              ops.linear4bit(wide, gate!.weight, { bias: gate!.bias!.tensor }),
-              ops.linear4bit(wide, up!.weight),
-              act,
-            )
-            const tolerance = { float32: 1e-6, float16: 1.5e-3, bfloat16: 1.2e-2 }[dtype]
-            expect(relativeError(await y.floats(), await apart.floats())).toBeLessThan(tolerance)
+            for (const act of ['silu', 'gelu', 'gelu_tanh', 'relu', 'sigmoid'] as const) {
+              // of either half, never of both, so that one in the place of the other shows
+              const biases = act === 'silu' || act === 'relu' ? [bias, undefined] : [undefined, bias]
+              const y = ops.linear4bitGated(x.tensor, gate!.weight, up!.weight, act, biases)
+              const apart = ops.gatedActivation(
+                ops.linear4bit(wide, gate!.weight, { bias: biases[0] }),
+                ops.linear4bit(wide, up!.weight, { bias: biases[1] }),
+                act,
+              )
+              const tolerance = { float32: 1e-6, float16: 1.5e-3, bfloat16: 1.2e-2 }[dtype]
+              expect(relativeError(await y.floats(), await apart.floats())).toBeLessThan(tolerance)
+            }
           }
-        }
-      })
+        },
+      )
     })
 
     it('gives no rows for no rows', async () => {
