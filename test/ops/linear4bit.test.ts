@@ -218,10 +218,14 @@ describe.each(devices())('4-bit linear on %s', (on) => {
         [1025, 32, 192],
         [40, 17536, 64],
         [1100, 4352, 64],
-      ] as const)('%i x %i x %i', async (...shape) => {
-        await checkTiled(shape, {}, dtype)
-        await checkTiled(shape, { nested: true }, dtype)
-      })
+      ] as const)(
+        '%i x %i x %i',
+        async (...shape) => {
+          await checkTiled(shape, {}, dtype)
+          await checkTiled(shape, { nested: true }, dtype)
+        },
+        60_000,
+      )
     })
   })
 
