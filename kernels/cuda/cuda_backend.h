@@ -21,6 +21,7 @@ struct Launch {
   bool wgmma = false;    // that code is for sm_90a and has its warpgroup products
   int clusters[3] = {};  // of 2, 4, 8 blocks that run at once, each block on a multiprocessor of its own
   bool early = false;    // it may start before the kernel in front of it has ended
+  uint32_t* arrivals = nullptr;  // a zero for each multiprocessor; a kernel that counts there leaves zeros
 
   int clusters_of(int blocks) const {
     return blocks == 1 ? multiprocessors : clusters[blocks == 2 ? 0 : blocks == 4 ? 1 : 2];

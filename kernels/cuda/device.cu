@@ -165,6 +165,11 @@ Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
   if (!status.ok()) return status;
   status = backend->check(describe(index, &backend->launch_), "reading attributes");
   if (!status.ok()) return status;
+  uint32_t*& arrivals = backend->launch_.arrivals;
+  const size_t bytes = static_cast<size_t>(backend->launch_.multiprocessors) * sizeof(uint32_t);
+  status = backend->check(cudaMalloc(&arrivals, bytes), "allocating counters");
+  if (status.ok()) status = backend->check(cudaMemset(arrivals, 0, bytes), "clearing counters");
+  if (!status.ok()) return status;
   *out = std::move(backend);
   return {};
 }
@@ -174,6 +179,7 @@ CudaBackend::~CudaBackend() {
   for (cudaStream_t stream : streams_) {
     if (stream) cudaStreamDestroy(stream);
   }
+  cudaFree(launch_.arrivals);
   if (pool_) cudaMemPoolDestroy(pool_);
 }
 

@@ -507,7 +507,7 @@ template <typename T>
 cudaError_t gemm4_sm90(const Launch& on, const Product4<T>& product) {
   const Absmax& absmax = product.w.absmax;
   const void* scales = absmax.plain ? static_cast<const void*>(absmax.plain) : absmax.codes;
-  if (!is_aligned(scales, 16)) return skinny4_sm90(on, product);  // the copy engine cannot read it
+  if (!is_aligned(scales, 16)) return skinny4_sm90(on, product, nullptr);  // the copy engine cannot read it
   const Cut cut = cut_of(on, product.m, product.w.n, product.w.k);
   return cut.tokens == 128 ? launch<T, 128>(on, product, cut) : launch<T, 256>(on, product, cut);
 }

@@ -105,7 +105,9 @@ cudaError_t gemv_passes(Launch on, Product4<T> product) {
 }  // namespace
 
 size_t CudaBackend::linear_4bit_workspace(const View& x, const Weight4& w) const {
-  if (route_of(launch_, x, w) != Route::dense) return 0;
+  const Route route = route_of(launch_, x, w);
+  if (route == Route::skinny) return skinny4_sm90_workspace(launch_, x.rows(), w.n, w.k);
+  if (route != Route::dense) return 0;
   const View dense = dense_view(w, x.dtype, nullptr);
   return round_up(static_cast<size_t>(w.n * w.k * size_of(x.dtype))) + linear_workspace(x, dense);
 }
@@ -116,6 +118,9 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
   if (Status status = check_linear("linear_4bit", y, x, w.n, w.k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
   Route route = route_of(launch_, x, w);
+  if (static_cast<size_t>(workspace.size()) < linear_4bit_workspace(x, w))
+    return refuse("linear_4bit", "the workspace is too small");
+  void* const sums = route == Route::skinny ? workspace.data : nullptr;
   if (route == Route::gemm && launch_.wgmma && !is_aligned(y.data, 16)) route = Route::skinny;
   if (route == Route::gemv || route == Route::skinny || route == Route::gemm) {
     Launch on;
@@ -125,7 +130,7 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
                                   using T = std::remove_pointer_t<decltype(p)>;
                                   const Product4<T> product = product_of<T>(y, x, w, epilogue);
                                   if (route == Route::gemv) return gemv_passes(on, product);
-                                  if (route == Route::skinny) return skinny4_sm90(on, product);
+                                  if (route == Route::skinny) return skinny4_sm90(on, product, sums);
                                   return on.wgmma ? gemm4_sm90(on, product) : gemm4_sm80(on, product);
                                 }),
                  "linear_4bit");
@@ -134,9 +139,6 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
   if (route == Route::stream) return check(stream4(stream(queue), y, x, w, epilogue), "linear_4bit");
   const View dense = dense_view(w, x.dtype, workspace.data);
   const size_t used = round_up(static_cast<size_t>(w.n * w.k * size_of(x.dtype)));
-  if (static_cast<size_t>(workspace.size()) < linear_4bit_workspace(x, w)) {
-    return refuse("linear_4bit", "the workspace is too small");
-  }
   if (Status status = dequantize_4bit(queue, dense, w); !status.ok()) return status;
   View rest = workspace;
   rest.data = workspace.as<char>() + used;

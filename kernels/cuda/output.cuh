@@ -28,6 +28,19 @@ struct Output {
     if (residual) value += to_float(residual[m * n + column]);
     y[m * n + column] = from_float<T>(value);
   }
+  /// Columns column ... column + 3, in one piece where `wide`.
+  __device__ __forceinline__ void store4(int64_t m, int64_t column, float4 value, bool wide) const {
+    const float values[4] = {value.x, value.y, value.z, value.w};
+    if (!wide || residual) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) store(m, column + i, values[i]);
+      return;
+    }
+    Vec<T, 4> four;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four.v[i] = from_float<T>(bias ? values[i] + bias_at(column + i) : values[i]);
+    *reinterpret_cast<Vec<T, 4>*>(y + m * n + column) = four;
+  }
 };
 
 template <typename T>

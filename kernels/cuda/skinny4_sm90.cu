@@ -1,9 +1,10 @@
 // y = x w^T + bias + residual with a tiled 4-bit weight and 9 to 128 rows of 16-bit x, on sm_90a: the weight
 // is the A operand of wgmma, decoded on the way from memory into registers; x is B, from shared memory.
 //
-// A block of four warpgroups makes an item: 128 rows of the weight times up to 64 tokens, two warpgroups with
-// 64 rows each and the other two at the same rows and other k. The blocks of a cluster divide K further, so
-// that every multiprocessor has work whatever N is. A step is 2 k tiles of a warpgroup:
+// An item is 128 rows of the weight times up to 64 tokens: a block of four warpgroups, two with 64 rows each
+// and the other two at the same rows and other k. A step is 2 k tiles of a warpgroup. The steps of all items
+// follow each other in one line, of which every block takes as many: an item that lies in several blocks is
+// summed up by the last of them to come, so that every multiprocessor has as much work whatever N is.
 //
 //   codes   2 x 16 bytes a lane, straight into registers, two steps ahead, on into the next item
 //   x       [tokens][64 k] a tile by the copy engine into a ring, swizzled as wgmma wants it; where all of a
@@ -11,13 +12,12 @@
 //   decode  a byte permute makes an address, a look-up makes two weights (table4.cuh)
 //   scale   up to 16 tokens absmax times the sums of a tile, in fp32; more: times the weights, a rounding
 //           more, which lets the product of a tile run while the next one is decoded
-//   reduce  warpgroups and blocks of the cluster through shared memory, in a fixed order
+//   reduce  warpgroups through shared memory, blocks through the workspace, both in a fixed order
 //
 // Bound by memory and decoding. More than 64 tokens are several items for the same rows, which decode the
 // weight again: right where N is too small for gemm4_sm90.cu to fill the chip.
 #include <algorithm>
 
-#include "cluster.cuh"
 #include "launch.cuh"
 #include "table4.cuh"
 #include "tma_sm90.cuh"
@@ -31,6 +31,7 @@ constexpr int kMostStages = 32;           // of the ring, where x stays
 
 constexpr int kDepth = 2, kRows = 128;  // groups of warps along k; rows of an item
 constexpr int kStages = 4;              // of the ring, where x passes through it
+constexpr int kUnit = 2;                // steps at a time
 constexpr int kSumStride = kRows + 4;   // floats between tokens of the sums
 
 /// Shared memory behind the table: sums, barriers, then a ring for each of the kDepth groups.
@@ -47,11 +48,14 @@ struct Skinny {
   Output<T> out;
   const T* x;
   Book4 book;
-  int64_t each, rest;  // items of a cluster; the first `rest` clusters have one more
-  int m, tiles;
-  int share, steps;  // k tiles of a block; steps of a warpgroup in them, an even number
+  float* partial;        // [blocks][2][kTokens][kRows]: a block's part of the items it shares with others
+  uint32_t* arrivals;    // of the blocks that share an item, at the first of them
+  int64_t total, share;  // steps of all items, of a block
+  int m, tiles, steps;   // steps of an item
   int token_blocks;
-  bool resident;  // x stays in the ring
+  int stages;     // of the ring
+  bool resident;  // x stays in it
+  bool wide;      // y takes 4 elements at a time
 };
 
 #if HALFBYTE_WGMMA
@@ -61,37 +65,45 @@ constexpr int kGroup = kThreads / kDepth;  // threads that share a part of k
 /// Where a lane reads of one row tile.
 struct Lane {
   const uint8_t* codes;  // its 16 bytes of the first tile
-  const char* absmax;    // the pair of the first tile
-  const float* nested;
-  int64_t block;  // number of the absmax of its row g, in the flat order
+  const char* absmax;    // plain: the pair of the first tile; nested: its byte of the first tile
+  int64_t block;         // nested: number of that absmax in the flat order
 };
 
-/// What a lane holds of a step: its 16 bytes of each tile, the absmax of rows g and g + 8.
+/// What a lane holds of a step: its 16 bytes of each tile, and of the absmax of rows g and g + 8 both, or one
+/// when they are nested: the four lanes of a row decode one each, of row g + 8 (t / 2) in tile t % 2.
 template <bool kNested>
 struct Step {
   uint4 codes[kPair];
-  float2 scale[kPair];   // nested: their nested absmax
-  uint32_t code[kPair];  // nested: two bytes
+  float2 scale[kNested ? 1 : kPair];  // nested: x = the nested absmax
+  uint32_t code;                      // nested: its byte
 
-  __device__ __forceinline__ void fetch(const Lane& at, int tile, int tiles) {
+  __device__ __forceinline__ void fetch(const Lane& at, const float* nested, int tile, int tiles, int t) {
 #pragma unroll
     for (int p = 0; p < kPair; ++p) {
       const int kt = min(tile + p, tiles - 1);
       codes[p] = __ldcs(reinterpret_cast<const uint4*>(at.codes + kt * 512));
-      if (kNested) {
-        code[p] = *reinterpret_cast<const uint16_t*>(at.absmax + kt * 16);
-        const int64_t block = at.block + kt;
-        scale[p].x = at.nested[block / kNestedBlocksize];
-        scale[p].y = at.nested[(block + int64_t{8} * tiles) / kNestedBlocksize];
-      } else {
-        scale[p] = *reinterpret_cast<const float2*>(at.absmax + kt * 64);
-      }
+      if (!kNested) scale[p] = *reinterpret_cast<const float2*>(at.absmax + kt * 64);
+    }
+    if (kNested) {
+      const int kt = min(tile + t % kPair, tiles - 1);
+      code = *reinterpret_cast<const uint8_t*>(at.absmax + kt * 16);
+      scale[0].x = nested[(at.block + kt) / kNestedBlocksize];
     }
   }
-  __device__ __forceinline__ float2 absmax(int p, const char* table, float offset, uint32_t lane4) const {
-    return kNested ? nested_pair(table, code[p], scale[p], offset, lane4) : scale[p];
+  __device__ __forceinline__ void decode_absmax(const char* table, float offset, uint32_t lane4) {
+    if (kNested) scale[0].x = nested_value(map_value(table, code, lane4), scale[0].x, offset);
+  }
+  /// After decode_absmax, of tile p.
+  __device__ __forceinline__ float2 absmax(int p, int t) const {
+    if (!kNested) return scale[p];
+    return make_float2(__shfl_sync(0xffffffffu, scale[0].x, p, 4),
+                       __shfl_sync(0xffffffffu, scale[0].x, p + 2, 4));
   }
 };
+
+__device__ __forceinline__ float4 sum_of(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
 
 #endif  // HALFBYTE_WGMMA
 
@@ -111,52 +123,52 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int depth = warp / (16 / kDepth), in_depth = threadIdx.x % kGroup;
   const int row_warp = warp % (16 / kDepth);  // the row tile of the item
   const uint32_t lane4 = lane * 4;
-  const int stages = p.resident ? p.steps : kStages, ring_bytes = stages * kStage;
+  const int stages = p.stages, ring_bytes = stages * kStage;
   const uint32_t ring = shared_address(table) + S::kFixed + depth * ring_bytes;
   // of each stage: x is there; all warps of the group have read it
   const uint32_t full = shared_address(table) + kTable4Bytes + S::kSumBytes + depth * (kMostStages * 16);
   const uint32_t empty = full + kMostStages * 8;
   let_next_start();
 
-  const int splits = cluster_size(), rank = cluster_rank();
-  const int64_t cluster = blockIdx.x / splits;
-  const int64_t first_item = cluster * p.each + min(cluster, p.rest);
-  const int64_t items = p.each + (cluster < p.rest ? 1 : 0);
-  const int first_tile = rank * p.share + depth * kPair;
-  const int end_tile = min((rank + 1) * p.share, p.tiles);
+  const int64_t first_step = blockIdx.x * p.share;
+  const int mine = static_cast<int>(min(p.share, p.total - first_step));
   const int64_t last_row_tile = p.w.n / kTileRows - 1;
 
-  // the step that is fetched next, for weights and for x; stepped without divisions
+  // a place in the line of steps; moved without divisions
   struct Cursor {
     int64_t rows;         // first row tile of the item
-    int tokens, i, left;  // token block, step, items left
+    int tokens, i, left;  // token block, step of the item, steps left in all
   };
   const auto advance = [&](Cursor& c) {
+    --c.left;
     if (++c.i < p.steps) return;
     c.i = 0;
-    --c.left;
     if (++c.tokens < p.token_blocks) return;
     c.tokens = 0;
     c.rows += kRows / kTileRows;
   };
+  const int64_t first_item = first_step / p.steps;
   Cursor weights = {first_item / p.token_blocks * (kRows / kTileRows),
-                    static_cast<int>(first_item % p.token_blocks), 0, static_cast<int>(items)};
-  Cursor inputs = weights, here_now = weights;
+                    static_cast<int>(first_item % p.token_blocks), static_cast<int>(first_step % p.steps),
+                    mine};
+  Cursor inputs = weights;
   const auto lane_at = [&](int64_t rows) {
     const int64_t tile = min(rows + row_warp, last_row_tile) * p.tiles;
-    Lane at;
+    Lane at = {};
     at.codes = p.w.codes + tile * 512 + lane * 16;
-    at.absmax = kNested ? reinterpret_cast<const char*>(p.w.absmax.codes + tile * 16 + 2 * g)
-                        : reinterpret_cast<const char*>(p.w.absmax.plain + tile * 16 + 2 * g);
-    at.nested = p.w.absmax.nested;
-    at.block = tile * kTileRows + static_cast<int64_t>(g) * p.tiles;
+    if (kNested) {
+      at.absmax = reinterpret_cast<const char*>(p.w.absmax.codes + tile * 16 + 2 * g + t / 2);
+      at.block = tile * kTileRows + static_cast<int64_t>(g + t / 2 * 8) * p.tiles;
+    } else {
+      at.absmax = reinterpret_cast<const char*>(p.w.absmax.plain + tile * 16 + 2 * g);
+    }
     return at;
   };
   Lane at = lane_at(weights.rows);
   // two steps, each fetched again as soon as it is decoded
   Step<kNested> buffers[2];
   const auto fetch = [&](Step<kNested>& step) {
-    step.fetch(at, first_tile + weights.i * kDepth * kPair, p.tiles);
+    step.fetch(at, p.w.absmax.nested, (weights.i * kDepth + depth) * kPair, p.tiles, t);
     advance(weights);
     if (weights.i == 0) at = lane_at(weights.rows);
   };
@@ -177,23 +189,24 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const auto fetch_x = [&](int stage) {  // 2 tiles of all tokens of the item at `inputs`
     if (inputs.left <= 0) return;
-    const int tile = first_tile + inputs.i * kDepth * kPair, row = inputs.tokens * kTokens;
+    const int tile = (inputs.i * kDepth + depth) * kPair, row = inputs.tokens * kTokens;
     arrive_expecting(full + stage * 8, kStage);
 #pragma unroll
     for (int q = 0; q < kPair; ++q) {
-      const int kt = tile + q < end_tile ? tile + q : p.tiles;  // beyond the end of x: zeros
-      fetch_tile(ring + stage * kStage + q * (kTokens * 128), x_tiles, row, kt * static_cast<int>(kTileK),
-                 full + stage * 8);
+      fetch_tile(ring + stage * kStage + q * (kTokens * 128), x_tiles, row,
+                 (tile + q) * static_cast<int>(kTileK), full + stage * 8);  // beyond the end of x: zeros
     }
     advance(inputs);
   };
   if (fetches) {
-    for (int i = 0; i < (p.resident ? p.steps : kStages - 1); ++i) fetch_x(i);
+    for (int i = 0; i < (p.resident ? stages : stages - 1); ++i) fetch_x(i);
   }
 
   int stage = 0, last_stage = -1;        // of this step and the one before
   uint32_t parity = 0, last_parity = 0;  // of the round through the ring
-  for (int64_t item = 0; item < items; ++item) {
+  for (int done = 0, steps; done < mine; done += steps) {
+    const int begin = static_cast<int>((first_step + done) % p.steps);  // in the item
+    steps = min(p.steps - begin, mine - done);
     float acc[kSums], part[kPair][kExact ? kSums : 1];
     uint32_t a[kPair][4][4] = {};
     float2 scale[kPair] = {};
@@ -216,7 +229,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       constexpr int q = decltype(number)::value;
       const uint4 c = step.codes[q];
       const uint32_t words[4] = {c.x, c.y, c.z, c.w};
-      scale[q] = step.absmax(q, table, offset, lane4);
+      if (q == 0) step.decode_absmax(table, offset, lane4);
+      scale[q] = step.absmax(q, t);
 #pragma unroll
       for (int j = 0; j < 4; ++j) look_up(a[q][j], table, words[j], lane4);
       if (q == kPair - 1) fetch(step);
@@ -253,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply_tile(step, std::integral_constant<int, 0>{});
       if (!p.resident) {
         if (last_stage < 0) {
-          if (fetches) fetch_x(kStages - 1);
+          if (fetches) fetch_x(stages - 1);
         } else {  // the products of the step before are done: its place in the ring is free
           if (lane == 0) arrive(empty + last_stage * 8);
           if (fetches) {
@@ -271,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         parity ^= p.resident ? 0 : 1;
       }
     };
-    for (int i = 0; i < p.steps; i += 2) {
+    for (int i = 0; i < steps; i += kUnit) {
       multiply_step(buffers[0]);
       multiply_step(buffers[1]);
     }
@@ -281,9 +295,18 @@ __global__ void __launch_bounds__(kThreads, 1)
       hold_registers(acc);
     }
 
-    const int64_t first_row = here_now.rows * kTileRows, first_token = here_now.tokens * int64_t{kTokens};
+    const int64_t item = (first_step + done) / p.steps, item_begin = item * p.steps;
+    const int64_t first_row = item / p.token_blocks * kRows;
+    const int64_t first_token = item % p.token_blocks * kTokens;
     const int rows = static_cast<int>(min(int64_t{kRows}, p.w.n - first_row));
     const int tokens = static_cast<int>(min(int64_t{kTokens}, p.m - first_token));
+    constexpr int kPieces = kTokens * kRows / 4 / kThreads;  // of 4 rows, of a thread
+    const auto piece_of = [](auto* data, int stride, int j) {
+      const int i = (threadIdx.x + j * kThreads) * 4;
+      using Float4 =
+          std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>, const float4, float4>;
+      return reinterpret_cast<Float4*>(data + i / kRows * stride + i % kRows);
+    };
     // the second group of warps hands its sums to the first
 #pragma unroll
     for (int turn = 1; turn >= 0; --turn) {
@@ -297,30 +320,68 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if (turn == 1) __syncthreads();
     }
-    const auto together = [&] {
-      if (splits > 1)
-        cluster_barrier();
-      else
-        __syncthreads();
-    };
-    together();
-    for (int i = threadIdx.x + rank * kThreads; i < tokens * kRows; i += splits * kThreads) {
-      const int row = i % kRows, token = i / kRows;
-      if (row >= rows) continue;
-      const float* own = sums + token * kSumStride + row;
-      float total = 0.0f;
-      for (int r = 0; r < splits; ++r) total += splits > 1 ? cluster_value(own, r) : *own;
-      p.out.store(first_token + token, first_row + row, total);
+    __syncthreads();
+    bool ends = true;           // this block writes y
+    int64_t from = 0, to = -1;  // the blocks whose parts are in the workspace
+    if (steps < p.steps) {
+      // each of the item's blocks puts its part down; the last to come finds them all
+      from = item_begin / p.share;
+      to = (item_begin + p.steps - 1) / p.share;
+      float* own = p.partial + (2 * int64_t{blockIdx.x} + (done > 0)) * (kTokens * kRows);
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) *piece_of(own, kRows, j) = *piece_of(sums, kSumStride, j);
+      __syncthreads();
+      float& last = sums[kRows];  // a place that no token uses
+      if (threadIdx.x == 0)
+        last = count_arrival(p.arrivals + from, static_cast<uint32_t>(to - from + 1)) ? 1.0f : 0.0f;
+      __syncthreads();
+      ends = last != 0.0f;
     }
-    together();
-    here_now.i = p.steps - 1;
-    advance(here_now);
+    if (ends) {
+      float4 total[kPieces] = {};
+      if (to < from) {
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) total[j] = *piece_of(sums, kSumStride, j);
+      }
+#pragma unroll 2
+      for (int64_t b = from; b <= to; ++b) {
+        const bool second = b * p.share < item_begin;  // it began with another item
+        const float* there = p.partial + (2 * b + second) * (kTokens * kRows);
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) total[j] = sum_of(total[j], __ldcg(piece_of(there, kRows, j)));
+      }
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        const int i = (threadIdx.x + j * kThreads) * 4, row = i % kRows, token = i / kRows;
+        if (token < tokens && row < rows)
+          p.out.store4(first_token + token, first_row + row, total[j], p.wide);
+      }
+    }
+    __syncthreads();
   }
 #endif
 }
 
+/// How the line of steps is cut.
+struct Cut {
+  int steps;             // of an item
+  int64_t total, share;  // of all items; of a block, whole units
+
+  int64_t blocks() const { return (total + share - 1) / share; }
+};
+
+Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k, int tokens) {
+  constexpr int64_t kUnitTiles = kUnit * kDepth * kPair;
+  const int64_t units = (k / kTileK + kUnitTiles - 1) / kUnitTiles;
+  const int64_t all = (n + kRows - 1) / kRows * ((m + tokens - 1) / tokens) * units;
+  const int64_t share = (all + on.multiprocessors - 1) / on.multiprocessors;
+  return {static_cast<int>(units) * kUnit, all * kUnit, share * kUnit};
+}
+
+int tokens_of(int64_t m) { return m <= 16 ? 16 : m <= 32 ? 32 : 64; }
+
 template <typename T, int kTokens, bool kNested>
-cudaError_t launch(const Launch& on, const Product4<T>& product) {
+cudaError_t launch(const Launch& on, const Product4<T>& product, void* workspace) {
   Skinny<T> p = {};
   p.w = product.w;
   p.out = product.out;
@@ -330,36 +391,24 @@ cudaError_t launch(const Launch& on, const Product4<T>& product) {
   p.tiles = static_cast<int>(product.w.k / kTileK);
   p.token_blocks = (p.m + kTokens - 1) / kTokens;
   using S = Shape<kTokens>;
-  const int64_t items = (product.w.n + kRows - 1) / kRows * p.token_blocks;
-  // the cluster size that ends first; what an item costs besides its steps is counted in steps, as measured
-  const auto steps_of = [&](int blocks) {
-    const int share = (p.tiles + blocks - 1) / blocks;
-    return (share + 2 * kDepth * kPair - 1) / (2 * kDepth * kPair) * 2;
-  };
-  int splits = 1;
-  double least = 0.0;
-  for (const int candidate : {1, 2, 4, 8}) {
-    const int64_t clusters = on.clusters_of(candidate);
-    if (clusters == 0) continue;
-    const int64_t rounds = (items + clusters - 1) / clusters;
-    const int64_t steps = steps_of(candidate);
-    const double cost = static_cast<double>(rounds) * (steps + (candidate > 1 ? 2.5 : 1.0)) + 3.0;
-    if (least != 0.0 && cost >= least) continue;
-    least = cost;
-    splits = candidate;
-  }
-  const int64_t clusters = std::min<int64_t>(items, on.clusters_of(splits));
-  p.each = items / clusters;
-  p.rest = items % clusters;
-  p.share = (p.tiles + splits - 1) / splits;
-  p.steps = steps_of(splits);
+  const Cut cut = cut_of(on, product.m, product.w.n, product.w.k, kTokens);
+  p.steps = cut.steps;
+  p.total = cut.total;
+  // without a workspace items stay whole
+  p.share = workspace ? cut.share : (cut.share + cut.steps - 1) / cut.steps * cut.steps;
+  p.partial = static_cast<float*>(workspace);
+  p.arrivals = on.arrivals;
+  // a block that has more than the steps of an item meets the same x again
+  const int64_t distinct = std::min<int64_t>(p.share, p.steps);
   const int room = std::min(on.shared - 1024, 227 << 10) - S::kFixed;
-  p.resident = p.token_blocks == 1 && p.steps <= kMostStages && p.steps * kDepth * S::kStage <= room;
+  p.resident = (p.token_blocks == 1 || p.share <= p.steps) && distinct <= kMostStages &&
+               distinct * kDepth * S::kStage <= room;
+  p.wide = is_aligned(p.out.y, 4 * sizeof(T));
+  p.stages = p.resident ? static_cast<int>(distinct) : kStages;
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(clusters * splits));
+  shape.grid = dim3(static_cast<unsigned>((p.total + p.share - 1) / p.share));
   shape.block = dim3(kThreads);
-  shape.shared = static_cast<size_t>(S::kFixed + (p.resident ? p.steps : kStages) * kDepth * S::kStage);
-  shape.cluster = static_cast<unsigned>(splits);
+  shape.shared = static_cast<size_t>(S::kFixed + p.stages * kDepth * S::kStage);
   CUtensorMap x_tiles;
   constexpr DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
   const cudaError_t error = describe_tiles(&x_tiles, dtype, p.x, p.m, product.w.k, kTokens);
@@ -368,21 +417,33 @@ cudaError_t launch(const Launch& on, const Product4<T>& product) {
 }
 
 template <typename T, int kTokens>
-cudaError_t launch(const Launch& on, const Product4<T>& product) {
-  return product.w.absmax.plain ? launch<T, kTokens, false>(on, product)
-                                : launch<T, kTokens, true>(on, product);
+cudaError_t launch(const Launch& on, const Product4<T>& product, void* workspace) {
+  return product.w.absmax.plain ? launch<T, kTokens, false>(on, product, workspace)
+                                : launch<T, kTokens, true>(on, product, workspace);
 }
 
 }  // namespace
 
-template <typename T>
-cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product) {
-  if (product.m <= 16) return launch<T, 16>(on, product);
-  if (product.m <= 32) return launch<T, 32>(on, product);
-  return launch<T, 64>(on, product);
+size_t skinny4_sm90_workspace(const Launch& on, int64_t m, int64_t n, int64_t k) {
+  const int tokens = tokens_of(m);
+  const Cut cut = cut_of(on, m, n, k, tokens);
+  if (cut.share % cut.steps == 0) return 0;
+  return static_cast<size_t>(cut.blocks()) * 2 * tokens * kRows * sizeof(float);
 }
 
-template cudaError_t skinny4_sm90(const Launch&, const Product4<half_t>&);
-template cudaError_t skinny4_sm90(const Launch&, const Product4<bf16_t>&);
+template <typename T>
+cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product, void* workspace) {
+  switch (tokens_of(product.m)) {
+    case 16:
+      return launch<T, 16>(on, product, workspace);
+    case 32:
+      return launch<T, 32>(on, product, workspace);
+    default:
+      return launch<T, 64>(on, product, workspace);
+  }
+}
+
+template cudaError_t skinny4_sm90(const Launch&, const Product4<half_t>&, void*);
+template cudaError_t skinny4_sm90(const Launch&, const Product4<bf16_t>&, void*);
 
 }  // namespace halfbyte::cuda

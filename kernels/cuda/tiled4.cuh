@@ -40,9 +40,11 @@ cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count);
 template <typename T>
 cudaError_t gemv4_gated(const Launch& on, const Product4<T>* products, Activation act);
 
-/// Any rows of x, made for 9 to 128; only where Launch::wgmma. skinny4_sm90.cu
+/// Any rows of x, made for 9 to 128; only where Launch::wgmma. Without the workspace a block takes whole rows
+/// of the weight. skinny4_sm90.cu
 template <typename T>
-cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product);
+cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product, void* workspace);
+size_t skinny4_sm90_workspace(const Launch& on, int64_t m, int64_t n, int64_t k);
 
 /// Any rows of x, made for 65 and more; only where Launch::wgmma, y 16-byte aligned. gemm4_sm90.cu
 template <typename T>
