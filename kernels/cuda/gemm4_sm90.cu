@@ -109,27 +109,29 @@ __device__ __forceinline__ void store_at(float4* own, int rank, float4 v) {
                : "memory");
 }
 
-/// What a lane holds of a tile: its codes, the absmax of rows g and g + 8.
+/// What a lane holds of a tile: its codes, and the absmax of rows g and g + 8, or when they are nested that
+/// of row g + 8 (lane % 2).
 template <bool kNested>
 struct Tile {
   uint4 codes;
-  float2 scale;   // nested: their nested absmax
-  uint32_t code;  // nested: two bytes
+  float2 scale;   // nested: x = the nested absmax
+  uint32_t code;  // nested: its byte
 
-  /// `block` is the number of the absmax of row g in the flat order, `rows8` eight rows further.
+  /// `block` is the number of the lane's nested absmax in the flat order.
   __device__ __forceinline__ void read(const char* code_bytes, const char* absmax_bytes, const float* nested,
-                                       int64_t block, int64_t rows8) {
+                                       int64_t block) {
     codes = *reinterpret_cast<const uint4*>(code_bytes);
     if (kNested) {
-      code = *reinterpret_cast<const uint16_t*>(absmax_bytes);
+      code = *reinterpret_cast<const uint8_t*>(absmax_bytes);
       scale.x = nested[block / kNestedBlocksize];
-      scale.y = nested[(block + rows8) / kNestedBlocksize];
     } else {
       scale = *reinterpret_cast<const float2*>(absmax_bytes);
     }
   }
   __device__ __forceinline__ float2 absmax(const char* table, float offset, uint32_t lane4) const {
-    return kNested ? nested_pair(table, code, scale, offset, lane4) : scale;
+    if (!kNested) return scale;
+    const float own = nested_value(map_value(table, code, lane4), scale.x, offset);
+    return make_float2(__shfl_sync(0xffffffffu, own, 0, 2), __shfl_sync(0xffffffffu, own, 1, 2));
   }
 };
 
@@ -341,7 +343,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int group = warp / 4;
     const float offset = kNested ? *p.w.absmax.offset : 0.0f;
     const char* const my_codes = table + S::kCodesAt + warp * 512 + lane * 16;
-    const char* const my_absmax = table + S::kAbsmaxAt + (kNested ? warp * 16 + g * 2 : warp * 64 + g * 8);
+    const char* const my_absmax =
+        table + S::kAbsmaxAt + (kNested ? warp * 16 + g * 2 + lane % 2 : warp * 64 + g * 8);
     int stage = 0;
     uint32_t parity = 0;
     Work work;
@@ -350,12 +353,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int64_t first_row = static_cast<int64_t>(place.rows) * kRows;
       const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
       int kt = work.first_tile;
-      const int64_t first_block = (min(first_row + warp * kTileRows, p.w.n - kTileRows) + g) * p.tiles;
+      const int64_t first_block =  // of a nested absmax
+          (min(first_row + warp * kTileRows, p.w.n - kTileRows) + g + lane % 2 * 8) * p.tiles;
       Tile<kNested> tile;
       const auto read = [&] {  // the step at `stage`
         wait_barrier(full + stage * 8, parity);
         tile.read(my_codes + stage * kCodes, my_absmax + stage * kAbsmax, p.w.absmax.nested,
-                  first_block + min(kt, p.tiles - 1), int64_t{8} * p.tiles);
+                  first_block + min(kt, p.tiles - 1));
       };
       const auto release = [&](int of) __attribute__((always_inline)) {
         if (lane == 0) arrive(empty + of * 8);

@@ -1,8 +1,8 @@
 // y [M, N] = x [M, K] w^T + bias + residual with a 4-bit weight, alone or several together: the choice of a
 // kernel.
 //
-//   tiled, 16-bit x   up to M = 8 gemv4.cu, then skinny4_sm90.cu, from kSkinny on gemm4_sm90.cu; without
-//                     wgmma gemv4.cu a few times, for 8 rows each, then gemm4_sm80.cu
+//   tiled, 16-bit x   up to M = 8 (4 where K is long) gemv4.cu, then skinny4_sm90.cu, from kSkinny on
+//                     gemm4_sm90.cu; without wgmma gemv4.cu a few times, for 8 rows each, then gemm4_sm80.cu
 //   a few rows        stream4.cu: fp32 multiply-adds, both layouts, any K
 //   else              the weight is dequantised to x's dtype in the workspace, then the dense product runs
 #include <algorithm>
@@ -12,7 +12,8 @@
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int64_t kStreamed = 16;  // rows of x up to which streaming beats dequantising
+constexpr int64_t kStreamed = 16;            // rows of x up to which streaming beats dequantising
+constexpr int64_t kGemv = 4, kLongK = 8192;  // more rows of x and longer K: skinny4_sm90 beats gemv4
 // Rows of x up to which skinny4_sm90 beats gemm4_sm90: by how many rows the weight has.
 constexpr int64_t kSkinny = 64, kSkinnyFew = 128, kFewRows = 6144;
 constexpr int64_t kMostPasses = 4;    // of gemv4, for M > 8
@@ -80,7 +81,8 @@ enum class Route { gemv, skinny, gemm, stream, dense };
 Route route_of(const Launch& on, const View& x, const Weight4& w) {
   const int64_t rows = x.rows();
   if (w.layout == Layout4::tiled && x.dtype != DType::f32 && is_aligned(x.data, 16)) {
-    if (gemv4_takes(on.arch, rows, w.k)) return Route::gemv;
+    const bool skinny = on.wgmma && rows > kGemv && w.k >= kLongK;
+    if (gemv4_takes(on.arch, rows, w.k) && !skinny) return Route::gemv;
     if (on.wgmma) return rows <= (w.n < kFewRows ? kSkinnyFew : kSkinny) ? Route::skinny : Route::gemm;
     if (rows <= 8 * kMostPasses && gemv4_takes(on.arch, 8, w.k)) return Route::gemv;
     if (on.arch >= 80 && rows <= kMostGemm80) return Route::gemm;

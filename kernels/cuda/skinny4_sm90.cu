@@ -1,4 +1,4 @@
-// y = x w^T + bias + residual with a tiled 4-bit weight and 9 to 128 rows of 16-bit x, on sm_90a: the weight
+// y = x w^T + bias + residual with a tiled 4-bit weight and 5 to 128 rows of 16-bit x, on sm_90a: the weight
 // is the A operand of wgmma, decoded on the way from memory into registers; x is B, from shared memory.
 //
 // An item is 128 rows of the weight times up to 64 tokens: a block of four warpgroups, two with 64 rows each
@@ -116,6 +116,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_assert(kPair == 2 && kDepth == 2 && kStages >= 3);
   constexpr bool kExact = kTokens <= 16;
   constexpr int kSums = kTokens / 2;
+  // steps of the weight that are on their way to the registers or into L2; with 64 tokens the products leave
+  // the memory time enough
+  constexpr int kAhead = kTokens == 64 ? kUnit : 2 * kUnit;
   extern __shared__ __align__(1024) char table[];
   float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kTokens][kSumStride]
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -172,6 +175,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     advance(weights);
     if (weights.i == 0) at = lane_at(weights.rows);
   };
+  // the unit `ahead` steps behind the next: one lane of the two warps asks for the codes of their row tile,
+  // one for its absmax
+  const auto fetch_ahead = [&](int ahead) {
+    if (lane != 0 || ahead >= weights.left) return;
+    int64_t tile = min(weights.rows + row_warp, last_row_tile) * p.tiles;
+    int kt = (weights.i + ahead) * (kDepth * kPair);
+    if (weights.i + ahead >= p.steps) {
+      if (p.steps <= kAhead || weights.rows + kRows / kTileRows + row_warp > last_row_tile) return;
+      tile += int64_t{kRows / kTileRows} * p.tiles;
+      kt -= p.steps * (kDepth * kPair);
+    }
+    const int tiles = min(kUnit * kDepth * kPair, p.tiles - kt);
+    if (depth == 0)
+      bring_near(p.w.codes + (tile + kt) * 512, tiles * 512);
+    else if (kNested)
+      bring_near(p.w.absmax.codes + (tile + kt) * 16, tiles * 16);
+    else
+      bring_near(p.w.absmax.plain + (tile + kt) * 16, tiles * 64);
+  };
+#pragma unroll
+  for (int i = kUnit; i < kAhead; i += kUnit) fetch_ahead(i);
 #pragma unroll
   for (int i = 0; i < 2; ++i) fetch(buffers[i]);
   fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
@@ -286,6 +310,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     };
     for (int i = 0; i < steps; i += kUnit) {
+      if (kAhead > kUnit) fetch_ahead(kAhead - kUnit);
       multiply_step(buffers[0]);
       multiply_step(buffers[1]);
     }
@@ -300,7 +325,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t first_token = item % p.token_blocks * kTokens;
     const int rows = static_cast<int>(min(int64_t{kRows}, p.w.n - first_row));
     const int tokens = static_cast<int>(min(int64_t{kTokens}, p.m - first_token));
-    constexpr int kPieces = kTokens * kRows / 4 / kThreads;  // of 4 rows, of a thread
+    constexpr int kAllPieces = kTokens * kRows / 4;                  // of 4 rows
+    constexpr int kPieces = (kAllPieces + kThreads - 1) / kThreads;  // of a thread
+    const bool has_pieces = kAllPieces >= kThreads || threadIdx.x < kAllPieces;
     const auto piece_of = [](auto* data, int stride, int j) {
       const int i = (threadIdx.x + j * kThreads) * 4;
       using Float4 =
@@ -329,7 +356,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       to = (item_begin + p.steps - 1) / p.share;
       float* own = p.partial + (2 * int64_t{blockIdx.x} + (done > 0)) * (kTokens * kRows);
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) *piece_of(own, kRows, j) = *piece_of(sums, kSumStride, j);
+      for (int j = 0; j < kPieces; ++j) {
+        if (has_pieces) *piece_of(own, kRows, j) = *piece_of(sums, kSumStride, j);
+      }
       __syncthreads();
       float& last = sums[kRows];  // a place that no token uses
       if (threadIdx.x == 0)
@@ -337,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncthreads();
       ends = last != 0.0f;
     }
-    if (ends) {
+    if (ends && has_pieces) {
       float4 total[kPieces] = {};
       if (to < from) {
 #pragma unroll
@@ -372,13 +401,25 @@ struct Cut {
 
 Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k, int tokens) {
   constexpr int64_t kUnitTiles = kUnit * kDepth * kPair;
+  constexpr double kWholeCost = 1.0, kPartCost = 2.25;  // the end of an item, in steps, as measured
   const int64_t units = (k / kTileK + kUnitTiles - 1) / kUnitTiles;
   const int64_t all = (n + kRows - 1) / kRows * ((m + tokens - 1) / tokens) * units;
-  const int64_t share = (all + on.multiprocessors - 1) / on.multiprocessors;
+  const int64_t least = (all + on.multiprocessors - 1) / on.multiprocessors;
+  // as few units as every multiprocessor must take, or a few more where items are then cut less often
+  int64_t share = least;
+  double best = 0.0;
+  for (int64_t candidate = least; candidate < least + units; ++candidate) {
+    const bool whole = candidate % units == 0, one = units % candidate == 0;
+    const int64_t parts = whole ? 0 : one ? 1 : 2, wholes = candidate / units;
+    const double cost = candidate * kUnit + parts * kPartCost + wholes * kWholeCost;
+    if (best != 0.0 && cost >= best) continue;
+    best = cost;
+    share = candidate;
+  }
   return {static_cast<int>(units) * kUnit, all * kUnit, share * kUnit};
 }
 
-int tokens_of(int64_t m) { return m <= 16 ? 16 : m <= 32 ? 32 : 64; }
+int tokens_of(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
 
 template <typename T, int kTokens, bool kNested>
 cudaError_t launch(const Launch& on, const Product4<T>& product, void* workspace) {
@@ -434,6 +475,8 @@ size_t skinny4_sm90_workspace(const Launch& on, int64_t m, int64_t n, int64_t k)
 template <typename T>
 cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product, void* workspace) {
   switch (tokens_of(product.m)) {
+    case 8:
+      return launch<T, 8>(on, product, workspace);
     case 16:
       return launch<T, 16>(on, product, workspace);
     case 32:

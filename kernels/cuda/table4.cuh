@@ -69,13 +69,6 @@ __device__ __forceinline__ float map_value(const char* table, uint32_t code, uin
   return *reinterpret_cast<const float*>(table + (code << 8 | lane4) + 128);
 }
 
-/// Two absmax of double quantisation, of two bytes and their nested absmax.
-__device__ __forceinline__ float2 nested_pair(const char* table, uint32_t codes, float2 nested, float offset,
-                                              uint32_t lane4) {
-  return make_float2(nested_value(map_value(table, codes & 255, lane4), nested.x, offset),
-                     nested_value(map_value(table, codes >> 8, lane4), nested.y, offset));
-}
-
 /// Both halves of `pair` times those of `scale`.
 __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, half_t) {
   const __half2 scaled = __hmul2(*reinterpret_cast<__half2*>(&pair), *reinterpret_cast<__half2*>(&scale));

@@ -47,6 +47,26 @@ __device__ __forceinline__ uint64_t describe_b(uint32_t shared, int k) {
 }
 
 /// c [64, N] = a [64, 16] b [N, 16]^T, plus c when `add`.
+__device__ __forceinline__ void multiply_group(float (&c)[4], const uint32_t (&a)[4], uint64_t b, bool add,
+                                               half_t) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %9, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {"
+      "%0, %1, %2, %3"
+      "}, {%4, %5, %6, %7}, %8, add, 1, 1, 0;\n}\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+__device__ __forceinline__ void multiply_group(float (&c)[4], const uint32_t (&a)[4], uint64_t b, bool add,
+                                               bf16_t) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %9, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3"
+      "}, {%4, %5, %6, %7}, %8, add, 1, 1, 0;\n}\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
 __device__ __forceinline__ void multiply_group(float (&c)[8], const uint32_t (&a)[4], uint64_t b, bool add,
                                                half_t) {
   asm volatile(
