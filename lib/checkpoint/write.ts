@@ -1,10 +1,11 @@
 /**
  * Writing safetensors, as Python's writer lays them out: tensors by falling alignment of their dtype, then by name;
- * the header padded to a multiple of 8. A file is written beside its place, flushed to the disk and moved there: what
- * stood there before is whole until the new file is. One tensor at a time is in memory.
+ * the header padded to a multiple of 8. Files are written beside their places, flushed to the disk and then moved there
+ * together: what stood there before is whole until all of the new is. One tensor at a time is in memory.
  */
-import { mkdir, open, readdir, rename, rm, type FileHandle } from 'node:fs/promises'
-import { dirname, join } from 'node:path'
+import { existsSync, statSync } from 'node:fs'
+import { mkdir, open, readdir, readFile, rename, rm, type FileHandle } from 'node:fs/promises'
+import { basename, dirname, join, resolve } from 'node:path'
 import { HalfbyteError } from '../errors.js'
 import type { DType } from '../tensor/dtype.js'
 import type { Tensor } from '../tensor/tensor.js'
@@ -23,6 +24,9 @@ const TO_SAFETENSORS: Readonly<Record<DType, string>> = {
 /** The order of dtypes of one size in Python's writer. */
 const RANK = ['I64', 'F32', 'I32', 'BF16', 'F16', 'I8', 'U8']
 
+/** Of savePretrained() and saveStateDict(), as in transformers. */
+export const DEFAULT_SHARD_SIZE = '50GB'
+
 export interface WriteOptions {
   signal?: AbortSignal | undefined
   onProgress?: ((progress: { writtenBytes: number; totalBytes: number; tensor: string }) => void) | undefined
@@ -37,39 +41,97 @@ interface Progress {
 export function writeError(path: string, cause: unknown): unknown {
   const code = (cause as NodeJS.ErrnoException | undefined)?.code
   if (cause instanceof HalfbyteError || code === undefined || !/^E[A-Z]+$/.test(code)) return cause
-  const what = code === 'ENOSPC' ? 'the disk is full' : (cause as Error).message
-  return new HalfbyteError(
-    'ERR_HALFBYTE_IO',
-    `${path} was not written: ${what}. What was there before is untouched`,
-    {
-      cause,
-    },
-  )
+  const what = WHY[code] ?? (cause as Error).message
+  const message = `${path} was not written: ${what}. What was there before is untouched`
+  return new HalfbyteError('ERR_HALFBYTE_IO', message, { cause })
 }
 
-/** Writes a file so that it is either there in full or not at all. `fill` writes to the handle. */
-export async function writeAtomically(
-  path: string,
-  fill: (file: FileHandle) => Promise<void>,
-): Promise<void> {
-  const temporary = `${path}.${process.pid}.tmp`
-  try {
-    const file = await open(temporary, 'w')
-    try {
-      await fill(file)
-      await file.sync()
-    } finally {
-      await file.close()
-    }
-    await rename(temporary, path)
-  } catch (error) {
-    await rm(temporary, { force: true })
-    throw writeError(path, error)
+const WHY: Readonly<Record<string, string>> = {
+  ENOSPC: 'the disk is full (ENOSPC)',
+  EDQUOT: 'the disk quota is used up (EDQUOT)',
+  EFBIG: 'the file would be larger than the process or the file system allows (EFBIG)',
+}
+
+/**
+ * Creates a folder and those above it. One level at a time: Node's own recursive mkdir never returns where a folder is
+ * refused as not there although its parent is, as in /proc.
+ */
+export async function makeFolder(folder: string): Promise<void> {
+  if (typeof folder !== 'string' || folder.includes('\0')) {
+    throw new HalfbyteError('ERR_HALFBYTE_VALUE', `${JSON.stringify(folder)} is not the path of a folder`)
   }
-  // the name is on the disk once the folder is
-  const folder = await open(dirname(path), 'r')
-  await folder.sync().catch(() => {}) // not every file system can
-  await folder.close()
+  try {
+    const above = dirname(resolve(folder))
+    if (!existsSync(above)) await makeFolder(above)
+    await mkdir(folder)
+  } catch (cause) {
+    const exists = (cause as NodeJS.ErrnoException).code === 'EEXIST'
+    if (exists && statSync(folder, { throwIfNoEntry: false })?.isDirectory()) return
+    throw writeError(folder, cause)
+  }
+}
+
+let temporaries = 0
+
+/** Files of a folder that are written beside their places and go there all together. */
+export interface Replacement {
+  /** Writes the file `name`, and flushes it to the disk; `fill` writes to the handle. */
+  write(name: string, fill: (file: FileHandle) => Promise<void>): Promise<void>
+  /** The file `name` goes, when the others are in place. */
+  remove(name: string): void
+}
+
+/**
+ * Replaces files of a folder. Until `fill` has returned, every one that was there is whole; when it throws, they stay as
+ * they are and nothing else is left behind.
+ */
+export async function replaceFiles(
+  folder: string,
+  fill: (files: Replacement) => Promise<void>,
+): Promise<void> {
+  const written = new Map<string, string>()
+  const removed: string[] = []
+  try {
+    await fill({
+      async write(name, fillFile) {
+        const temporary = join(folder, `${name}.${process.pid}-${temporaries++}.tmp`)
+        try {
+          const file = await open(temporary, 'w')
+          written.set(name, temporary)
+          try {
+            await fillFile(file)
+            await file.sync()
+          } finally {
+            await file.close()
+          }
+        } catch (cause) {
+          throw writeError(join(folder, name), cause)
+        }
+      },
+      remove: (name) => void removed.push(name),
+    })
+  } catch (error) {
+    for (const temporary of written.values()) await rm(temporary, { force: true })
+    throw error
+  }
+  try {
+    for (const [name, temporary] of written) {
+      await rename(temporary, join(folder, name))
+      written.delete(name)
+    }
+    for (const name of removed) await rm(join(folder, name), { force: true })
+  } catch (cause) {
+    for (const temporary of written.values()) await rm(temporary, { force: true })
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_IO',
+      `${folder}: new files could not be moved into place (${(cause as Error).message}); save again`,
+      { cause },
+    )
+  }
+  // the names are on the disk once the folder is
+  const handle = await open(folder, 'r')
+  await handle.sync().catch(() => {}) // not every file system can
+  await handle.close()
 }
 
 export function layout(tensors: ReadonlyMap<string, Tensor>): { header: Buffer; order: string[] } {
@@ -102,17 +164,29 @@ export async function writeSafetensors(
   path: string,
   tensors: ReadonlyMap<string, Tensor>,
   options: WriteOptions = {},
-  progress: Progress = { written: 0, total: [...tensors.values()].reduce((sum, t) => sum + t.nbytes, 0) },
+): Promise<void> {
+  const total = [...tensors.values()].reduce((sum, tensor) => sum + tensor.nbytes, 0)
+  await replaceFiles(dirname(path), (files) =>
+    addSafetensors(files, basename(path), tensors, options, { written: 0, total }),
+  )
+}
+
+async function addSafetensors(
+  files: Replacement,
+  name: string,
+  tensors: ReadonlyMap<string, Tensor>,
+  options: WriteOptions,
+  progress: Progress,
 ): Promise<void> {
   const { header, order } = layout(tensors)
-  await writeAtomically(path, async (file) => {
+  await files.write(name, async (file) => {
     await writeAll(file, header)
-    for (const name of order) {
+    for (const tensor of order) {
       options.signal?.throwIfAborted()
-      const data = await tensors.get(name)!.data()
+      const data = await tensors.get(tensor)!.data()
       await writeAll(file, new Uint8Array(data.buffer, data.byteOffset, data.byteLength))
       progress.written += data.byteLength
-      options.onProgress?.({ writtenBytes: progress.written, totalBytes: progress.total, tensor: name })
+      options.onProgress?.({ writtenBytes: progress.written, totalBytes: progress.total, tensor })
     }
   })
 }
@@ -169,43 +243,63 @@ export function withoutTies(state: ReadonlyMap<string, Tensor>): Map<string, Ten
 
 /**
  * Writes a state dict into a folder: model.safetensors, or shards of at most `maxShardSize` with their index. Weight
- * files of an older save that are not part of this one go, last of all.
+ * files of an older save that are not part of this one go, last of all. When it fails, the older save is whole.
  */
 export async function saveStateDict(
   folder: string,
   state: ReadonlyMap<string, Tensor>,
   options: WriteOptions & { maxShardSize?: number | string | undefined } = {},
 ): Promise<string[]> {
+  const limit = parseSize(options.maxShardSize ?? DEFAULT_SHARD_SIZE)
+  await makeFolder(folder)
+  let names: string[] = []
+  await replaceFiles(folder, async (files) => {
+    names = await addStateDict(files, folder, state, { ...options, maxShardSize: limit })
+  })
+  return names
+}
+
+/** The same as part of a larger replacement; returns the names of the weight files. */
+export async function addStateDict(
+  files: Replacement,
+  folder: string,
+  state: ReadonlyMap<string, Tensor>,
+  options: WriteOptions & { maxShardSize: number },
+): Promise<string[]> {
   const tensors = withoutTies(state)
   const total = [...tensors.values()].reduce((sum, tensor) => sum + tensor.nbytes, 0)
-  const shards = shardNames(tensors, parseSize(options.maxShardSize ?? '50GB'))
-  await mkdir(folder, { recursive: true })
+  const shards = shardNames(tensors, options.maxShardSize)
   const digits = (n: number) => String(n).padStart(5, '0')
-  const files = shards.map((_, i) =>
+  const names = shards.map((_, i) =>
     shards.length === 1 ? SINGLE_FILE : `model-${digits(i + 1)}-of-${digits(shards.length)}.safetensors`,
   )
   const progress = { written: 0, total }
-  for (const [i, names] of shards.entries()) {
-    const part = new Map(names.map((name) => [name, tensors.get(name)!]))
-    await writeSafetensors(join(folder, files[i]!), part, options, progress)
+  for (const [i, shard] of shards.entries()) {
+    const part = new Map(shard.map((name) => [name, tensors.get(name)!]))
+    await addSafetensors(files, names[i]!, part, options, progress)
   }
-  const stale = (await readdir(folder)).filter(
-    (name) => /^model(-\d{5}-of-\d{5})?\.safetensors$/.test(name) && !files.includes(name),
-  )
   if (shards.length > 1) {
-    const map = shards.flatMap((names, i) => names.map((name) => [name, files[i]!] as const))
+    const map = shards.flatMap((shard, i) => shard.map((name) => [name, names[i]!] as const))
     map.sort(([a], [b]) => (a < b ? -1 : 1))
     const index = { metadata: { total_size: total }, weight_map: Object.fromEntries(map) }
-    await writeJson(join(folder, INDEX_FILE), index)
+    await addJson(files, INDEX_FILE, index)
   } else {
-    await rm(join(folder, INDEX_FILE), { force: true })
+    files.remove(INDEX_FILE)
   }
-  for (const name of stale) await rm(join(folder, name), { force: true })
-  return files
+  const present = await readdir(folder).catch((cause: unknown) => {
+    throw writeError(folder, cause)
+  })
+  for (const name of present) {
+    if (/^model(-\d{5}-of-\d{5})?\.safetensors$/.test(name) && !names.includes(name)) files.remove(name)
+  }
+  return names
 }
 
-export async function writeJson(path: string, value: unknown): Promise<void> {
-  await writeAtomically(path, async (file) => {
-    await writeAll(file, Buffer.from(`${JSON.stringify(value, null, 2)}\n`))
-  })
+export async function addJson(files: Replacement, name: string, value: unknown): Promise<void> {
+  await files.write(name, (file) => writeAll(file, Buffer.from(`${JSON.stringify(value, null, 2)}\n`)))
+}
+
+/** A file of another place, as it is. */
+export async function addCopy(files: Replacement, name: string, from: string): Promise<void> {
+  await files.write(name, async (file) => writeAll(file, await readFile(from)))
 }

@@ -1,8 +1,16 @@
 /** Model folders as transformers lays them out. */
-import { copyFile } from 'node:fs/promises'
-import { existsSync, mkdirSync } from 'node:fs'
+import { existsSync } from 'node:fs'
 import { join, resolve } from 'node:path'
-import { saveStateDict, writeError, writeJson, type WriteOptions } from '../checkpoint/write.js'
+import {
+  addCopy,
+  addJson,
+  addStateDict,
+  DEFAULT_SHARD_SIZE,
+  makeFolder,
+  parseSize,
+  replaceFiles,
+  type WriteOptions,
+} from '../checkpoint/write.js'
 import type { CausalLM } from './causal_lm.js'
 
 /** What goes along unchanged. */
@@ -15,32 +23,27 @@ const COPIED = [
   'chat_template.jinja',
 ]
 
+/** All files of the folder are replaced together: when one cannot be written, an older save in it stays whole. */
 export async function savePretrained(
   model: CausalLM,
   folder: string,
   options: WriteOptions & { maxShardSize?: number | string | undefined },
 ): Promise<void> {
-  try {
-    mkdirSync(folder, { recursive: true })
-  } catch (cause) {
-    throw writeError(folder, cause)
-  }
+  const maxShardSize = parseSize(options.maxShardSize ?? DEFAULT_SHARD_SIZE)
+  await makeFolder(folder)
   const state = await model.stateDict()
   try {
-    await saveStateDict(folder, state, options)
+    await replaceFiles(folder, async (files) => {
+      await addStateDict(files, folder, state, { ...options, maxShardSize })
+      await addJson(files, 'config.json', savedConfig(model))
+      if (model.folder === undefined || resolve(model.folder) === resolve(folder)) return
+      for (const name of COPIED) {
+        const from = join(model.folder, name)
+        if (existsSync(from)) await addCopy(files, name, from)
+      }
+    })
   } finally {
     for (const tensor of state.values()) tensor.dispose()
-  }
-  await writeJson(join(folder, 'config.json'), savedConfig(model))
-  if (model.folder === undefined || resolve(model.folder) === resolve(folder)) return
-  for (const name of COPIED) {
-    const from = join(model.folder, name)
-    if (!existsSync(from)) continue
-    try {
-      await copyFile(from, join(folder, name))
-    } catch (cause) {
-      throw writeError(join(folder, name), cause)
-    }
   }
 }
 

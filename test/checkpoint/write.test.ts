@@ -1,5 +1,5 @@
-import { readFileSync, readdirSync, statSync, writeFileSync } from 'node:fs'
-import type { FileHandle } from 'node:fs/promises'
+import { spawnSync } from 'node:child_process'
+import { mkdirSync, readFileSync, readdirSync, statSync } from 'node:fs'
 import { join } from 'node:path'
 import {
   AutoModelForCausalLM,
@@ -11,9 +11,10 @@ import {
   writeSafetensors,
   type BitsAndBytesConfigOptions,
 } from '../../lib'
-import { writeAtomically } from '../../lib/checkpoint/write'
+import { rejection } from '../support/errors'
 import { root, temporaryFolder } from '../support/files'
 import { goldenSubset } from '../support/golden'
+import { itCompiled, printed, runScript } from '../support/run'
 import { readSafetensors } from '../support/safetensors'
 import { writeTinyModel } from '../support/tiny_model'
 
@@ -119,31 +120,82 @@ describe.each(devices())('writing from %s', (device) => {
 })
 
 describe('when writing fails', () => {
-  it('the old file stays whole, nothing is left over, and the error says what to do', async () => {
-    const target = fresh()
-    using tensor = Tensor.from([1, 2, 3])
-    await saveStateDict(target, new Map([['x', tensor]]))
-    const path = join(target, 'model.safetensors')
-    const before = readFileSync(path)
-    const full = Object.assign(new Error('ENOSPC: no space left on device, write'), { code: 'ENOSPC' })
-    const failing = writeAtomically(path, async (file: FileHandle) => {
-      await file.write(Buffer.from('half of it'))
-      throw full
-    })
-    await expect(failing).rejects.toMatchObject({
-      code: 'ERR_HALFBYTE_IO',
-      message: expect.stringMatching(/model.safetensors was not written: the disk is full/) as string,
-    })
-    expect(readFileSync(path)).toEqual(before)
-    expect(readdirSync(target)).toEqual(['model.safetensors'])
+  const save = (through: string[], folder: string) => runScript('full-disk.js', [folder], [], { through })
+
+  itCompiled('the older save stays whole: files that may not grow any further', async () => {
+    const limited = ['bash', '-c', 'ulimit -f 2048; exec "$@"', 'bash']
+    expect(await save(limited, fresh())).toEqual(
+      printed(
+        'HalfbyteError ERR_HALFBYTE_IO\n' +
+          'model-00001-of-00009.safetensors was not written: the file would be larger than the process or the file ' +
+          'system allows (EFBIG). What was there before is untouched\n' +
+          '10 files, as before: true\n',
+      ),
+    )
   })
 
-  it('a place that is not there, or not a folder, is named', async () => {
-    const failing = writeAtomically(join(fresh(), 'x'), async () => undefined)
-    await expect(failing).rejects.toMatchObject({ code: 'ERR_HALFBYTE_IO' })
-    const file = fresh()
-    writeFileSync(file, '')
-    await expect(saveStateDict(file, new Map())).rejects.toThrow(/EEXIST|ENOTDIR/)
+  const full = fresh()
+  mkdirSync(full)
+  const onSmallDisk = [
+    'unshare',
+    '-rm',
+    'bash',
+    '-c',
+    'mount -t tmpfs -o size=8m tmpfs "$0" && exec "$@"',
+    full,
+  ]
+  const [probe, ...rest] = onSmallDisk
+  const mounts = spawnSync(probe!, [...rest, 'true']).status === 0
+  const itMounts = mounts ? itCompiled : it.skip
+  itMounts(`the older save stays whole: a full disk${mounts ? '' : ' (no right to mount one)'}`, async () => {
+    const result = await save(onSmallDisk, full)
+    expect(result).toEqual(printed(result.stdout))
+    expect(result.stdout).toMatch(
+      /^HalfbyteError ERR_HALFBYTE_IO\nmodel-0000\d-of-00009.safetensors was not written: the disk is full \(ENOSPC\)/,
+    )
+    expect(result.stdout).toContain('10 files, as before: true')
+  })
+
+  it('at the last of several files, none is replaced and nothing is left over', async () => {
+    const target = fresh()
+    using model = await AutoModelForCausalLM.fromPretrained(writeTinyModel(fresh()), { device: 'cpu' })
+    await model.savePretrained(target)
+    const content = () => readdirSync(target).map((name) => [name, readFileSync(join(target, name))])
+    const before = content()
+    // what a save copies along cannot be read: a folder is in its place
+    mkdirSync(join(model.folder!, 'tokenizer.json'))
+    const error = await rejection(model.savePretrained(target, { maxShardSize: 50_000 }))
+    expect(error.code).toBe('ERR_HALFBYTE_IO')
+    expect(error.message).toMatch(/tokenizer.json was not written: EISDIR/)
+    expect(content()).toEqual(before)
+  })
+
+  it('two saves into one folder at a time leave one of them', async () => {
+    const target = fresh()
+    const save = async (value: number) => {
+      using tensor = Tensor.full([100_000], value)
+      await saveStateDict(target, new Map([['x', tensor]]))
+    }
+    await Promise.all([1, 2, 3, 4].map(save))
+    expect(readdirSync(target)).toEqual(['model.safetensors'])
+    const { data } = readSafetensors(join(target, 'model.safetensors')).get('x')!
+    expect(new Set(data as Float32Array).size).toBe(1)
+  })
+
+  it.each([
+    ['in a file', () => join(__dirname, 'write.test.ts', 'x'), /ENOTDIR|EEXIST/],
+    ['that is a file', () => join(__dirname, 'write.test.ts'), /EEXIST/],
+    ['where none can be made', () => '/proc/x/y', /\/proc\/x was not written: (ENOENT|EACCES|EROFS)/],
+    ['with no name', () => '', /ENOENT/],
+    ['with an impossible name', () => `${fresh()}\0`, /is not the path/],
+    ['of an endless name', () => fresh() + 'x'.repeat(300), /ENAMETOOLONG/],
+  ])('a folder %s is named', async (_, place, message) => {
+    using model = await AutoModelForCausalLM.fromPretrained(writeTinyModel(fresh()), { device: 'cpu' })
+    for (const failing of [saveStateDict(place(), new Map()), model.savePretrained(place())]) {
+      const error = await rejection(failing)
+      expect(error.code).toMatch(/ERR_HALFBYTE_(IO|VALUE)/)
+      expect(error.message).toMatch(message)
+    }
   })
 
   it('or is aborted, it rejects with the reason', async () => {

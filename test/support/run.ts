@@ -18,9 +18,19 @@ export const itCompiled: typeof it = isCompiled
   ? it
   : (((name: string) => it.skip(`${name} (no dist/: npm run build:ts)`, () => undefined)) as typeof it)
 
-export async function runScript(name: string, args: string[] = [], flags: string[] = []): Promise<Outcome> {
+/** `flags` are Node's own; `env` is added to this process's; `through` is a command that runs the one it is given. */
+export async function runScript(
+  name: string,
+  args: string[] = [],
+  flags: string[] = [],
+  { env = {}, through = [] }: { env?: Record<string, string>; through?: string[] } = {},
+): Promise<Outcome> {
   const script = join(root, 'test', 'runtime', 'scripts', name)
-  const child = spawn(process.execPath, [...flags, script, ...args], { stdio: ['ignore', 'pipe', 'pipe'] })
+  const [command, ...rest] = [...through, process.execPath, ...flags, script, ...args]
+  const child = spawn(command!, rest, {
+    stdio: ['ignore', 'pipe', 'pipe'],
+    env: { ...process.env, ...env },
+  })
   let stdout = ''
   let stderr = ''
   child.stdout.on('data', (chunk: Buffer) => (stdout += chunk.toString()))
