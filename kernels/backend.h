@@ -353,9 +353,9 @@ struct CudaInfo {
   bool compiled = false;
   int devices = 0;
   std::string archs;    // what the kernels were compiled for
-  std::string driver;   // CUDA version that the driver supports, "" without one
-  std::string runtime;  // CUDA version of the runtime inside
-  std::string reason;   // why devices is 0
+  int driver = 0;       // CUDA version that the driver supports, 13000 for 13.0; 0 without a driver
+  int runtime = 0;      // CUDA version of the runtime inside
+  std::string failure;  // what the runtime said when it was asked for devices, if it failed
 };
 /// Never fails and never initialises a context.
 CudaInfo cuda_info();

@@ -3,11 +3,7 @@
 
 namespace halfbyte {
 
-CudaInfo cuda_info() {
-  CudaInfo info;
-  info.reason = "this build has no CUDA backend";
-  return info;
-}
+CudaInfo cuda_info() { return {}; }
 
 DenseLibrary cuda_dense_library() { return {false, "this build has no CUDA backend"}; }
 

@@ -74,6 +74,18 @@ export interface NativeFile {
   close(): void
 }
 
+/** What the CUDA runtime says; see lib/tensor/cuda.ts for what it means. */
+export interface CudaFacts {
+  compiled: boolean
+  archs: string
+  /** CUDA versions of the driver and of the runtime inside: 13000 for 13.0, 0 for none. */
+  driver: number
+  runtime: number
+  devices: number
+  /** What the runtime answered when it could not count the devices. */
+  failure: string
+}
+
 export interface NativeBinding {
   readonly version: string
   /** Names of ops in the order of their ids. */
@@ -84,8 +96,9 @@ export interface NativeBinding {
   device(name: string): NativeDevice
   /** nf4, fp4 (16 entries), dynamic, dynamic_unsigned (256). */
   codebook(name: string): Float32Array
-  cpuInfo(): { isa: string; vnni: boolean; threads: number; complaint: string }
-  cudaInfo(): { compiled: boolean; archs: string; driver: string; runtime: string; reason: string }
+  /** The complaints are '' where the environment was obeyed. */
+  cpuInfo(): { isa: string; vnni: boolean; threads: number; isaComplaint: string; threadsComplaint: string }
+  cudaInfo(): CudaFacts
   /** Whether cuBLASLt, which dense products on CUDA run on, was found, and where; looked for at the first call. */
   denseLibrary(): { found: boolean; where: string }
   /** [bytes read per second, fp32 operations per second], measured now on the pool of the CPU devices. */

@@ -74,7 +74,8 @@ napi_value cpu_info(Call& call) {
   return object_of(env, {{"isa", make_string(env, cpu::isa_name())},
                          {"vnni", make_bool(env, cpu::has_vnni())},
                          {"threads", make_number(env, cpu::pool_threads())},
-                         {"complaint", make_string(env, cpu::isa_complaint())}});
+                         {"isaComplaint", make_string(env, cpu::isa_complaint())},
+                         {"threadsComplaint", make_string(env, cpu::pool_complaint())}});
 }
 
 napi_value cuda_info(Call& call) {
@@ -82,9 +83,10 @@ napi_value cuda_info(Call& call) {
   const CudaInfo info = halfbyte::cuda_info();
   return object_of(env, {{"compiled", make_bool(env, info.compiled)},
                          {"archs", make_string(env, info.archs)},
-                         {"driver", make_string(env, info.driver)},
-                         {"runtime", make_string(env, info.runtime)},
-                         {"reason", make_string(env, info.reason)}});
+                         {"driver", make_number(env, info.driver)},
+                         {"runtime", make_number(env, info.runtime)},
+                         {"devices", make_number(env, info.devices)},
+                         {"failure", make_string(env, info.failure)}});
 }
 
 napi_value dense_library(Call& call) {

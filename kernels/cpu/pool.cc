@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -35,17 +36,38 @@ int cgroup_quota() {
   return 1 << 20;
 }
 
-int count_threads() {
-  if (const char* wanted = std::getenv("HALFBYTE_NUM_THREADS")) {
-    const int n = std::atoi(wanted);
-    if (n > 0) return std::min(n, 1024);
+struct Size {
+  int threads = 1;
+  std::string complaint;
+};
+
+constexpr int kMostThreads = 1024;
+
+Size choose_size() {
+  Size size;
+  if (const char* wanted = std::getenv("HALFBYTE_NUM_THREADS"); wanted && *wanted) {
+    char* end = nullptr;
+    const long n = std::strtol(wanted, &end, 10);
+    if (*end == '\0' && n >= 1 && n <= kMostThreads) {
+      size.threads = static_cast<int>(n);
+      return size;
+    }
+    size.complaint = "HALFBYTE_NUM_THREADS is '" + std::string(wanted) +
+                     "'; it must be a whole number from 1 to " + std::to_string(kMostThreads);
   }
   int affinity = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) affinity = CPU_COUNT(&set);
 #endif
-  return std::max(1, std::min(affinity, cgroup_quota()));
+  size.threads = std::max(1, std::min(affinity, cgroup_quota()));
+  return size;
+}
+
+/// What the environment asks of the pool, as it was at the first question.
+const Size& size() {
+  static const Size chosen = choose_size();
+  return chosen;
 }
 
 void relax() {
@@ -155,13 +177,15 @@ class Pool {
 
 // Never destroyed: its threads outlive every static object.
 Pool& pool() {
-  static Pool* instance = new Pool(count_threads());
+  static Pool* instance = new Pool(size().threads);
   return *instance;
 }
 
 }  // namespace
 
 int pool_threads() { return pool().threads(); }
+
+const char* pool_complaint() { return size().complaint.c_str(); }
 
 void pool_run(int64_t chunks, void (*body)(void*, int64_t), void* context) {
   if (chunks <= 0) return;

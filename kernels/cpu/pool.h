@@ -10,6 +10,9 @@ namespace halfbyte::cpu {
 /// Threads that a parallel region runs on, the caller included.
 int pool_threads();
 
+/// Why HALFBYTE_NUM_THREADS was not obeyed; "" when it was, or is not set.
+const char* pool_complaint();
+
 /// Calls body(context, chunk) for every chunk in 0 .. chunks-1, spread over the pool; returns when all are
 /// done. Called from inside a region it runs in the calling thread.
 void pool_run(int64_t chunks, void (*body)(void* context, int64_t chunk), void* context);

@@ -35,10 +35,6 @@ struct GraphState {
 namespace cuda {
 namespace {
 
-std::string version_name(int version) {
-  return version <= 0 ? "" : std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
 /// Errors after which the context is gone for the process.
 bool is_sticky(cudaError_t error) {
   switch (error) {
@@ -138,10 +134,6 @@ Status CudaBackend::make_current() const {
 
 Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
   const CudaInfo info = cuda_info();
-  if (info.devices == 0) {
-    return Status::error(info.driver.empty() ? Code::cuda : Code::driver,
-                         "cuda:" + std::to_string(index) + ": " + info.reason);
-  }
   if (index < 0 || index >= info.devices) {
     return Status::error(Code::cuda, "cuda:" + std::to_string(index) + " is not there; this machine has " +
                                          std::to_string(info.devices) + " CUDA device(s)");
@@ -163,7 +155,22 @@ Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
   status = backend->check(cudaMemPoolSetAttribute(backend->pool_, cudaMemPoolAttrReleaseThreshold, &keep),
                           "configuring the memory pool");
   if (!status.ok()) return status;
-  status = backend->check(describe(index, &backend->launch_), "reading attributes");
+  const cudaError_t error = describe(index, &backend->launch_);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    const std::string device = "the device is of compute capability " + std::to_string(major) + "." +
+                               std::to_string(minor) + ", this build has code for " + info.archs;
+    if (error == cudaErrorNoKernelImageForDevice)
+      return Status::error(
+          Code::cuda, device + "; build it with HALFBYTE_CUDA_ARCHS=" + std::to_string(10 * major + minor));
+    return Status::error(Code::driver, device +
+                                           ", which the driver cannot translate: it is older than the "
+                                           "compiler of this build; update the driver");
+  }
+  status = backend->check(error, "reading attributes");
   if (!status.ok()) return status;
   uint32_t*& arrivals = backend->launch_.arrivals;
   const size_t bytes = static_cast<size_t>(backend->launch_.multiprocessors) * sizeof(uint32_t);
@@ -339,22 +346,16 @@ CudaInfo cuda_info() {
 #ifdef HALFBYTE_CUDA_ARCHS
   info.archs = HALFBYTE_CUDA_ARCHS;
 #endif
-  int driver = 0, runtime = 0;
-  cudaRuntimeGetVersion(&runtime);
-  info.runtime = cuda::version_name(runtime);
-  if (cudaDriverGetVersion(&driver) == cudaSuccess) info.driver = cuda::version_name(driver);
-  if (driver == 0) {
-    info.reason = "no NVIDIA driver is installed";
+  cudaRuntimeGetVersion(&info.runtime);
+  if (cudaDriverGetVersion(&info.driver) != cudaSuccess || info.driver == 0) {
+    info.driver = 0;
     return info;
   }
   const cudaError_t error = cudaGetDeviceCount(&info.devices);
   if (error != cudaSuccess) {
     cudaGetLastError();
     info.devices = 0;
-    info.reason =
-        error == cudaErrorInsufficientDriver
-            ? "the driver supports CUDA " + info.driver + ", this build needs " + info.runtime + " or newer"
-            : cudaGetErrorString(error);
+    if (error != cudaErrorNoDevice) info.failure = cudaGetErrorString(error);
   }
   return info;
 }

@@ -1,5 +1,6 @@
 import { HalfbyteError } from '../errors.js'
 import { native, type NativeDevice, type NativeGraph } from '../native.js'
+import { cudaError, cudaProblem, standardDevice } from './cuda.js'
 import { rethrow, rethrowAsync } from './rethrow.js'
 
 export interface MemoryUsage {
@@ -91,6 +92,21 @@ export class Graph {
   }
 }
 
+let warned = false
+
+/** Settings of the environment that cannot be obeyed are said once, not passed over. */
+function warnOfCpu(): void {
+  if (warned) return
+  warned = true
+  const { isa, threads, isaComplaint, threadsComplaint } = native.cpuInfo()
+  if (isaComplaint) warn(`${isaComplaint}: the kernels of ${isa} are used`)
+  if (threadsComplaint) warn(`${threadsComplaint}: ${threads} threads are used`)
+}
+
+function warn(message: string): void {
+  process.emitWarning(message, 'HalfbyteWarning')
+}
+
 export type DeviceLike = Device | string
 
 const opened = new Map<string, Device>()
@@ -107,6 +123,9 @@ export function device(like: DeviceLike): Device {
   const name = like === 'cuda' ? 'cuda:0' : like === 'cpu:0' ? 'cpu' : like
   let found = opened.get(name)
   if (!found) {
+    const problem = name.startsWith('cuda') && cudaProblem(native.cudaInfo())
+    if (problem) throw cudaError(name, problem)
+    if (name.startsWith('cpu')) warnOfCpu()
     found = new Device(rethrow(() => native.device(name)))
     opened.set(name, found)
   }
@@ -120,10 +139,13 @@ export function devices(): Device[] {
 
 let standard: Device | undefined
 
-/** The device to use when none is named: HALFBYTE_DEVICE at the first call, else cuda:0 if there is one, else cpu. */
+/**
+ * The device to use when none is named: HALFBYTE_DEVICE at the first call, else cuda:0 if there is one, else cpu.
+ * ERR_HALFBYTE_DRIVER where a GPU's driver is too old for this build.
+ */
 export function defaultDevice(): Device {
   standard ??= device(
-    process.env['HALFBYTE_DEVICE'] || (native.devices().find((name) => name.startsWith('cuda')) ?? 'cpu'),
+    process.env['HALFBYTE_DEVICE'] || standardDevice(native.devices(), native.cudaInfo(), warn),
   )
   return standard
 }

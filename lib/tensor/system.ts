@@ -1,12 +1,13 @@
 /** What the library found on this machine, and yardsticks to hold its speed against. */
 import { bindingPath, native } from '../native.js'
+import { cudaProblem, versionName } from './cuda.js'
 import { rethrowAsync } from './rethrow.js'
 
 export interface SystemInfo {
   /** Version of the addon and the file it was loaded from. */
   version: string
   binding: string
-  /** Instruction set that the CPU kernels run on, and why HALFBYTE_CPU_ISA was not obeyed ('' when it was). */
+  /** What the CPU kernels run on, and which setting of the environment was not obeyed, and why ('' for none). */
   cpu: { isa: string; vnni: boolean; threads: number; complaint: string }
   /** compiled: the binary has CUDA kernels. reason: why there is no CUDA device ('' when there is one). */
   cuda: { compiled: boolean; archs: string; driver: string; runtime: string; reason: string }
@@ -14,11 +15,19 @@ export interface SystemInfo {
 }
 
 export function systemInfo(): SystemInfo {
+  const { isa, vnni, threads, isaComplaint, threadsComplaint } = native.cpuInfo()
+  const facts = native.cudaInfo()
   return {
     version: native.version,
     binding: bindingPath,
-    cpu: native.cpuInfo(),
-    cuda: native.cudaInfo(),
+    cpu: { isa, vnni, threads, complaint: [isaComplaint, threadsComplaint].filter(Boolean).join('; ') },
+    cuda: {
+      compiled: facts.compiled,
+      archs: facts.archs,
+      driver: versionName(facts.driver),
+      runtime: versionName(facts.runtime),
+      reason: cudaProblem(facts)?.reason ?? '',
+    },
     devices: native.devices(),
   }
 }

@@ -1,7 +1,7 @@
 /** The addon under arguments that make no sense: always an error with a code, never a crash. */
 import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { DTYPES } from '../../lib/index'
+import { DTYPES, systemInfo } from '../../lib/index'
 import { native } from '../../lib/native'
 import { temporaryFolder } from '../support/files'
 
@@ -28,8 +28,8 @@ describe('the binding', () => {
     const { isa, threads } = native.cpuInfo()
     expect(['plain', 'avx2', 'avx512']).toContain(isa)
     expect(threads).toBeGreaterThanOrEqual(1)
-    const cuda = native.cudaInfo()
-    if (!native.devices().some((name) => name.startsWith('cuda'))) expect(cuda.reason).not.toBe('')
+    const { cuda, devices } = systemInfo()
+    expect(cuda.reason === '').toBe(devices.some((name) => name.startsWith('cuda')))
   })
 
   it('has the codebooks of the formats', () => {

@@ -1,9 +1,8 @@
 /** Says whether the CUDA rows of every suite ran, and fails where they had to. */
-import { devices } from '../../lib/index.js'
-import { native } from '../../lib/native.js'
+import { devices, systemInfo } from '../../lib/index.js'
 
 const found = devices().filter((device) => device.type === 'cuda')
-const { compiled, reason } = native.cudaInfo()
+const { compiled, reason } = systemInfo().cuda
 
 if (found.length > 0 || process.env['HALFBYTE_REQUIRE_CUDA']) {
   it('has a CUDA device to test', () => {

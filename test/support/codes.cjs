@@ -78,6 +78,6 @@ async function main() {
       }
     }
   }
-  process.stdout.write(JSON.stringify({ isa: info.isa, complaint: info.complaint, digests }))
+  process.stdout.write(JSON.stringify({ isa: info.isa, complaint: info.isaComplaint, digests }))
 }
 main()

@@ -50,7 +50,7 @@ async function examine(device: string | undefined): Promise<Findings> {
     findings.library = info
     if (info.cpu.complaint) findings.missing.push(info.cpu.complaint)
     if (info.devices.every((name) => name.startsWith('cpu'))) {
-      findings.missing.push(`no CUDA device: ${info.cuda.reason || 'none was found'}`)
+      findings.missing.push(`no CUDA device: ${info.cuda.reason}`)
     } else {
       findings.denseLibrary = denseLibrary()
       if (!findings.denseLibrary.found) {
