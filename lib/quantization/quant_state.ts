@@ -315,7 +315,10 @@ function build(values: Record<string, StateValue>, device: DeviceLike | undefine
   }
   if (values['nested_dtype'] !== 'float32') broken('nested_dtype must be float32')
   const offset = values['nested_offset']
-  if (typeof offset !== 'number') broken(`nested_offset ${JSON.stringify(offset)} is not a number`)
+  if (typeof offset !== 'number' || !Number.isFinite(Math.fround(offset)))
+    broken(
+      `nested_offset ${typeof offset === 'number' ? offset : JSON.stringify(offset)} is not a float32 number`,
+    )
   const nestedAbsmax = tensor('nested_absmax', 'float32')
   if (nestedAbsmax.size !== Math.ceil(blocks / 256)) {
     broken(`nested_absmax has ${nestedAbsmax.size} entries, ${blocks} blocks need ${Math.ceil(blocks / 256)}`)
