@@ -55,7 +55,7 @@ const OURS: readonly (readonly [Field, string])[] = [
 ]
 
 const COMPUTE = ['float32', 'float16', 'bfloat16'] as const
-const STORAGE = ['uint8', 'int8', 'float16', 'bfloat16', 'float32'] as const
+export const QUANT_STORAGES = ['uint8', 'int8', 'float16', 'bfloat16', 'float32'] as const
 const BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096] as const
 
 function fail(message: string): never {
@@ -132,7 +132,7 @@ export class BitsAndBytesConfig {
     this.bnb4bitQuantStorage = oneOf(
       'bnb4bitQuantStorage',
       options.bnb4bitQuantStorage ?? undefined,
-      STORAGE,
+      QUANT_STORAGES,
       'uint8',
     )
     this.bnbExact = boolean('bnbExact', options.bnbExact)

@@ -6,6 +6,7 @@ import { HalfbyteError } from '../errors.js'
 import { defaultDevice, type DeviceLike } from '../tensor/device.js'
 import type { DType } from '../tensor/dtype.js'
 import {
+  add,
   dequantizeBlocks4,
   dequantizeBlocks8,
   int8DequantizeRows,
@@ -23,7 +24,8 @@ import {
 } from '../tensor/ops.js'
 import { sizeOf, Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
-import { codebook, QuantState } from './quant_state.js'
+import { QUANT_STORAGES, type QuantStorage } from './config.js'
+import { codebook, QuantState, type NestedState } from './quant_state.js'
 
 export interface Quantize4bitOptions {
   /** A power of two from 32 to 4096. Default 64. */
@@ -32,10 +34,12 @@ export interface Quantize4bitOptions {
   compressStatistics?: boolean
   /** Default 'fp4'. */
   quantType?: QuantType
+  /** The dtype that the bytes of the codes are held as; their number must be a multiple of its size. Default 'uint8'. */
+  quantStorage?: QuantStorage
 }
 
 export interface Quantized4bit {
-  /** uint8 [ceil(n / 2), 1], two codes in a byte, the first in the high half. */
+  /** uint8 [ceil(n / 2), 1], two codes in a byte, the first in the high half; or the same bytes as quantStorage. */
   codes: Tensor
   /** Owns the statistics: dispose() it. */
   state: QuantState
@@ -43,32 +47,45 @@ export interface Quantized4bit {
 
 /** Packs a float tensor into 4-bit codes with one absmax per block of the row-major elements. */
 export function quantize4bit(x: Tensor, options: Quantize4bitOptions = {}): Quantized4bit {
-  const { blocksize = 64, compressStatistics = false, quantType = 'fp4' } = options
+  const { blocksize = 64, compressStatistics = false, quantType = 'fp4', quantStorage = 'uint8' } = options
+  if (!QUANT_STORAGES.includes(quantStorage)) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `quantize4bit: quantStorage ${JSON.stringify(quantStorage)} is not one of ${QUANT_STORAGES.join(', ')}`,
+    )
+  }
   const { shape, dtype } = x
   const common = { shape, dtype, blocksize, quantType }
-  if (!compressStatistics) {
-    const { codes, absmax } = quantizeBlocks4(x, quantType, blocksize)
-    return { codes, state: new QuantState({ ...common, absmax }) }
-  }
   const parts = tidy(() => {
-    const { codes, absmax } = quantizeBlocks4(x, quantType, blocksize)
-    const offset = absmax.size > 0 ? mean(absmax) : Tensor.zeros([1], 'float32', x.device)
-    const code = codebook('dynamic', x.device)
-    const nested = quantizeBlocks8(sub(absmax, offset), code, 256)
-    return { codes, offset, code, absmax: nested.codes, nestedAbsmax: nested.absmax }
+    const { codes: bytes, absmax } = quantizeBlocks4(x, quantType, blocksize)
+    const stored = bytes.reshape(bytes.size).bitcast(quantStorage)
+    const codes = stored.reshape(stored.size, 1)
+    return compressStatistics ? { codes, ...nest(absmax, 256) } : { codes, absmax }
   })
-  const state = new QuantState({
-    ...common,
-    absmax: parts.absmax,
-    offset: parts.offset,
-    state2: { absmax: parts.nestedAbsmax, code: parts.code, blocksize: 256, dtype: 'float32' },
-  })
-  return { codes: parts.codes, state }
+  const { codes, ...statistics } = parts
+  return { codes, state: new QuantState({ ...common, ...statistics }) }
+}
+
+/** Statistics quantised themselves: absmax = state2's values + offset. To be called in a tidy(). */
+function nest(absmax: Tensor, blocksize: number): { absmax: Tensor; offset: Tensor; state2: NestedState } {
+  const offset = absmax.size > 0 ? mean(absmax) : Tensor.zeros([1], 'float32', absmax.device)
+  const code = codebook('dynamic', absmax.device)
+  const nested = quantizeBlocks8(sub(absmax, offset), code, blocksize)
+  return {
+    absmax: nested.codes,
+    offset,
+    state2: { absmax: nested.absmax, code, blocksize, dtype: 'float32' },
+  }
+}
+
+/** What `run` makes of the bytes of codes, whatever dtype they are held as. */
+function withBytes(codes: Tensor, run: (bytes: Tensor) => Tensor): Tensor {
+  return codes.dtype === 'uint8' ? run(codes) : tidy(() => run(codes.reshape(codes.size).bitcast('uint8')))
 }
 
 /** The values of a packed tensor, in the shape and, unless another is asked for, the dtype that was quantised. */
 export function dequantize4bit(codes: Tensor, state: QuantState, dtype: DType = state.dtype): Tensor {
-  return dequantizeBlocks4(state.packed(codes), dtype, state.shape)
+  return withBytes(codes, (bytes) => dequantizeBlocks4(state.packed(bytes), dtype, state.shape))
 }
 
 /** quantize4bit() with quantType 'nf4'. */
@@ -114,7 +131,7 @@ export function matmul4bit(
       `matmul4bit: the weight is [${state.shape.join(', ')}], it must be [N, K]`,
     )
   }
-  return linear4bit(x, state.packed(codes), options)
+  return withBytes(codes, (bytes) => linear4bit(x, state.packed(bytes), options))
 }
 
 /** A code of 256 ascending values between -1 (signed) or 0 and 1, dense near zero: float32 [256]. */
@@ -127,25 +144,49 @@ export function get4bitType(quantType: QuantType, device: DeviceLike = defaultDe
   return codebook(quantType, device)
 }
 
+export interface BlockwiseStateParts {
+  absmax: Tensor
+  code: Tensor
+  blocksize: number
+  dtype: DType
+  offset?: Tensor | undefined
+  state2?: NestedState | undefined
+}
+
 /** What is needed, besides the codes, to read an 8-bit blockwise tensor. Owns its tensors: dispose() it. */
 export class BlockwiseState implements Disposable {
-  /** float32 [ceil(n / blocksize)]. */
+  /** float32 [ceil(n / blocksize)], or uint8 with state2 and offset. */
   readonly absmax: Tensor
   /** float32 [256]. */
   readonly code: Tensor
   readonly blocksize: number
   readonly dtype: DType
+  /** float32 [1], the mean that was taken off the absmax. */
+  readonly offset: Tensor | undefined
+  /** The statistics of a quantised absmax. */
+  readonly state2: NestedState | undefined
 
-  constructor(parts: { absmax: Tensor; code: Tensor; blocksize: number; dtype: DType }) {
+  constructor(parts: BlockwiseStateParts) {
     this.absmax = keep(parts.absmax)
     this.code = keep(parts.code)
     this.blocksize = parts.blocksize
     this.dtype = parts.dtype
+    this.offset = parts.offset && keep(parts.offset)
+    this.state2 = parts.state2
+    if (parts.state2) {
+      keep(parts.state2.absmax)
+      keep(parts.state2.code)
+    }
+  }
+
+  /** Whether the absmax is itself quantised. */
+  get nested(): boolean {
+    return this.state2 !== undefined
   }
 
   dispose(): void {
-    this.absmax.dispose()
-    this.code.dispose()
+    for (const tensor of [this.absmax, this.code, this.offset, this.state2?.absmax, this.state2?.code])
+      tensor?.dispose()
   }
 
   [Symbol.dispose](): void {
@@ -158,6 +199,8 @@ export interface QuantizeBlockwiseOptions {
   code?: Tensor | undefined
   /** Any positive whole number. Default 4096. */
   blocksize?: number
+  /** Quantise the absmax too, in blocks of the same size by the signed dynamic map. Default false. */
+  nested?: boolean
 }
 
 /** Each element as the nearest of 256 values times its block's absmax. codes: uint8 of x's shape. */
@@ -165,23 +208,32 @@ export function quantizeBlockwise(
   x: Tensor,
   options: QuantizeBlockwiseOptions = {},
 ): { codes: Tensor; state: BlockwiseState } {
-  const { blocksize = 4096 } = options
+  const { blocksize = 4096, nested = false } = options
   const code = options.code?.share() ?? createDynamicMap(true, x.device)
   try {
-    const { codes, absmax } = quantizeBlocks8(x, code, blocksize)
-    return { codes, state: new BlockwiseState({ absmax, code, blocksize, dtype: x.dtype }) }
+    const { codes, ...statistics } = tidy(() => {
+      const { codes, absmax } = quantizeBlocks8(x, code, blocksize)
+      return nested ? { codes, ...nest(absmax, blocksize) } : { codes, absmax }
+    })
+    return { codes, state: new BlockwiseState({ ...statistics, code, blocksize, dtype: x.dtype }) }
   } catch (error) {
     code.dispose()
     throw error
   }
 }
 
+/** The values of codes, in their shape and, unless another is asked for, the dtype that was quantised. */
 export function dequantizeBlockwise(
   codes: Tensor,
   state: BlockwiseState,
   dtype: DType = state.dtype,
 ): Tensor {
-  return dequantizeBlocks8(codes, state.absmax, state.code, state.blocksize, dtype)
+  const { absmax, code, blocksize, offset, state2 } = state
+  if (!state2 || !offset) return dequantizeBlocks8(codes, absmax, code, blocksize, dtype)
+  return tidy(() => {
+    const centred = dequantizeBlocks8(absmax, state2.absmax, state2.code, state2.blocksize, 'float32')
+    return dequantizeBlocks8(codes, add(centred, offset), code, blocksize, dtype)
+  })
 }
 
 /** A weight as LLM.int8() keeps it: codes int8 [N, K] and the largest magnitude of each row, float32 [N]. */
@@ -222,7 +274,7 @@ export function int8VectorwiseQuant(x: Tensor, threshold = 0): Int8Rows {
   return int8QuantizeRows(x, threshold, true)
 }
 
-/** codes [..., K] * rowAbsmax / 127. */
+/** codes [..., K] * rowAbsmax / 127, rowAbsmax in the order of the rows. */
 export function int8VectorwiseDequant(codes: Tensor, rowAbsmax: Tensor, dtype: DType = 'float32'): Tensor {
   return int8DequantizeRows(codes, rowAbsmax, dtype)
 }

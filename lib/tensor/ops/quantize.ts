@@ -241,11 +241,13 @@ export function int8QuantizeRows(x: Tensor, threshold = 0, fp16Input = false): I
   })
 }
 
-/** codes int8 [N, K] * scb float32 [N] / 127. */
+/** codes int8 [..., K] * scb / 127; scb: float32, one for each row, in any shape. */
 export function int8DequantizeRows(codes: Tensor, scb: Tensor, dtype: DType): Tensor {
   checkDTypes('int8DequantizeRows', 'codes', codes, 'int8')
   checkDTypes('int8DequantizeRows', 'scb', scb, 'float32')
-  checkShape('int8DequantizeRows', 'scb', scb, codes.shape.slice(0, -1))
+  const [rows] = rowsAndCols(codes)
+  if (scb.size !== rows)
+    fail('int8DequantizeRows', `scb ${show(scb.shape)} does not hold ${rows} rows of codes`)
   return withContiguous([codes, scb], (q, s) => {
     const y = Tensor.empty(codes.shape, dtype, codes.device)
     checkFloat('int8DequantizeRows', 'the result', y)
