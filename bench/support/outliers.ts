@@ -3,7 +3,16 @@
  * layers `scale` times larger, and those layers' weights for these dimensions are `scale` times smaller. Large language
  * models grow such dimensions by themselves; small ones have to be helped.
  */
-import { AutoModelForCausalLM, ops, tidy, Tensor, type CausalLM, type Parameter } from 'halfbyte'
+import {
+  AutoModelForCausalLM,
+  DecoderLayer,
+  GatedMlp,
+  ops,
+  tidy,
+  Tensor,
+  type CausalLM,
+  type Parameter,
+} from 'halfbyte'
 
 export interface OutlierRecipe {
   dims: readonly number[]
@@ -29,10 +38,13 @@ export function plantOutliers(model: CausalLM, { dims, scale }: OutlierRecipe): 
     tidy(() => void parameter.value.copyFrom(ops.mul(parameter.value.to('float32'), by)))
   }
   for (const layer of model.model.layers) {
+    if (!(layer instanceof DecoderLayer && layer.mlp instanceof GatedMlp)) {
+      throw new TypeError(`no outliers for ${model.spec.modelType}: its layers are not Llama's`)
+    }
     const { q_proj, k_proj, v_proj } = layer.self_attn
     const { gate_proj, up_proj } = layer.mlp
-    multiply(layer.input_layernorm!.weight, up)
-    multiply(layer.post_attention_layernorm.weight, up)
+    multiply(layer.input_layernorm!.weight!, up)
+    multiply(layer.post_attention_layernorm.weight!, up)
     for (const linear of [q_proj, k_proj, v_proj, gate_proj, up_proj]) multiply(linear!.weight, down)
   }
 }

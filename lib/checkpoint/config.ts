@@ -10,10 +10,23 @@ export type Json = Record<string, unknown>
 export class ConfigReader {
   readonly raw: Readonly<Json>
   readonly file: string
+  readonly #aliases: Readonly<Record<string, readonly string[]>>
 
-  constructor(raw: Readonly<Json>, file: string) {
+  constructor(raw: Readonly<Json>, file: string, aliases: Readonly<Record<string, readonly string[]>> = {}) {
     this.raw = raw
     this.file = file
+    this.#aliases = aliases
+  }
+
+  /** A reader of the same object for which fields have further names, as older families call them. */
+  alias(aliases: Readonly<Record<string, readonly string[]>>): ConfigReader {
+    return new ConfigReader(this.raw, this.file, { ...this.#aliases, ...aliases })
+  }
+
+  /** What the file calls a field; where it has it not, the first of its names. */
+  #own(name: string): string {
+    const names = [...(this.#aliases[name] ?? []), name]
+    return names.find((own) => Object.hasOwn(this.raw, own) && this.raw[own] !== null) ?? names[0]!
   }
 
   fail(what: string): never {
@@ -22,53 +35,57 @@ export class ConfigReader {
 
   /** The field, or undefined when it is absent or null. */
   get(name: string): unknown {
-    return Object.hasOwn(this.raw, name) ? (this.raw[name] ?? undefined) : undefined
+    const own = this.#own(name)
+    return Object.hasOwn(this.raw, own) ? (this.raw[own] ?? undefined) : undefined
   }
 
   /** A count: a whole number from 1 to `most`. Without an initial value the field must be there. */
   count(name: string, initial?: number, most = Number.MAX_SAFE_INTEGER): number {
     const value = this.get(name) ?? initial
-    if (value === undefined) this.fail(`${name} is missing`)
+    if (value === undefined) this.fail(`${this.#own(name)} is missing`)
     if (!Number.isSafeInteger(value) || (value as number) < 1) {
-      this.fail(`${name} is ${JSON.stringify(value)}, it must be a positive whole number`)
+      this.fail(`${this.#own(name)} is ${JSON.stringify(value)}, it must be a positive whole number`)
     }
-    if ((value as number) > most) this.fail(`${name} is ${value as number}, more than ${most} is no model's`)
+    if ((value as number) > most)
+      this.fail(`${this.#own(name)} is ${value as number}, more than ${most} is no model's`)
     return value as number
   }
 
   /** A number above 0. */
   positive(name: string, initial?: number): number {
     const value = this.number(name, initial)
-    if (value <= 0) this.fail(`${name} is ${value}, it must be above 0`)
+    if (value <= 0) this.fail(`${this.#own(name)} is ${value}, it must be above 0`)
     return value
   }
 
   number(name: string, initial?: number): number {
     const value = this.get(name) ?? initial
-    if (value === undefined) this.fail(`${name} is missing`)
+    if (value === undefined) this.fail(`${this.#own(name)} is missing`)
     if (typeof value !== 'number' || !Number.isFinite(value)) {
-      this.fail(`${name} is ${JSON.stringify(value)}, it must be a number`)
+      this.fail(`${this.#own(name)} is ${JSON.stringify(value)}, it must be a number`)
     }
     return value
   }
 
   boolean(name: string, initial: boolean): boolean {
     const value = this.get(name) ?? initial
-    if (typeof value !== 'boolean') this.fail(`${name} is ${JSON.stringify(value)}, it must be true or false`)
+    if (typeof value !== 'boolean')
+      this.fail(`${this.#own(name)} is ${JSON.stringify(value)}, it must be true or false`)
     return value
   }
 
   string(name: string, initial?: string): string {
     const value = this.get(name) ?? initial
-    if (value === undefined) this.fail(`${name} is missing`)
-    if (typeof value !== 'string') this.fail(`${name} is ${JSON.stringify(value)}, it must be a string`)
+    if (value === undefined) this.fail(`${this.#own(name)} is missing`)
+    if (typeof value !== 'string')
+      this.fail(`${this.#own(name)} is ${JSON.stringify(value)}, it must be a string`)
     return value
   }
 
   array(name: string): readonly unknown[] | undefined {
     const value = this.get(name)
     if (value !== undefined && !Array.isArray(value)) {
-      this.fail(`${name} is ${JSON.stringify(value)}, it must be an array`)
+      this.fail(`${this.#own(name)} is ${JSON.stringify(value)}, it must be an array`)
     }
     return value as readonly unknown[] | undefined
   }
@@ -78,9 +95,9 @@ export class ConfigReader {
     const value = this.get(name)
     if (value === undefined) return undefined
     if (typeof value !== 'object' || Array.isArray(value)) {
-      this.fail(`${name} is ${JSON.stringify(value)}, it must be an object`)
+      this.fail(`${this.#own(name)} is ${JSON.stringify(value)}, it must be an object`)
     }
-    return new ConfigReader(value as Json, `${this.file}: ${name}`)
+    return new ConfigReader(value as Json, `${this.file}: ${this.#own(name)}`)
   }
 
   /** One id or a list of ids; [] when the field is absent. */
@@ -89,7 +106,7 @@ export class ConfigReader {
     if (value === undefined) return []
     const ids = Array.isArray(value) ? (value as unknown[]) : [value]
     if (!ids.every((id) => Number.isSafeInteger(id) && (id as number) >= 0)) {
-      this.fail(`${name} is ${JSON.stringify(value)}, it must be a token id or a list of them`)
+      this.fail(`${this.#own(name)} is ${JSON.stringify(value)}, it must be a token id or a list of them`)
     }
     return ids as number[]
   }

@@ -49,7 +49,13 @@ export interface LoadReport {
 }
 
 /** Tensors that older checkpoints carry though they follow from the config. */
-const DERIVED = /(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias))$/
+const DERIVED = /(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias))$/
+
+/** What a model may say about the names in its checkpoints. */
+interface Prefixed {
+  /** Default 'model'. */
+  baseModelPrefix?: string
+}
 
 /** A tensor of the checkpoint and its name in the model. */
 interface Item {
@@ -89,8 +95,9 @@ export async function loadCheckpoint(
 // -- what goes where
 
 /** The model's name for a tensor; the base model's prefix may be there or not, on either side. */
-function placeOf(model: Module, name: string): string | undefined {
-  const names = [name, `model.${name}`, ...(name.startsWith('model.') ? [name.slice('model.'.length)] : [])]
+function placeOf(model: Module & Prefixed, name: string): string | undefined {
+  const prefix = `${model.baseModelPrefix ?? 'model'}.`
+  const names = [name, `${prefix}${name}`, ...(name.startsWith(prefix) ? [name.slice(prefix.length)] : [])]
   return names.find((candidate) => model.acceptsParameter(candidate))
 }
 
@@ -174,15 +181,17 @@ function mismatch(
   info: TensorInfo,
   place: Parameter | undefined,
 ): string[] {
+  // packed weights have shapes of their own, which their layers check
+  const scb = info.name.replace(/weight$/, 'SCB')
   if (!place || checkpoint.has(`${info.name}.absmax`)) return []
+  if (info.dtype === 'I8' && checkpoint.has(scb)) return []
   const same = place.shape.length === info.shape.length && place.shape.every((n, i) => n === info.shape[i])
   if (!same)
     return [`${path} is ${info.dtype} [${info.shape.join(', ')}], the model has [${place.shape.join(', ')}]`]
   const dtype = FROM_SAFETENSORS[info.dtype]
-  const readable =
-    dtype &&
-    (DTYPES[dtype].isFloat || (info.dtype === 'I8' && checkpoint.has(path.replace(/weight$/, 'SCB'))))
-  return readable ? [] : [`${path} is ${info.dtype}, the model has floating-point weights`]
+  return dtype && DTYPES[dtype].isFloat
+    ? []
+    : [`${path} is ${info.dtype}, the model has floating-point weights`]
 }
 
 // -- reading

@@ -49,15 +49,21 @@ export class CausalLM extends Module {
 
   constructor(spec: DecoderSpec, config: ConfigReader) {
     super()
+    this._names = spec.names
     this.spec = spec
     this.config = config
     this.model = new Decoder(spec)
-    this.lm_head = new Linear(spec.hiddenSize, spec.vocabSize, { bias: false })
+    this.lm_head = new Linear(spec.hiddenSize, spec.vocabSize, { bias: spec.headBias })
     if (spec.tieWordEmbeddings) this.lm_head.weight = this.model.embed_tokens.weight
   }
 
   getOutputEmbeddings(): Module {
     return this.lm_head
+  }
+
+  /** What names in checkpoints begin with; those of a base model lack it. */
+  get baseModelPrefix(): string {
+    return (this._names['model'] ?? 'model').split('.')[0]!
   }
 
   /** The dtype that activations have: that of the embeddings. */

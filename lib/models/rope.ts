@@ -11,6 +11,8 @@ export interface RopeSpec {
   inverseFrequencies: Float32Array
   /** Factor on cos and sin. */
   scale: number
+  /** Pairs are neighbours (2i, 2i + 1), not (i, i + dim / 2). */
+  interleaved: boolean
 }
 
 export interface RopeOptions {
@@ -20,6 +22,8 @@ export interface RopeOptions {
   partialRotaryFactor?: number
   /** Base where the config does not say. */
   theta?: number
+  /** Default false. */
+  interleaved?: boolean
 }
 
 /** Reads `rope_parameters` (or one of its parts, for layers of a kind) and computes the frequencies. */
@@ -45,7 +49,8 @@ export function readRope(config: ConfigReader, options: RopeOptions, part?: stri
     config.fail(`rope_type ${JSON.stringify(type)} is not known; known are ${Object.keys(SCALINGS).join(', ')}`)
   }
   const { frequencies, scale } = scaling(plain, source ?? config, { ...options, base, dim })
-  return { dim, inverseFrequencies: Float32Array.from(frequencies), scale }
+  const { interleaved = false } = options
+  return { dim, inverseFrequencies: Float32Array.from(frequencies), scale, interleaved }
 }
 
 type Scaling = (

@@ -45,7 +45,7 @@ export class RotaryEmbedding extends Module {
   /** x [T, heads, D] rotated by the positions int32 [T], all below `maxPosition`. */
   forward(x: Tensor, positions: Tensor, maxPosition: number): Tensor {
     const { cos, sin } = this.tables(maxPosition, x.device)
-    return rope(x, cos, sin, positions)
+    return rope(x, cos, sin, positions, this.spec.interleaved)
   }
 
   #free(): void {

@@ -4,7 +4,7 @@
  */
 import type { ConfigReader } from '../checkpoint/config.js'
 import type { Activation } from '../tensor/ops.js'
-import { readRope, type RopeSpec } from './rope.js'
+import { readRope, type RopeOptions, type RopeSpec } from './rope.js'
 
 export interface LayerSpec {
   /** null: no position embedding in this layer. */
@@ -13,8 +13,22 @@ export interface LayerSpec {
   window: number
 }
 
+/** Which experts a token goes to, and with which weights; see SparseMlp. */
+export interface ExpertSpec {
+  count: number
+  /** Experts that a token goes to. */
+  perToken: number
+  intermediateSize: number
+  /** The weights of a token's experts are made to sum to 1. */
+  normalize: boolean
+  /** Layers that have experts; the others have an MLP of intermediateSize. */
+  layers: readonly boolean[]
+}
+
 export interface DecoderSpec {
   modelType: string
+  /** What checkpoints call modules that the blocks have under another name: { o_proj: 'dense' }. */
+  names: Readonly<Record<string, string>>
   vocabSize: number
   hiddenSize: number
   intermediateSize: number
@@ -25,21 +39,41 @@ export interface DecoderSpec {
   layers: LayerSpec[]
   /** The different position embeddings of the layers. */
   ropes: RopeSpec[]
+  /** A table of positions is added to the embeddings; position 0 is its row `offset`. */
+  learnedPositions: { offset: number } | null
+  /** Scores fall linearly with the distance, faster in some heads (ALiBi, arXiv 2108.12409). */
+  alibi: boolean
   /** The output head is the embedding table. */
   tieWordEmbeddings: boolean
+  headBias: boolean
   activation: Activation
+  normType: 'rms' | 'layer'
   normEps: number
-  /** Added to the norms' weights. */
+  /** Added to the weights of RMS norms. */
   normWeightOffset: number
+  /** Of layer norms. */
+  normBias: boolean
+  /** The embeddings are normed. */
+  embeddingNorm: boolean
   /** Whether a layer norms what goes into attention and MLP, what comes out, or both. */
   norms: 'input' | 'output' | 'both'
+  /** Attention and MLP of a layer take the same input: through one norm for both, or through one each. */
+  parallel: 'no' | 'one norm' | 'two norms'
   /** Norms on queries and keys: of each head, or over all heads at once. */
   queryKeyNorm: 'none' | 'head' | 'all'
   qkvBias: boolean
   outputBias: boolean
   mlpBias: boolean
-  /** qkv_proj and gate_up_proj in place of separate layers. */
-  fusedProjections: boolean
+  /** Dense weights are stored as [in, out] (Conv1D). */
+  transposed: boolean
+  /**
+   * q_proj, k_proj and v_proj; or one qkv_proj whose rows are all queries, keys and values ('rows'), or for each key head
+   * its queries, key and value ('heads').
+   */
+  projections: 'separate' | 'rows' | 'heads'
+  /** gate_proj and up_proj, or one gate_up_proj, or an MLP without a gate; 'flat': without a module of its own. */
+  mlp: 'gated' | 'gated in one' | 'plain' | 'flat'
+  experts: ExpertSpec | null
   attentionScale: number
   attentionSoftcap: number
   embeddingScale: number
@@ -73,42 +107,56 @@ export function readActivation(config: ConfigReader, field = 'hidden_act', initi
 const MOST_LAYERS = 10_000
 const MOST_HEAD_DIM = 65_536
 
+/** What a family says of its own; how its heads are rotated goes to readRope(). */
+export type OwnSpec = Partial<DecoderSpec> & { rotary?: Omit<RopeOptions, 'headDim' | 'maxPositions'> }
+
 /** The fields that all families share, as Llama has them; `own` is what differs. */
 export function readDecoderSpec(
   config: ConfigReader,
-  own: Partial<DecoderSpec> & { partialRotaryFactor?: number } = {},
+  own: OwnSpec = {},
 ): DecoderSpec {
   const hiddenSize = config.count('hidden_size')
   const numHeads = config.count('num_attention_heads')
-  const numKeyValueHeads = config.count('num_key_value_heads', numHeads)
+  const numKeyValueHeads = own.numKeyValueHeads ?? config.count('num_key_value_heads', numHeads)
   const each = hiddenSize % numHeads === 0 ? hiddenSize / numHeads : undefined
   const headDim = config.count('head_dim', each, MOST_HEAD_DIM)
   if (numHeads % numKeyValueHeads !== 0) {
     config.fail(`num_attention_heads ${numHeads} is not a multiple of num_key_value_heads ${numKeyValueHeads}`)
   }
   const maxPositions = config.count('max_position_embeddings', 2048)
-  const { partialRotaryFactor, ...rest } = own
+  const { rotary, ...rest } = own
   const spec: DecoderSpec = {
     modelType: config.string('model_type'),
+    names: {},
     vocabSize: config.count('vocab_size'),
     hiddenSize,
-    intermediateSize: config.count('intermediate_size'),
+    intermediateSize: rest.intermediateSize ?? config.count('intermediate_size'),
     numHeads,
     numKeyValueHeads,
     headDim,
     maxPositions,
     layers: [],
     ropes: [],
+    learnedPositions: null,
+    alibi: false,
     tieWordEmbeddings: config.boolean('tie_word_embeddings', false),
+    headBias: false,
     activation: rest.activation ?? readActivation(config),
+    normType: 'rms',
     normEps: config.positive('rms_norm_eps', 1e-6),
     normWeightOffset: 0,
+    normBias: true,
+    embeddingNorm: false,
     norms: 'input',
+    parallel: 'no',
     queryKeyNorm: 'none',
     qkvBias: config.boolean('attention_bias', false),
     outputBias: config.boolean('attention_bias', false),
     mlpBias: config.boolean('mlp_bias', false),
-    fusedProjections: false,
+    transposed: false,
+    projections: 'separate',
+    mlp: 'gated',
+    experts: null,
     attentionScale: 1 / Math.sqrt(headDim),
     attentionSoftcap: 0,
     embeddingScale: 1,
@@ -119,8 +167,9 @@ export function readDecoderSpec(
     ...rest,
   }
   if (!rest.layers) {
-    const rope = readRope(config, { headDim, maxPositions, ...(partialRotaryFactor && { partialRotaryFactor }) })
-    spec.ropes = [rope]
+    const rotates = !spec.learnedPositions && !spec.alibi
+    const rope = rotates ? readRope(config, { ...rotary, headDim, maxPositions }) : null
+    spec.ropes = rope ? [rope] : []
     spec.layers = readWindows(config).map((window) => ({ rope, window }))
   }
   return spec

@@ -3,7 +3,7 @@
  *
  * Registration   what is assigned to a property is part of the module: a Module (or an array of them) is a child, a
  *                Parameter or a Tensor a parameter, a Buffer a buffer. The property's name is the name in paths and
- *                state dicts. Properties that begin with '_' and #private ones are left out.
+ *                state dicts, unless _names has another. Properties that begin with '_' and #private ones are left out.
  * Ties           one Parameter or one Tensor in two places is one: it is counted, moved and freed once, and stays tied.
  * Loading        a model built on 'meta' (see onMeta) is filled by a loader:
  *                  await model.loadParameter('model.layers.0.mlp.up_proj.weight', tensor)   takes the tensor over
@@ -26,6 +26,8 @@ import { loadStateDict, ownProblems, type LoadStateDictResult, type OwnProblems 
 export abstract class Module implements Disposable {
   /** Set by train() and eval(). */
   training = false
+  /** What properties are called in paths and state dicts, where that is not their own name: { o_proj: 'c_proj' }. */
+  protected _names: Readonly<Record<string, string>> = {}
 
   /** The layer's computation. Queues work and returns, like every op. */
   abstract forward(...inputs: never[]): unknown
@@ -45,9 +47,17 @@ export abstract class Module implements Disposable {
   /** Puts another module in the place of a child. */
   setChild(name: string, module: Module): void {
     const dot = name.lastIndexOf('.')
-    const holder = this as unknown as Record<string, unknown>
-    if (dot < 0) holder[name] = module
-    else (holder[name.slice(0, dot)] as Module[])[Number(name.slice(dot + 1))] = module
+    for (const [own, value, key] of this.#properties()) {
+      if (Array.isArray(value) && own === name.slice(0, dot)) {
+        ;(value as Module[])[Number(name.slice(dot + 1))] = module
+        return
+      }
+      if (own === name && !Array.isArray(value)) {
+        ;(this as unknown as Record<string, unknown>)[key] = module
+        return
+      }
+    }
+    throw new HalfbyteError('ERR_HALFBYTE_VALUE', `setChild: ${this.constructor.name} has no child '${name}'`)
   }
 
   children(): Module[] {
@@ -139,10 +149,10 @@ export abstract class Module implements Disposable {
 
   /** Own parameters and buffers, by name. */
   *ownParameters(): IterableIterator<[string, Parameter]> {
-    for (const [name, value] of this.#properties()) {
+    for (const [name, value, key] of this.#properties()) {
       if (value instanceof Parameter) yield [name, value]
       else if (value instanceof Tensor) {
-        yield [name, new TensorProperty(this as unknown as Record<string, unknown>, name, value)]
+        yield [name, new TensorProperty(this as unknown as Record<string, unknown>, key, value)]
       }
     }
   }
@@ -337,8 +347,11 @@ export abstract class Module implements Disposable {
 
   // -- walking
 
-  *#properties(): IterableIterator<[string, unknown]> {
-    for (const [name, value] of Object.entries(this)) if (!name.startsWith('_')) yield [name, value]
+  /** Name, value and key of each property that may be part of the module. */
+  *#properties(): IterableIterator<[string, unknown, string]> {
+    for (const [key, value] of Object.entries(this)) {
+      if (!key.startsWith('_')) yield [this._names[key] ?? key, value, key]
+    }
   }
 
   /** Every place of every module: one that is in two places comes twice. */

@@ -2,22 +2,33 @@
 import { AutoModelForCausalLM, devices, getMemoryFootprint, type CausalLM, type Device } from '../../lib'
 import { goldenPath } from '../support/golden'
 import { error, footprints, margin, readGoldenModel } from '../support/golden_model'
+import { routingTies } from '../support/routing'
 
 const FAMILIES = [
+  'bloom',
+  'cohere',
+  'falcon',
   'gemma',
   'gemma2',
   'gemma3',
+  'gpt-neox',
+  'gpt2',
   'granite',
   'llama',
   'llama-tied',
   'mistral',
+  'mixtral',
   'olmo2',
+  'opt',
+  'phi',
   'phi3',
   'qwen2',
   'qwen3',
+  'qwen3-moe',
   'smollm3',
+  'stablelm',
 ]
-const QUANTISED = ['llama', 'phi3', 'qwen2', 'qwen3'].flatMap((name) =>
+const QUANTISED = ['gpt-neox', 'gpt2', 'llama', 'mixtral', 'opt', 'phi3', 'qwen2', 'qwen3'].flatMap((name) =>
   ['nf4', 'fp4', 'int8'].map((kind) => `${name}-bnb-${kind}`),
 )
 
@@ -56,7 +67,7 @@ describe.each(devices())('on %s', (device) => {
     beforeAll(async () => {
       model = await load(name, folder, device)
     })
-    afterAll(() => model.dispose())
+    afterAll(() => model?.dispose())
 
     it('has the footprint, and quantised the modules, that transformers reports', () => {
       expect(getMemoryFootprint(model)).toBe(footprints[name])
@@ -66,18 +77,33 @@ describe.each(devices())('on %s', (device) => {
 
     const check = (actual: Float32Array, wanted: Float32Array) => {
       const { most, mean } = error(actual, wanted)
-  expect(most).toBeLessThan(allowed.most)
+      expect(most).toBeLessThan(allowed.most)
       expect(mean).toBeLessThan(allowed.mean)
     }
 
+    /** Logits, but for tokens that go to an expert by a hair: the last bit of a float16 sends them to another. */
+    const checkLogits = async (ids: number[], actual: Float32Array, wanted: Float32Array) => {
+      const ties = name.endsWith('int8') ? await routingTies(model, ids, 5e-3) : []
+      expect(ties.length).toBeLessThanOrEqual(1)
+      const rows = (values: Float32Array) => {
+        const { vocabulary } = expected
+        const kept = ids.flatMap((_, t) =>
+          ties.includes(t) ? [] : [...values.subarray(t * vocabulary, (t + 1) * vocabulary)],
+        )
+        return Float32Array.from(kept)
+      }
+      check(rows(actual), rows(wanted))
+    }
+
     it('gives the logits of a sequence', async () => {
-      check(await floats(model.forward(expected.sequences[0]!)), expected.logits)
+      const ids = expected.sequences[0]!
+      await checkLogits(ids, await floats(model.forward(ids)), expected.logits)
     })
 
     it('gives the logits of a batch without its padding', async () => {
       const logits = model.logits(expected.sequences)
       for (const [i, wanted] of expected.batchLogits.entries()) {
-        check(await floats(logits[i]!), wanted)
+        await checkLogits(expected.sequences[i]!, await floats(logits[i]!), wanted)
       }
     })
 

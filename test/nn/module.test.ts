@@ -286,3 +286,44 @@ describe('models without memory', () => {
     expect(thrown(() => parameter.value).code).toBe('ERR_HALFBYTE_STATE_DICT')
   })
 })
+
+describe("names other than the properties'", () => {
+  class Renamed extends Module {
+    protected override _names = { proj: 'c_proj', parts: 'h', body: 'model.decoder', scale: 'g' }
+    proj = new Linear(2, 3)
+    parts = [new Linear(3, 3, { bias: false })]
+    body = new Sequential(new Linear(3, 1, { bias: false }))
+    scale = Tensor.from([1], { device: 'cpu' })
+
+    forward(x: Tensor): Tensor {
+      return x
+    }
+  }
+
+  it('are those of paths, state dicts and loading', async () => {
+    using model = new Renamed()
+    const names = ['g', 'c_proj.weight', 'c_proj.bias', 'h.0.weight', 'model.decoder.0.weight']
+    expect([...model.namedParameters()].map(([name]) => name)).toEqual(names)
+    const state = await model.stateDict()
+    expect([...state.keys()].sort()).toEqual([...names].sort())
+    for (const tensor of state.values()) tensor.dispose()
+    expect(model.getSubmodule('model.decoder.0')).toBe(model.body.at(0))
+    await model.loadParameter('g', Tensor.from([7], { device: 'cpu' }))
+    expect(Array.from(await model.scale.data())).toEqual([7])
+  })
+
+  it('are where modules are replaced', () => {
+    using model = new Renamed()
+    const paths = ['c_proj', 'h.0', 'model.decoder']
+    for (const path of paths) {
+      const old = model.getSubmodule(path)
+      const put = new Linear(1, 1)
+      model.setSubmodule(path, put)
+      expect(model.getSubmodule(path)).toBe(put)
+      old.dispose()
+    }
+    expect(model.proj).toBe(model.getSubmodule('c_proj'))
+    expect(model.parts[0]).toBe(model.getSubmodule('h.0'))
+    expect(() => model.setChild('proj', new Linear(1, 1))).toThrow(/no child 'proj'/)
+  })
+})

@@ -1,27 +1,46 @@
 /** Every family by the model_type of its config.json. */
 import type { ConfigReader } from '../../checkpoint/config.js'
 import type { DecoderSpec } from '../spec.js'
+import { bloom } from './bloom.js'
+import { cohere } from './cohere.js'
+import { falcon } from './falcon.js'
 import { gemma, gemma2, gemma3 } from './gemma.js'
+import { gpt2 } from './gpt2.js'
+import { gptNeox } from './gpt_neox.js'
 import { granite } from './granite.js'
 import { llama } from './llama.js'
 import { mistral } from './mistral.js'
+import { mixtral } from './mixtral.js'
 import { olmo2 } from './olmo2.js'
+import { opt } from './opt.js'
+import { phi } from './phi.js'
 import { phi3 } from './phi3.js'
-import { qwen2, qwen3 } from './qwen.js'
+import { qwen2, qwen3, qwen3Moe } from './qwen.js'
 import { smollm3 } from './smollm3.js'
+import { stablelm } from './stablelm.js'
 
 export const FAMILIES: Readonly<Record<string, (config: ConfigReader) => DecoderSpec>> = {
+  bloom,
+  cohere,
+  falcon,
   gemma,
   gemma2,
   gemma3_text: gemma3,
+  gpt2,
+  gpt_neox: gptNeox,
   granite,
   llama,
   mistral,
+  mixtral,
   olmo2,
+  opt,
+  phi,
   phi3,
   qwen2,
   qwen3,
+  qwen3_moe: qwen3Moe,
   smollm3,
+  stablelm,
 }
 
 export function readSpec(config: ConfigReader): DecoderSpec {

@@ -4,7 +4,8 @@ import { readDecoderSpec, type DecoderSpec } from '../spec.js'
 
 export function phi3(config: ConfigReader): DecoderSpec {
   return readDecoderSpec(config, {
-    fusedProjections: true,
+    projections: 'rows',
+    mlp: 'gated in one',
     qkvBias: false,
     outputBias: false,
     mlpBias: false,

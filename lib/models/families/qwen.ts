@@ -1,4 +1,7 @@
-/** Qwen 2 and 2.5: biases on queries, keys and values. Qwen 3: norms on the heads of queries and keys instead. */
+/**
+ * Qwen 2 and 2.5: biases on queries, keys and values. Qwen 3: norms on the heads of queries and keys instead, and experts
+ * in its MoE models.
+ */
 import type { ConfigReader } from '../../checkpoint/config.js'
 import { readDecoderSpec, readWindows, type DecoderSpec } from '../spec.js'
 
@@ -22,4 +25,21 @@ export function qwen2(config: ConfigReader): DecoderSpec {
 
 export function qwen3(config: ConfigReader): DecoderSpec {
   return withWindows(config, readDecoderSpec(config, { queryKeyNorm: 'head', mlpBias: false }))
+}
+
+export function qwen3Moe(file: ConfigReader): DecoderSpec {
+  const config = file.alias({ num_experts: ['num_local_experts'] })
+  const spec = qwen3(config)
+  const step = config.count('decoder_sparse_step', 1)
+  const dense = config.array('mlp_only_layers') ?? []
+  return {
+    ...spec,
+    experts: {
+      count: config.count('num_experts', 128),
+      perToken: config.count('num_experts_per_tok', 8),
+      intermediateSize: config.count('moe_intermediate_size', 768),
+      normalize: config.boolean('norm_topk_prob', false),
+      layers: spec.layers.map((_, i) => !dense.includes(i) && (i + 1) % step === 0),
+    },
+  }
 }

@@ -1,0 +1,72 @@
+/** What the golden models do not show of the families: fields that are refused, and ways of saying the same. */
+import { ConfigReader, readConfig } from '../../lib/checkpoint/config'
+import { readSpec } from '../../lib/models/families'
+import { itWithGolden } from '../support/golden'
+
+const spec = (raw: Record<string, unknown>) => readSpec(new ConfigReader(raw, 'config.json'))
+
+const gpt2 = { model_type: 'gpt2', n_embd: 64, n_head: 4, n_layer: 2, n_positions: 32, vocab_size: 50 }
+const opt = {
+  model_type: 'opt',
+  hidden_size: 64,
+  ffn_dim: 128,
+  num_attention_heads: 4,
+  num_hidden_layers: 2,
+  vocab_size: 50,
+}
+const llama = { ...opt, intermediate_size: 96 }
+const falcon = { ...llama, model_type: 'falcon' }
+
+describe('families', () => {
+  it.each([
+    [{ ...gpt2, scale_attn_by_inverse_layer_idx: true }, /scale_attn_by_inverse_layer_idx/],
+    [{ ...gpt2, n_embd: 'many' }, /n_embd is "many", it must be a positive whole number/],
+    [{ ...gpt2, n_head: undefined }, /n_head is missing/],
+    [{ ...opt, do_layer_norm_before: false }, /do_layer_norm_before/],
+    [{ ...opt, word_embed_proj_dim: 32 }, /word_embed_proj_dim/],
+    [{ ...falcon, alibi: true }, /alibi/],
+    [{ ...llama, model_type: 'cohere', use_qk_norm: true }, /use_qk_norm/],
+    [{ ...llama, model_type: 'stablelm', qk_layernorm: true }, /qk_layernorm/],
+    [{ ...llama, model_type: 'mamba' }, /"mamba" is not known; known are bloom, /],
+  ])('refuses %j', (raw, message) => {
+    expect(() => spec(raw)).toThrow(message)
+    expect(() => spec(raw)).toThrow(expect.objectContaining({ code: 'ERR_HALFBYTE_CONFIG' }))
+  })
+
+  it('reads the fields of older files', () => {
+    const neox = { ...llama, model_type: 'gpt_neox', rotary_pct: 0.5, rotary_emb_base: 500 }
+    const [rope] = spec(neox).ropes
+    expect(rope!.dim).toBe(8)
+    expect(rope!.inverseFrequencies[1]).toBeCloseTo(500 ** (-2 / 8), 6)
+    expect(spec({ ...gpt2, n_inner: null }).intermediateSize).toBe(256)
+    expect(spec({ ...gpt2, n_inner: 99 }).intermediateSize).toBe(99)
+  })
+
+  it('counts the key heads of each Falcon', () => {
+    expect(spec(falcon)).toMatchObject({ numKeyValueHeads: 1, parallel: 'one norm' })
+    expect(spec({ ...falcon, multi_query: false, parallel_attn: false })).toMatchObject({
+      numKeyValueHeads: 4,
+      parallel: 'no',
+    })
+    const larger = spec({ ...falcon, new_decoder_architecture: true, num_kv_heads: 2 })
+    expect(larger).toMatchObject({ numKeyValueHeads: 2, parallel: 'two norms' })
+    expect(larger.names).toMatchObject({ input_layernorm: 'ln_attn', post_attention_layernorm: 'ln_mlp' })
+  })
+
+  it('knows which layers of Qwen 3 MoE have experts', () => {
+    const moe = { ...llama, model_type: 'qwen3_moe', num_hidden_layers: 4, num_experts: 8 }
+    expect(spec(moe).experts).toMatchObject({ count: 8, perToken: 8, layers: [true, true, true, true] })
+    expect(spec({ ...moe, decoder_sparse_step: 2, mlp_only_layers: [3] }).experts!.layers).toEqual([
+      false,
+      true,
+      false,
+      false,
+    ])
+  })
+
+  itWithGolden('models/gpt2/config.json', 'ties the head where the config does not say', (path) => {
+    const { raw, file } = readConfig(path.replace(/config\.json$/, ''))
+    const { tie_word_embeddings: _, ...rest } = raw
+    expect(readSpec(new ConfigReader(rest, file)).tieWordEmbeddings).toBe(true)
+  })
+})
