@@ -13,7 +13,8 @@ import {
 } from '../../lib'
 import { rejection } from '../support/errors'
 import { root, temporaryFolder } from '../support/files'
-import { goldenSubset } from '../support/golden'
+import { goldenPath } from '../support/golden'
+import { goldenModels } from '../support/golden_model'
 import { itCompiled, printed, runScript } from '../support/run'
 import { readSafetensors } from '../support/safetensors'
 import { writeTinyModel } from '../support/tiny_model'
@@ -24,26 +25,19 @@ const fresh = () => join(folder, String(made++))
 const ids = [3, 1, 4, 1, 5, 9, 2, 6]
 
 describe.each(devices())('writing from %s', (device) => {
-  it.each(['llama', 'llama-bnb-nf4', 'llama-bnb-fp4', 'llama-bnb-int8'])(
-    'gives the bytes that Python wrote: %s',
-    async (name) => {
-      const source = join(goldenSubset, 'models', name)
-      const target = fresh()
-      using model = await AutoModelForCausalLM.fromPretrained(source, { device })
-      await model.savePretrained(target)
-      const [ours, theirs] = [target, source].map((at) => readFileSync(join(at, 'model.safetensors')))
-      expect(ours!.equals(theirs!)).toBe(true)
-      const [a, b] = [target, source].map(
-        (at) => JSON.parse(readFileSync(join(at, 'config.json'), 'utf8')) as object,
-      )
-      expect(a).toEqual(b)
-      expect(readdirSync(target).sort()).toEqual([
-        'config.json',
-        'generation_config.json',
-        'model.safetensors',
-      ])
-    },
-  )
+  it.each(goldenModels())('gives the bytes that Python wrote: %s', async (name) => {
+    const source = goldenPath(`models/${name}`)!
+    const target = fresh()
+    using model = await AutoModelForCausalLM.fromPretrained(source, { device })
+    await model.savePretrained(target)
+    const [ours, theirs] = [target, source].map((at) => readFileSync(join(at, 'model.safetensors')))
+    expect(ours!.equals(theirs!)).toBe(true)
+    const [a, b] = [target, source].map(
+      (at) => JSON.parse(readFileSync(join(at, 'config.json'), 'utf8')) as object,
+    )
+    expect(a).toEqual(b)
+    expect(readdirSync(target).sort()).toEqual(['config.json', 'generation_config.json', 'model.safetensors'])
+  })
 
   it.each<[string, BitsAndBytesConfigOptions | undefined]>([
     ['float32', undefined],

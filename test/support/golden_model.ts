@@ -1,6 +1,8 @@
 /** What transformers computed with a small checkpoint, and the comparison with it. */
-import { readFileSync } from 'node:fs'
+import { readdirSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { readConfig } from '../../lib/checkpoint/config'
+import { FAMILIES } from '../../lib/models/families'
 import { goldenPath } from './golden'
 import { readSafetensors } from './safetensors'
 
@@ -23,6 +25,15 @@ export const footprints = summaryFile
   ? (JSON.parse(readFileSync(summaryFile, 'utf8')) as { footprint: Record<string, number | string[]> })
       .footprint
   : {}
+
+/** Names of the golden models that are there and whose family the library has. */
+export function goldenModels(): string[] {
+  const folder = goldenPath('models')!
+  return readdirSync(folder, { withFileTypes: true })
+    .filter((entry) => entry.isDirectory())
+    .map(({ name }) => name)
+    .filter((name) => Object.hasOwn(FAMILIES, readConfig(join(folder, name)).string('model_type')))
+}
 
 export function readGoldenModel(folder: string): GoldenModel {
   const tensors = readSafetensors(join(folder, 'golden.safetensors'))
