@@ -2,7 +2,7 @@
 import { join } from 'node:path'
 import { HalfbyteError } from '../errors.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
-import { readJsonFile } from './json.js'
+import { memberTexts, parseObject, readJsonFile, readTextFile } from './json.js'
 
 export type Json = Record<string, unknown>
 
@@ -11,11 +11,23 @@ export class ConfigReader {
   readonly raw: Readonly<Json>
   readonly file: string
   readonly #aliases: Readonly<Record<string, readonly string[]>>
+  readonly #text: string | undefined
 
-  constructor(raw: Readonly<Json>, file: string, aliases: Readonly<Record<string, readonly string[]>> = {}) {
+  constructor(
+    raw: Readonly<Json>,
+    file: string,
+    aliases: Readonly<Record<string, readonly string[]>> = {},
+    text?: string,
+  ) {
     this.raw = raw
     this.file = file
     this.#aliases = aliases
+    this.#text = text
+  }
+
+  /** The fields as the file has them written, to be written again. */
+  texts(): Json {
+    return this.#text === undefined ? { ...this.raw } : Object.fromEntries(memberTexts(this.#text))
   }
 
   /** A reader of the same object for which fields have further names, as older families call them. */
@@ -127,14 +139,14 @@ export class ConfigReader {
 /** config.json of a folder. */
 export function readConfig(folder: string): ConfigReader {
   const file = join(folder, 'config.json')
-  const raw = readJsonFile(file, 'ERR_HALFBYTE_CONFIG')
-  if (!raw) {
+  const text = readTextFile(file)
+  if (text === undefined) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_CHECKPOINT',
       `${folder}: there is no config.json; give the folder of a model as transformers saves it`,
     )
   }
-  return new ConfigReader(raw, file)
+  return new ConfigReader(parseObject(text, file, 'ERR_HALFBYTE_CONFIG'), file, {}, text)
 }
 
 /** What a model wants to be generated with, where a call does not say. */

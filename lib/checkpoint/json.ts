@@ -1,4 +1,4 @@
-/** Reading the JSON files of a checkpoint folder. */
+/** Reading and writing the JSON files of a checkpoint folder. */
 import { readFileSync } from 'node:fs'
 import { basename } from 'node:path'
 import { HalfbyteError, type ErrorCode } from '../errors.js'
@@ -44,20 +44,82 @@ export function duplicateKey(text: string): string | undefined {
   return undefined
 }
 
-/** The object in a JSON file; undefined when there is no such file. */
-export function readJsonFile(
-  path: string,
-  code: ErrorCode = 'ERR_HALFBYTE_CHECKPOINT',
-): Record<string, unknown> | undefined {
-  let text: string
+/** A value as some file has it written: 1e-05 stays 1e-05, and 6.0 does not become a whole number to other readers. */
+export class JsonText {
+  readonly text: string
+
+  constructor(text: string) {
+    this.text = text
+  }
+}
+
+/** The values of an object's members, by name, as a valid JSON text has them. */
+export function memberTexts(text: string): Map<string, JsonText> {
+  const members = new Map<string, JsonText>()
+  let depth = 0
+  let key = ''
+  let begin = 0
+  const end = (at: number) => {
+    const value = text.slice(begin, at).trim()
+    if (value !== '') members.set(key, new JsonText(value))
+  }
+  for (let i = 0; i < text.length; i++) {
+    const c = text[i]!
+    if (c === '"') {
+      const start = i++
+      while (text[i] !== '"') i += text[i] === '\\' ? 2 : 1
+      // a string at this depth is a key until its colon has come
+      if (depth === 1 && begin < 0) key = JSON.parse(text.slice(start, i + 1)) as string
+    } else if (c === ':' && depth === 1 && begin < 0) begin = i + 1
+    else if (c === ',' && depth === 1) {
+      end(i)
+      begin = -1
+    } else if (c === '{' || c === '[') {
+      if (++depth === 1) begin = -1
+    } else if ((c === '}' || c === ']') && --depth === 0 && begin >= 0) end(i)
+  }
+  return members
+}
+
+/** JSON with two spaces to a level, as Python's json.dumps(indent=2) writes it, and texts as they are. */
+export function jsonText(value: unknown, indent = ''): string {
+  if (value instanceof JsonText) return value.text
+  if (typeof value !== 'object' || value === null) return JSON.stringify(value)
+  const inner = `${indent}  `
+  const list = Array.isArray(value)
+  const parts = list
+    ? value.map((item) => jsonText(item, inner))
+    : Object.entries(value)
+        .filter(([, item]) => item !== undefined)
+        .map(([key, item]) => `${JSON.stringify(key)}: ${jsonText(item, inner)}`)
+  const [open, close] = list ? '[]' : '{}'
+  if (parts.length === 0) return `${open}${close}`
+  return `${open}\n${inner}${parts.join(`,\n${inner}`)}\n${indent}${close}`
+}
+
+/** The text of a file; undefined when there is no such file. */
+export function readTextFile(path: string): string | undefined {
   try {
-    text = readFileSync(path, 'utf8')
+    return readFileSync(path, 'utf8')
   } catch (cause) {
     if ((cause as NodeJS.ErrnoException).code === 'ENOENT') return undefined
     throw new HalfbyteError('ERR_HALFBYTE_IO', `${path}: cannot be read (${(cause as Error).message})`, {
       cause,
     })
   }
+}
+
+/** The object in a JSON file; undefined when there is no such file. */
+export function readJsonFile(
+  path: string,
+  code: ErrorCode = 'ERR_HALFBYTE_CHECKPOINT',
+): Record<string, unknown> | undefined {
+  const text = readTextFile(path)
+  return text === undefined ? undefined : parseObject(text, path, code)
+}
+
+/** The object that the text of a file holds. */
+export function parseObject(text: string, path: string, code: ErrorCode): Record<string, unknown> {
   let value: unknown
   try {
     value = JSON.parse(text)

@@ -9,6 +9,7 @@ import { basename, dirname, join, resolve } from 'node:path'
 import { HalfbyteError } from '../errors.js'
 import type { DType } from '../tensor/dtype.js'
 import type { Tensor } from '../tensor/tensor.js'
+import { jsonText } from './json.js'
 import { INDEX_FILE, SINGLE_FILE } from './source.js'
 
 const TO_SAFETENSORS: Readonly<Record<DType, string>> = {
@@ -28,6 +29,8 @@ const RANK = ['I64', 'F32', 'I32', 'BF16', 'F16', 'I8', 'U8']
 export const DEFAULT_SHARD_SIZE = '50GB'
 
 export interface WriteOptions {
+  /** Parameters of the model, for the index of a sharded save. */
+  totalParameters?: number | undefined
   signal?: AbortSignal | undefined
   onProgress?: ((progress: { writtenBytes: number; totalBytes: number; tensor: string }) => void) | undefined
 }
@@ -281,8 +284,8 @@ export async function addStateDict(
   if (shards.length > 1) {
     const map = shards.flatMap((shard, i) => shard.map((name) => [name, names[i]!] as const))
     map.sort(([a], [b]) => (a < b ? -1 : 1))
-    const index = { metadata: { total_size: total }, weight_map: Object.fromEntries(map) }
-    await addJson(files, INDEX_FILE, index)
+    const metadata = { total_parameters: options.totalParameters, total_size: total }
+    await addJson(files, INDEX_FILE, { metadata, weight_map: Object.fromEntries(map) })
   } else {
     files.remove(INDEX_FILE)
   }
@@ -296,7 +299,7 @@ export async function addStateDict(
 }
 
 export async function addJson(files: Replacement, name: string, value: unknown): Promise<void> {
-  await files.write(name, (file) => writeAll(file, Buffer.from(`${JSON.stringify(value, null, 2)}\n`)))
+  await files.write(name, (file) => writeAll(file, Buffer.from(`${jsonText(value)}\n`)))
 }
 
 /** A file of another place, as it is. */

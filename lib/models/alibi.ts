@@ -15,10 +15,10 @@ export function alibiSlopes(heads: number): Float32Array {
   )
 }
 
-/** Keeps the slopes on the device. They follow from the config: no state, and not counted as memory of the model. */
+/** Keeps the slopes on each device. They follow from the config: no state, and not counted as memory of the model. */
 export class Alibi extends Module {
   readonly heads: number
-  #slopes: Tensor | undefined
+  readonly #slopes = new Map<Device, Tensor>()
 
   constructor(heads: number) {
     super()
@@ -27,17 +27,17 @@ export class Alibi extends Module {
 
   /** float32 [heads]. */
   forward(device: Device): Tensor {
-    if (this.#slopes && this.#slopes.device !== device) this.#free()
-    return (this.#slopes ??= keep(Tensor.from(alibiSlopes(this.heads), { device })))
-  }
-
-  #free(): void {
-    this.#slopes?.dispose()
-    this.#slopes = undefined
+    let slopes = this.#slopes.get(device)
+    if (!slopes) {
+      slopes = keep(Tensor.from(alibiSlopes(this.heads), { device }))
+      this.#slopes.set(device, slopes)
+    }
+    return slopes
   }
 
   override ownDispose(): void {
     super.ownDispose()
-    this.#free()
+    for (const slopes of this.#slopes.values()) slopes.dispose()
+    this.#slopes.clear()
   }
 }

@@ -213,7 +213,7 @@ export class CausalLM extends Module {
   }
 
   /** Writes weights, configs and the tokenizer into a folder that fromPretrained() and transformers read. */
-  async savePretrained(folder: string, options: WriteOptions & { maxShardSize?: number | string } = {}): Promise<void> {
+  async savePretrained(folder: string, options: Omit<WriteOptions, 'totalParameters'> & { maxShardSize?: number | string } = {}): Promise<void> {
     await savePretrained(this, folder, options)
   }
 }

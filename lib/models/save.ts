@@ -1,6 +1,7 @@
 /** Model folders as transformers lays them out. */
 import { existsSync } from 'node:fs'
 import { join, resolve } from 'node:path'
+import { JsonText } from '../checkpoint/json.js'
 import {
   addCopy,
   addJson,
@@ -11,6 +12,7 @@ import {
   replaceFiles,
   type WriteOptions,
 } from '../checkpoint/write.js'
+import { jsonFloat } from '../quantization/json_float.js'
 import type { CausalLM } from './causal_lm.js'
 
 /** What goes along unchanged. */
@@ -34,7 +36,8 @@ export async function savePretrained(
   const state = await model.stateDict()
   try {
     await replaceFiles(folder, async (files) => {
-      await addStateDict(files, folder, state, { ...options, maxShardSize })
+      const written = { ...options, maxShardSize, totalParameters: model.numParameters() }
+      await addStateDict(files, folder, state, written)
       await addJson(files, 'config.json', savedConfig(model))
       if (model.folder === undefined || resolve(model.folder) === resolve(folder)) return
       for (const name of COPIED) {
@@ -47,12 +50,18 @@ export async function savePretrained(
   }
 }
 
-/** config.json of the model as it is now: its dtype, and how it is quantised. */
+/**
+ * config.json of the model as it is now: its dtype, and how it is quantised; sorted, and every other field written as it
+ * was read.
+ */
 export function savedConfig(model: CausalLM): Record<string, unknown> {
-  const { torch_dtype: _older, quantization_config: _before, ...rest } = model.config.raw
-  return {
-    ...rest,
-    dtype: model.computeDtype,
-    ...(model.quantizationConfig && { quantization_config: model.quantizationConfig.toJSON() }),
+  const { torch_dtype: _older, quantization_config: _before, ...rest } = model.config.texts()
+  const saved: [string, unknown][] = Object.entries({ ...rest, dtype: model.computeDtype })
+  if (model.quantizationConfig) {
+    const json = model.quantizationConfig.toJSON()
+    // to Python's class a whole number is no threshold
+    const threshold = new JsonText(jsonFloat(model.quantizationConfig.llmInt8Threshold))
+    saved.push(['quantization_config', { ...json, llm_int8_threshold: threshold }])
   }
+  return Object.fromEntries(saved.sort(([a], [b]) => (a < b ? -1 : 1)))
 }

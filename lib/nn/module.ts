@@ -205,12 +205,16 @@ export abstract class Module implements Disposable {
     return [...this.ownPacked()].find((weight) => weight.accepts(name))
   }
 
-  /** Own entries of the state dict. */
+  /** Own entries of the state dict: weights, other parameters, and the statistics of packed weights. */
   async ownState(): Promise<[string, Tensor][]> {
-    const state: [string, Tensor][] = []
-    for (const weight of this.ownPacked()) state.push(...(await weight.entries()))
-    for (const [name, parameter] of this.#plain()) state.push([name, parameter.value.share()])
-    return state
+    const packed: [string, Tensor][][] = []
+    for (const weight of this.ownPacked()) packed.push(await weight.entries())
+    const plain = [...this.#plain()].map(([name, { value }]): [string, Tensor] => [name, value.share()])
+    return [
+      ...packed.flatMap((entries) => entries.slice(0, 1)),
+      ...plain,
+      ...packed.flatMap((entries) => entries.slice(1)),
+    ]
   }
 
   /** What is wrong with `own`, the part of a state dict that is this module's. */

@@ -3,6 +3,7 @@ import { mkdirSync, readFileSync, readdirSync, statSync } from 'node:fs'
 import { join } from 'node:path'
 import {
   AutoModelForCausalLM,
+  BitsAndBytesConfig,
   Checkpoint,
   devices,
   getMemoryFootprint,
@@ -10,18 +11,27 @@ import {
   Tensor,
   writeSafetensors,
   type BitsAndBytesConfigOptions,
+  type DType,
 } from '../../lib'
+import { readConfig } from '../../lib/checkpoint/config'
 import { rejection } from '../support/errors'
 import { root, temporaryFolder } from '../support/files'
 import { goldenPath } from '../support/golden'
 import { goldenModels } from '../support/golden_model'
 import { itCompiled, printed, runScript } from '../support/run'
-import { readSafetensors } from '../support/safetensors'
+import { readSafetensors, type Stored } from '../support/safetensors'
 import { writeTinyModel } from '../support/tiny_model'
 
 const folder = temporaryFolder()
 let made = 0
 const fresh = () => join(folder, String(made++))
+/** How many float32 values lie between two of one sign. */
+
+function ulpsBetween(a: number, b: number): number {
+  const [x, y] = new Int32Array(Float32Array.of(a, b).buffer)
+  return Math.abs(x! - y!)
+}
+
 const ids = [3, 1, 4, 1, 5, 9, 2, 6]
 
 describe.each(devices())('writing from %s', (device) => {
@@ -32,12 +42,59 @@ describe.each(devices())('writing from %s', (device) => {
     await model.savePretrained(target)
     const [ours, theirs] = [target, source].map((at) => readFileSync(join(at, 'model.safetensors')))
     expect(ours!.equals(theirs!)).toBe(true)
-    const [a, b] = [target, source].map(
-      (at) => JSON.parse(readFileSync(join(at, 'config.json'), 'utf8')) as object,
-    )
-    expect(a).toEqual(b)
+    const [a, b] = [target, source].map((at) => readFileSync(join(at, 'config.json'), 'utf8'))
+    expect(a).toBe(b)
     expect(readdirSync(target).sort()).toEqual(['config.json', 'generation_config.json', 'model.safetensors'])
   })
+
+  it.each(goldenModels().filter((name) => name.includes('-bnb-')))(
+    'gives what Python quantised to, from the plain model: %s',
+    async (name) => {
+      const [source, plain] = [`models/${name}`, `models/${name.replace(/-bnb-.*/, '')}`].map((path) =>
+        goldenPath(path),
+      )
+      const { raw } = readConfig(source!)
+      using model = await AutoModelForCausalLM.fromPretrained(plain!, {
+        device,
+        quantizationConfig: BitsAndBytesConfig.fromJSON(raw['quantization_config']),
+        dtype: raw['dtype'] as DType,
+        // Python leaves them in 16 bits
+        ...(name.startsWith('mixtral') && { modulesToNotConvert: ['experts'] }),
+      })
+      const target = fresh()
+      await model.savePretrained(target)
+      const [ours, theirs] = [target, source!].map((at) => readSafetensors(join(at, 'model.safetensors')))
+      expect([...ours!.keys()]).toEqual([...theirs!.keys()])
+      const bytes = ({ data }: Stored) => Buffer.from(data.buffer, data.byteOffset, data.byteLength)
+      const state = (stored: Stored) => JSON.parse(bytes(stored).toString()) as { nested_offset?: number }
+      for (const [key, wanted] of theirs!) {
+        const own = ours!.get(key)!
+        expect([key, own.dtype]).toEqual([key, wanted.dtype])
+        if (key.includes('quant_state')) {
+          // a mean, summed in another order
+          const [a, b] = [state(own), state(wanted)]
+          const offsets = [a.nested_offset ?? 0, b.nested_offset ?? 0] as const
+          expect([key, ulpsBetween(...offsets) <= 2]).toEqual([key, true])
+          expect({ ...a, nested_offset: 0 }).toEqual({ ...b, nested_offset: 0 })
+          // and what is left of the absmax differs by as much
+          const base = key.replace(/quant_state.*/, 'nested_absmax')
+          const [x, y] = [ours!.get(base), theirs!.get(base)].map((stored) => stored?.data as Float32Array)
+          const allowed = Math.abs(offsets[0] - offsets[1]) + 1e-9
+          x?.forEach((value, i) => expect(Math.abs(value - y![i]!)).toBeLessThanOrEqual(allowed))
+        } else if (key.endsWith('.absmax') && wanted.dtype === 'U8') {
+          // so that one that lies between two codes may take the other
+          const other = bytes(wanted)
+          const differences = [...bytes(own)]
+            .map((code, i) => Math.abs(code - other[i]!))
+            .filter((d) => d > 0)
+          expect([key, differences.length <= 1, Math.max(0, ...differences) <= 1]).toEqual([key, true, true])
+        } else if (!key.endsWith('nested_absmax')) {
+          expect([key, own.shape]).toEqual([key, wanted.shape])
+          expect([key, bytes(own).equals(bytes(wanted))]).toEqual([key, true])
+        }
+      }
+    },
+  )
 
   it.each<[string, BitsAndBytesConfigOptions | undefined]>([
     ['float32', undefined],
@@ -52,6 +109,16 @@ describe.each(devices())('writing from %s', (device) => {
     const files = readdirSync(target).filter((name) => name.endsWith('.safetensors'))
     expect(files.length).toBeGreaterThan(1)
     expect(files[0]).toBe(`model-00001-of-0000${files.length}.safetensors`)
+    const index = JSON.parse(readFileSync(join(target, 'model.safetensors.index.json'), 'utf8')) as {
+      metadata: object
+      weight_map: object
+    }
+    const tensors = files.flatMap((name) => [...readSafetensors(join(target, name))])
+    expect(index.metadata).toEqual({
+      total_parameters: model.numParameters(),
+      total_size: tensors.reduce((sum, [, { data }]) => sum + data.byteLength, 0),
+    })
+    expect(Object.keys(index.weight_map)).toEqual(tensors.map(([name]) => name).sort())
     // the embedding is larger than a shard and has one to itself
     expect(files.filter((name) => statSync(join(target, name)).size > 1.1e6).length).toBeLessThanOrEqual(1)
     using again = await AutoModelForCausalLM.fromPretrained(target, { device })

@@ -307,9 +307,9 @@ describe.each(devices())('8-bit layers on %s', (on) => {
     const state = await layer.stateDict()
     expect([...state].map(([name, t]) => [name, t.dtype, t.shape])).toEqual([
       ['weight', 'int8', [12, 64]],
+      ['bias', 'float32', [12]],
       ['SCB', 'float32', [12]],
       ['weight_format', 'uint8', []],
-      ['bias', 'float32', [12]],
     ])
     const other = new Linear8bit(64, 12, { device: 'meta' })
     await other.loadParameter('weight', state.get('weight')!.share())
