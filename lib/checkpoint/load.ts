@@ -8,6 +8,7 @@ import type { Module } from '../nn/module.js'
 import type { Parameter } from '../nn/parameter.js'
 import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from '../quantization/config.js'
 import { replaceWithQuantizedLinear, type ReplacementReport } from '../quantization/patch.js'
+import { keepsFp32, type OutputEmbeddings } from '../quantization/skip.js'
 import { defaultDevice, device as toDevice, type DeviceLike } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { countNonfinite } from '../tensor/ops.js'
@@ -63,6 +64,10 @@ interface Item {
   path: string
 }
 
+export function emitWarning(message: string): void {
+  process.emitWarning(message, 'HalfbyteWarning')
+}
+
 export async function loadCheckpoint(
   model: Module,
   source: string | Checkpoint,
@@ -73,13 +78,14 @@ export async function loadCheckpoint(
   try {
     const device = toDevice(options.device ?? defaultDevice())
     model.to({ device, ...(options.dtype && { dtype: options.dtype }) })
+    keepFp32(model)
     const shapes = new Map(model.namedParameters({ removeDuplicate: false }))
     const replacement = quantizeLayers(model, checkpoint, options)
     const { items, unexpected } = assign(model, checkpoint, shapes)
     await fill(model, checkpoint, items, device, options)
     await check(model, checkpoint)
     if (unexpected.length > 0) {
-      const warn = options.onWarning ?? ((message: string) => process.emitWarning(message, 'HalfbyteWarning'))
+      const warn = options.onWarning ?? emitWarning
       warn(`${checkpoint.path}: the model has no use for ${count(unexpected, 'tensor')}: ${list(unexpected)}`)
     }
     const loadedBytes = items.reduce((sum, { info }) => sum + info.end - info.begin, 0)
@@ -89,6 +95,14 @@ export async function loadCheckpoint(
     throw error
   } finally {
     if (typeof source === 'string') checkpoint.close()
+  }
+}
+
+/** Parameters of modules that stay in float32. */
+function keepFp32(model: Module & OutputEmbeddings): void {
+  for (const [path, parameter] of model.namedParameters()) {
+    const module = path.slice(0, Math.max(0, path.lastIndexOf('.')))
+    if (keepsFp32(model, module)) parameter.retarget({ dtype: 'float32' })
   }
 }
 
@@ -116,9 +130,13 @@ function quantizeLayers(
   if (!given) return undefined
   const config = given instanceof BitsAndBytesConfig ? given : new BitsAndBytesConfig(given)
   if (!options.prequantized) {
-    return replaceWithQuantizedLinear(model, config, {
-      modulesToNotConvert: options.modulesToNotConvert ?? [],
-    })
+    const modulesToNotConvert = options.modulesToNotConvert ?? []
+    const report = replaceWithQuantizedLinear(model, config, { modulesToNotConvert })
+    if (report.unmatched.length > 0) {
+      const warn = options.onWarning ?? emitWarning
+      warn(`the list of modules to keep names no linear layer with ${report.unmatched.join(', ')}`)
+    }
+    return report
   }
   // the checkpoint knows best which layers are quantised: also a head that was converted on request
   const packed = [...checkpoint.tensors.keys()]
@@ -131,7 +149,10 @@ function quantizeLayers(
         'remove quantization_config from it',
     )
   }
-  return replaceWithQuantizedLinear(model, config, { only: packed })
+  const report = replaceWithQuantizedLinear(model, config, { only: packed })
+  // its own config says that already
+  report.skipModules = null
+  return report
 }
 
 /** Pairs tensors and places; one ERR_HALFBYTE_CHECKPOINT for all that does not fit. `shapes`: of the dense model. */

@@ -2,7 +2,7 @@
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { readConfig, readGenerationDefaults, type ConfigReader } from '../checkpoint/config.js'
-import { loadCheckpoint, type LoadOptions } from '../checkpoint/load.js'
+import { emitWarning, loadCheckpoint, type LoadOptions } from '../checkpoint/load.js'
 import { FROM_SAFETENSORS } from '../checkpoint/safetensors.js'
 import { Checkpoint } from '../checkpoint/source.js'
 import { HalfbyteError } from '../errors.js'
@@ -30,13 +30,14 @@ function checkpointDtype(config: ConfigReader, checkpoint: Checkpoint): DType {
 }
 
 /** Fields that say how a quantised weight is used, not how it is stored. */
-const RUNTIME = ['llmInt8Threshold', 'bnb4bitComputeDtype', 'bnbExact'] as const
+const RUNTIME: readonly string[] = ['llmInt8Threshold', 'bnb4bitComputeDtype', 'bnbExact']
 
 /** The checkpoint's own config, with what the caller may say about its use. */
 function mergeConfigs(
   saved: BitsAndBytesConfig,
   given: BitsAndBytesConfig | BitsAndBytesConfigOptions | undefined,
   file: string,
+  warn: (message: string) => void,
 ): BitsAndBytesConfig {
   if (!given) return saved
   const wanted = given instanceof BitsAndBytesConfig ? given : new BitsAndBytesConfig(given)
@@ -48,11 +49,15 @@ function mergeConfigs(
         'quantise the original checkpoint, or leave quantizationConfig out',
     )
   }
-  const { quantMethod: _method, ...fields } = saved
-  const options: BitsAndBytesConfigOptions = fields
-  const changes: BitsAndBytesConfigOptions = {}
-  for (const name of RUNTIME) if (given[name] !== undefined) Object.assign(changes, { [name]: given[name] })
-  return new BitsAndBytesConfig({ ...options, ...changes })
+  const { quantMethod: _method, ...options } = saved
+  const changed = wanted.given().filter((name) => JSON.stringify(wanted[name]) !== JSON.stringify(saved[name]))
+  const changes = changed.filter((name) => RUNTIME.includes(name)).map((name) => [name, wanted[name]] as const)
+  const ignored = changed.filter((name) => !RUNTIME.includes(name))
+  if (ignored.length > 0) {
+    const own = ignored.map((name) => `${name} ${JSON.stringify(saved[name])}`).join(', ')
+    warn(`${file}: the checkpoint is quantised already, with ${own}; what was asked for instead has no effect`)
+  }
+  return new BitsAndBytesConfig({ ...options, ...Object.fromEntries(changes) })
 }
 
 const KNOWN: readonly string[] = [
@@ -100,7 +105,7 @@ async function fromPretrained(folder: string, options: FromPretrainedOptions = {
   const saved = savedConfig(config)
   const { quantizationConfig: given, dtype = 'auto', ...rest } = options
   const quantizationConfig = saved
-    ? mergeConfigs(saved, given, config.file)
+    ? mergeConfigs(saved, given, config.file, options.onWarning ?? emitWarning)
     : given && (given instanceof BitsAndBytesConfig ? given : new BitsAndBytesConfig(given))
   // what is small and may be wrong comes before what is large
   const generationDefaults = readGenerationDefaults(folder, config)
@@ -109,14 +114,12 @@ async function fromPretrained(folder: string, options: FromPretrainedOptions = {
     : undefined
   using checkpoint = Checkpoint.open(folder)
   const model = onMeta(() => new CausalLM(spec, config))
-  const report = await loadCheckpoint(model, checkpoint, {
+  await loadCheckpoint(model, checkpoint, {
     ...rest,
     quantizationConfig,
     prequantized: saved !== undefined,
     dtype: dtype === 'auto' ? checkpointDtype(config, checkpoint) : checkDType(dtype, 'fromPretrained'),
   })
-  model.quantizationConfig = quantizationConfig
-  model.replacement = report.replacement
   model.folder = folder
   model.generationDefaults = generationDefaults
   model.tokenizer = tokenizer

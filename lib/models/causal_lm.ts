@@ -12,7 +12,8 @@ import {
 } from '../generation/generate.js'
 import type { GenerateOptions } from '../generation/options.js'
 import type { Tokenizer } from '../generation/tokenizer.js'
-import type { ReplacementReport } from '../quantization/patch.js'
+import { getMemoryFootprint, getTrueFootprint } from '../quantization/footprint.js'
+import { dequantize, type ReplacementReport } from '../quantization/patch.js'
 import type { BitsAndBytesConfig } from '../quantization/config.js'
 import { Linear } from '../nn/linear.js'
 import { Module } from '../nn/module.js'
@@ -64,6 +65,44 @@ export class CausalLM extends Module {
   /** What names in checkpoints begin with; those of a base model lack it. */
   get baseModelPrefix(): string {
     return (this._names['model'] ?? 'model').split('.')[0]!
+  }
+
+  get isQuantized(): boolean {
+    return this.quantizationConfig !== undefined
+  }
+
+  get isLoadedIn4bit(): boolean {
+    return this.quantizationConfig?.loadIn4bit ?? false
+  }
+
+  get isLoadedIn8bit(): boolean {
+    return this.quantizationConfig?.loadIn8bit ?? false
+  }
+
+  /** 'nf4', 'fp4' or 'llm_int8'; undefined when nothing is quantised. */
+  get quantizationMethod(): ReturnType<BitsAndBytesConfig['quantizationMethod']> | undefined {
+    return this.quantizationConfig?.quantizationMethod()
+  }
+
+  /** Whether gradients pass through the quantised layers, to what is trained beside them. */
+  get isQuantizedTrainingEnabled(): boolean {
+    return this.isQuantized
+  }
+
+  /** Bytes of parameters and buffers, as transformers counts them: without the statistics of packed weights. */
+  getMemoryFootprint(options?: { returnBuffers?: boolean }): number {
+    return getMemoryFootprint(this, options)
+  }
+
+  /** All bytes that the model keeps in memory. */
+  getTrueFootprint(): number {
+    return getTrueFootprint(this)
+  }
+
+  /** Puts dense layers in the place of quantised ones; default dtype: that of the other weights. */
+  dequantize(options: { dtype?: DType } = {}): this {
+    dequantize(this, { dtype: options.dtype ?? this.computeDtype })
+    return this
   }
 
   /** The dtype that activations have: that of the embeddings. */

@@ -58,10 +58,12 @@ export function savedConfig(model: CausalLM): Record<string, unknown> {
   const { torch_dtype: _older, quantization_config: _before, ...rest } = model.config.texts()
   const saved: [string, unknown][] = Object.entries({ ...rest, dtype: model.computeDtype })
   if (model.quantizationConfig) {
-    const json = model.quantizationConfig.toJSON()
+    const quantization = model.quantizationConfig.toJSON()
     // to Python's class a whole number is no threshold
-    const threshold = new JsonText(jsonFloat(model.quantizationConfig.llmInt8Threshold))
-    saved.push(['quantization_config', { ...json, llm_int8_threshold: threshold }])
+    quantization['llm_int8_threshold'] = new JsonText(jsonFloat(model.quantizationConfig.llmInt8Threshold))
+    const skip = model.replacement?.skipModules
+    if (skip) quantization['llm_int8_skip_modules'] = skip
+    saved.push(['quantization_config', quantization])
   }
   return Object.fromEntries(saved.sort(([a], [b]) => (a < b ? -1 : 1)))
 }

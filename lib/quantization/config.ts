@@ -33,7 +33,7 @@ export interface BitsAndBytesConfigOptions {
   blocksize?: number
 }
 
-type Field = keyof BitsAndBytesConfigOptions
+export type Field = keyof BitsAndBytesConfigOptions
 
 /** Our field and the Python one, in the order of the JSON that transformers writes. */
 const NAMES: readonly (readonly [Field, string])[] = [
@@ -94,6 +94,7 @@ export class BitsAndBytesConfig {
   readonly bnb4bitQuantStorage: QuantStorage & DType
   readonly bnbExact: boolean
   readonly blocksize: number
+  readonly #given: ReadonlySet<string>
 
   constructor(options: BitsAndBytesConfigOptions = {}) {
     const known = new Set<string>([...NAMES, ...OURS].map(([field]) => field))
@@ -101,6 +102,7 @@ export class BitsAndBytesConfig {
     if (unknown.length > 0) {
       fail(`unknown field ${unknown.join(', ')}; the fields are ${[...known].join(', ')}`)
     }
+    this.#given = new Set(Object.keys(options).filter((name) => options[name as Field] !== undefined))
     this.loadIn8bit = boolean('loadIn8bit', options.loadIn8bit)
     this.loadIn4bit = boolean('loadIn4bit', options.loadIn4bit)
     if (this.loadIn8bit && this.loadIn4bit) fail('loadIn4bit and loadIn8bit are both true; choose one')
@@ -137,6 +139,11 @@ export class BitsAndBytesConfig {
     )
     this.bnbExact = boolean('bnbExact', options.bnbExact)
     this.blocksize = oneOf('blocksize', options.blocksize, BLOCKSIZES, 64)
+  }
+
+  /** The fields that were given a value, others being at their default. */
+  given(): Field[] {
+    return [...this.#given] as Field[]
   }
 
   /** From the quantization_config of a config.json; those of before quant_method was written are accepted. */

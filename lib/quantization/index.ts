@@ -10,6 +10,7 @@ export {
   dequantize,
   quantizedLinear,
   replaceWithQuantizedLinear,
+  type Quantizable,
   type ReplaceOptions,
   type Replacement,
   type ReplacementReport,

@@ -7,7 +7,7 @@ import type { Module } from '../nn/module.js'
 import { packedBytes, statisticsBytes } from '../nn/weight4.js'
 import type { DType } from '../tensor/dtype.js'
 import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from './config.js'
-import { keptByStructure, matchesModule, type OutputEmbeddings } from './skip.js'
+import { keptByStructure, matchesModule, type Kept, type OutputEmbeddings } from './skip.js'
 
 export interface Replacement {
   path: string
@@ -27,6 +27,20 @@ export interface ReplacementReport {
   kept: { path: string; reason: string }[]
   /** Entries of the skip lists that meant no linear layer: a misspelling, as a rule. */
   unmatched: string[]
+  /** What llm_int8_skip_modules must list for Python to keep the same layers; null where it does so without a list. */
+  skipModules: string[] | null
+}
+
+/** A model that knows how it is quantised. */
+export interface Quantizable {
+  quantizationConfig?: BitsAndBytesConfig | undefined
+  replacement?: ReplacementReport | undefined
+}
+
+/** Tells a model that wants to know (has the property) how it is quantised. */
+function note(model: Quantizable, config?: BitsAndBytesConfig, report?: ReplacementReport): void {
+  if ('quantizationConfig' in model) model.quantizationConfig = config
+  if ('replacement' in model) model.replacement = report
 }
 
 export interface ReplaceOptions {
@@ -70,24 +84,26 @@ function whyNot(path: string, module: Linear): string | undefined {
 function whyKept(
   path: string,
   module: Linear,
-  structure: ReadonlyMap<string, string>,
+  structure: ReadonlyMap<string, Kept>,
   namedBy: string | undefined,
-): string | undefined {
-  const reason = structure.get(path) ?? (namedBy && `named by '${namedBy}'`)
-  if (reason || module.constructor === Linear || module.constructor === Conv1D) return reason
-  return `${module.constructor.name} is a class of its own`
+): Kept | undefined {
+  const found = structure.get(path)
+  if (found) return found
+  if (namedBy) return { reason: `named by '${namedBy}'`, known: false }
+  if (module.constructor === Linear || module.constructor === Conv1D) return undefined
+  return { reason: `${module.constructor.name} is a class of its own`, known: true }
 }
 
 /**
  * Replaces the linear layers (Linear and Conv1D, of whatever depth) of any Module tree by quantised ones, in place.
  * What stays: the output head (getOutputEmbeddings() where the model has it, else layers named lm_head, score,
  * classifier, ..., else a last layer that scores the rows of an embedding table), layers whose weight is tied, routers
- * of expert layers, subclasses of Linear with a forward() of their own, and what config.llmInt8SkipModules and
- * modulesToNotConvert name besides. Weights in memory are quantised and freed; a model without memory is prepared for
+ * of expert layers, subclasses of Linear with a forward() of their own, modules that the model keeps in float32
+ * (keepInFp32Modules), and what config.llmInt8SkipModules and modulesToNotConvert name besides. Weights in memory are quantised and freed; a model without memory is prepared for
  * loading. `await model.checkFinite()` tells whether a weight held NaN. ERR_HALFBYTE_NO_LINEAR if nothing was replaced.
  */
 export function replaceWithQuantizedLinear(
-  model: Module & OutputEmbeddings,
+  model: Module & OutputEmbeddings & Quantizable,
   config: BitsAndBytesConfig | BitsAndBytesConfigOptions,
   options: ReplaceOptions = {},
 ): ReplacementReport {
@@ -101,18 +117,21 @@ export function replaceWithQuantizedLinear(
   }
   const entries = options.only ?? [...(settings.llmInt8SkipModules ?? []), ...further]
   const only = options.only && new Set(options.only)
-  const structure = only ? new Map<string, string>() : keptByStructure(model)
-  const report: ReplacementReport = { replaced: [], kept: [], unmatched: [] }
+  const structure = only ? new Map<string, Kept>() : keptByStructure(model)
+  const report: ReplacementReport = { replaced: [], kept: [], unmatched: [], skipModules: null }
+  // to name layers is to leave the automatic rules, the head's too
+  let unknown = only !== undefined
   const matched = new Set<string>()
   for (const [path, module] of [...model.namedModules()]) {
     if (!(module instanceof Linear)) continue
     const named = entries.filter((entry) => (only ? entry === path : matchesModule(entry, path)))
     for (const entry of named) matched.add(entry)
-    const reason =
-      whyNot(path, module) ??
-      (only ? (named.length > 0 ? undefined : 'not asked for') : whyKept(path, module, structure, named[0]))
+    const impossible = whyNot(path, module)
+    const kept = only ? undefined : whyKept(path, module, structure, named[0])
+    const reason = impossible ?? (only && named.length === 0 ? 'not asked for' : kept?.reason)
     if (reason !== undefined) {
       report.kept.push({ path, reason })
+      unknown ||= !impossible && kept?.known === false
       continue
     }
     const bytesBefore = module.weight.nbytes
@@ -131,6 +150,7 @@ export function replaceWithQuantizedLinear(
   }
   model.namePaths()
   report.unmatched = entries.filter((entry) => !matched.has(entry))
+  if (unknown) report.skipModules = report.kept.map(({ path }) => path)
   if (report.replaced.length === 0) {
     const why = report.kept.map(({ path, reason }) => `${path || 'the model'}: ${reason}`)
     throw new HalfbyteError(
@@ -139,6 +159,7 @@ export function replaceWithQuantizedLinear(
         (why.length > 0 ? `; kept were\n  ${why.join('\n  ')}` : ': it has no linear layers'),
     )
   }
+  note(model, settings, report)
   return report
 }
 
@@ -153,7 +174,7 @@ function replaceEverywhere(model: Module, from: Module, to: Module): void {
  * Puts dense layers with the dequantised weights back in the place of quantised ones, in place. Default dtype: that of
  * each weight before it was quantised. Returns the paths. ERR_HALFBYTE_NO_LINEAR if nothing was quantised.
  */
-export function dequantize(model: Module, options: { dtype?: DType } = {}): string[] {
+export function dequantize(model: Module & Quantizable, options: { dtype?: DType } = {}): string[] {
   const paths: string[] = []
   for (const [path, module] of [...model.namedModules()]) {
     if (!(module instanceof Linear4bit || module instanceof Linear8bit) || path === '') continue
@@ -179,5 +200,6 @@ export function dequantize(model: Module, options: { dtype?: DType } = {}): stri
     )
   }
   model.namePaths()
+  note(model)
   return paths
 }

@@ -37,19 +37,36 @@ export function matchesModule(entry: string, path: string): boolean {
 /** What a model may say about itself. */
 export interface OutputEmbeddings {
   getOutputEmbeddings?(): Module | null | undefined
+  /** Modules that stay in float32, whatever the dtype of the rest; named as in skip lists. */
+  readonly keepInFp32Modules?: readonly string[]
+}
+
+/** Why a linear layer stays as it is. */
+export interface Kept {
+  reason: string
+  /** Python's library finds it by itself, without a list. */
+  known: boolean
+}
+
+/** Whether a module is one that the model wants in float32. */
+export function keepsFp32(model: OutputEmbeddings, path: string): boolean {
+  return (model.keepInFp32Modules ?? []).some((entry) => matchesModule(entry, path))
 }
 
 /** Reasons to keep linear layers, by path. */
-export function keptByStructure(model: Module & OutputEmbeddings): Map<string, string> {
-  const kept = new Map<string, string>()
+export function keptByStructure(model: Module & OutputEmbeddings): Map<string, Kept> {
+  const kept = new Map<string, Kept>()
+  const keep = (path: string, reason: string, known = true) => {
+    const other = kept.get(path)
+    kept.set(path, { reason: other ? `${other.reason}; ${reason}` : reason, known })
+  }
   const modules = [...model.namedModules()]
   const linears = modules.filter((entry): entry is [string, Linear] => entry[1] instanceof Linear)
 
   const output = model.getOutputEmbeddings?.()
   for (const [path, module] of linears) {
-    if (module === output) kept.set(path, 'output head')
-    else if (path.split('.').some((segment) => HEADS.has(segment)))
-      kept.set(path, 'output head (by its name)')
+    if (module === output) keep(path, 'output head')
+    else if (path.split('.').some((segment) => HEADS.has(segment))) keep(path, 'output head (by its name)')
   }
 
   // a weight in two places cannot be packed in one of them
@@ -63,8 +80,7 @@ export function keptByStructure(model: Module & OutputEmbeddings): Map<string, s
     const partners = owners.get(module.weight.identity)!.filter(([, other]) => other !== module)
     if (partners.length > 0) {
       const names = partners.map(([other]) => other).join(', ')
-      const why = `its weight is tied to ${names}`
-      kept.set(path, kept.has(path) ? `${kept.get(path)}; ${why}` : why)
+      keep(path, `its weight is tied to ${names}`)
     }
   }
 
@@ -76,8 +92,10 @@ export function keptByStructure(model: Module & OutputEmbeddings): Map<string, s
       ([, m]) =>
         m instanceof Embedding && m.numEmbeddings === head.outFeatures && m.embeddingDim === head.inFeatures,
     )
-    if (table) kept.set(path, `output head (one score for each row of ${table[0]})`)
+    if (table) keep(path, `output head (one score for each row of ${table[0]})`)
   }
+
+  for (const [path] of linears) if (keepsFp32(model, path)) keep(path, 'it stays in float32')
 
   for (const [parentPath, parent] of modules) {
     const names = new Map(parent.namedChildren())
@@ -85,7 +103,7 @@ export function keptByStructure(model: Module & OutputEmbeddings): Map<string, s
     for (const [name, child] of names) {
       if (!(child instanceof Linear)) continue
       if (name === 'router' || (routes && /(^|_)gate$/.test(name))) {
-        kept.set(parentPath === '' ? name : `${parentPath}.${name}`, 'router')
+        keep(parentPath === '' ? name : `${parentPath}.${name}`, 'router', false)
       }
     }
   }

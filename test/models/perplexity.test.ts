@@ -90,14 +90,14 @@ describe.each(devices())('on %s', (device) => {
 
     it('activations have outliers', async () => {
       using model = await AutoModelForCausalLM.fromPretrained(tinypy, { dtype: 'float32', device })
-      const before = await model.model.norm.weight.value.floats()
+      const before = await model.model.norm.weight!.value.floats()
       plantOutliers(model, recipeFor(model.spec.hiddenSize))
       const layer = model.model.layers.at(0)!
       using embedded = model.layerStates([evaluationIds(model, excerpt).slice(0, 64)], 0)
       using normed = layer.input_layernorm!.forward(embedded)
       const values = await normed.floats()
       expect(values.filter((value) => Math.abs(value) >= 6).length).toBeGreaterThan(64)
-      expect(await model.model.norm.weight.value.floats()).toEqual(before)
+      expect(await model.model.norm.weight!.value.floats()).toEqual(before)
     })
   })
 })

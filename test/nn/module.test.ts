@@ -309,7 +309,7 @@ describe("names other than the properties'", () => {
     for (const tensor of state.values()) tensor.dispose()
     expect(model.getSubmodule('model.decoder.0')).toBe(model.body.at(0))
     await model.loadParameter('g', Tensor.from([7], { device: 'cpu' }))
-    expect(Array.from(await model.scale.data())).toEqual([7])
+    expect(Array.from(await model.scale.floats())).toEqual([7])
   })
 
   it('are where modules are replaced', () => {

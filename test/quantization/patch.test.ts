@@ -320,6 +320,7 @@ describe('replaceWithQuantizedLinear, only', () => {
       { path: 'layers.1', reason: 'not asked for' },
     ])
     expect(report.unmatched).toEqual(['1', 'gone'])
+    expect(report.skipModules).toEqual(['up', 'layers.1'])
     at(some, 'lm_head', Linear4bit)
     const error = thrown(() => replaceWithQuantizedLinear(model(), int8, { only: [] }))
     expect(error.code).toBe('ERR_HALFBYTE_NO_LINEAR')
