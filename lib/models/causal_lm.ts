@@ -21,7 +21,7 @@ import type { DType } from '../tensor/dtype.js'
 import { activation, concat, crossEntropy, mul } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { tidy } from '../tensor/tidy.js'
-import { Decoder } from './decoder.js'
+import { Decoder, DecoderLayer } from './decoder.js'
 import { savePretrained } from './save.js'
 import type { DecoderSpec } from './spec.js'
 
@@ -47,6 +47,8 @@ export class CausalLM extends Module {
   replacement: ReplacementReport | undefined
   /** The folder that the model came from. */
   folder: string | undefined
+  /** Classes that a device map leaves in one piece. */
+  readonly noSplitModules: readonly string[] = [DecoderLayer.name]
 
   constructor(spec: DecoderSpec, config: ConfigReader) {
     super()
