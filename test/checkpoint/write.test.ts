@@ -25,8 +25,8 @@ import { writeTinyModel } from '../support/tiny_model'
 const folder = temporaryFolder()
 let made = 0
 const fresh = () => join(folder, String(made++))
-/** How many float32 values lie between two of one sign. */
 
+/** How many float32 values lie between two of one sign. */
 function ulpsBetween(a: number, b: number): number {
   const [x, y] = new Int32Array(Float32Array.of(a, b).buffer)
   return Math.abs(x! - y!)
