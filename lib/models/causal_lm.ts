@@ -21,7 +21,8 @@ import type { DType } from '../tensor/dtype.js'
 import { activation, concat, crossEntropy, mul } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { tidy } from '../tensor/tidy.js'
-import { Decoder, DecoderLayer } from './decoder.js'
+import { Decoder } from './decoder.js'
+import { LAYER_CLASSES } from './layer.js'
 import { savePretrained } from './save.js'
 import type { DecoderSpec } from './spec.js'
 
@@ -48,7 +49,7 @@ export class CausalLM extends Module {
   /** The folder that the model came from. */
   folder: string | undefined
   /** Classes that a device map leaves in one piece. */
-  readonly noSplitModules: readonly string[] = [DecoderLayer.name]
+  readonly noSplitModules: readonly string[] = LAYER_CLASSES
 
   constructor(spec: DecoderSpec, config: ConfigReader) {
     super()
