@@ -45,7 +45,7 @@
               'process_outputs_as_sources': 1,
               'action': [
                 '<!(node scripts/cuda.cjs nvcc)', '-c', '<(RULE_INPUT_PATH)', '-o', '<@(_outputs)', '-std=c++17', '-O3',
-                '-Ikernels', '--compress-mode=size', '-Xcompiler=-fPIC,-fvisibility=hidden,-Wall',
+                '-Ikernels', '<!(node scripts/cuda.cjs compress)', '-Xcompiler=-fPIC,-fvisibility=hidden,-Wall',
                 '<!@(node scripts/cuda.cjs flags)',
               ],
             },

@@ -5,6 +5,7 @@
 //   node scripts/cuda.cjs lib       the folder of libcudart_static.a
 //   node scripts/cuda.cjs archs     architectures as CMake names them: "80-real;90a-real"
 //   node scripts/cuda.cjs flags     the same as nvcc's options
+//   node scripts/cuda.cjs compress  nvcc's option for small code in the binary
 //
 // HALFBYTE_CUDA=ON builds it, OFF does not, AUTO (the default) does where there are both nvcc and a GPU.
 // HALFBYTE_CUDA_ARCHS names the architectures; by default those of the GPUs present, without any 80 and 90a.
@@ -18,6 +19,35 @@ const homes = [process.env.CUDA_HOME, process.env.CUDA_PATH, '/usr/local/cuda', 
 function nvcc() {
   const onPath = (process.env.PATH ?? '').split(delimiter).map((folder) => join(folder, 'nvcc'))
   return [...homes.map((home) => join(home, 'bin', 'nvcc')), ...onPath].find((path) => existsSync(path)) ?? ''
+}
+
+/** The version of nvcc, [13, 0]. */
+function version() {
+  const said = spawnSync(nvcc(), ['--version'], { encoding: 'utf8' }).stdout ?? ''
+  const [, major, minor] = /release (\d+)\.(\d+)/.exec(said) ?? []
+  return [Number(major ?? 0), Number(minor ?? 0)]
+}
+
+/** CUDA 12.8 brought the strong compression, with drivers from 12.4 on; before there is one kind. */
+function compress() {
+  const [major, minor] = version()
+  return major > 12 || (major === 12 && minor >= 8) ? '--compress-mode=size' : '-Xfatbin=-compress-all'
+}
+
+/**
+ * What a published addon is built for: every architecture that nvcc knows of this list (80 serves 86 and 89 too), and PTX
+ * of the newest for those to come.
+ */
+function releaseArchs() {
+  const known = spawnSync(nvcc(), ['--list-gpu-code'], { encoding: 'utf8' }).stdout ?? ''
+  const numbers = ['75', '80', '90a', '100', '120'].filter((arch) =>
+    new RegExp(`^sm_${parseInt(arch)}$`, 'm').test(known),
+  )
+  const newest = numbers.at(-1)
+  return numbers
+    .map((arch) => (arch === newest && !arch.endsWith('a') ? arch : `${arch}-real`))
+    .concat(newest?.endsWith('a') ? [`${parseInt(newest)}-virtual`] : [])
+    .join(';')
 }
 
 /** Folders of the toolkit that could hold a file: nvcc on the PATH may be a wrapper that lies elsewhere. */
@@ -72,6 +102,7 @@ const answers = {
   lib: () => find(['lib64', 'lib', 'targets/x86_64-linux/lib'], 'libcudart_static.a'),
   archs,
   flags,
+  compress,
 }
 if (require.main === module) process.stdout.write(answers[process.argv[2]]())
-else module.exports = answers
+else module.exports = { ...answers, version, releaseArchs }

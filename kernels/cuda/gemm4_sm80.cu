@@ -51,7 +51,6 @@ struct Tile {
 
 template <typename T, int kWarps, int kStages>
 __global__ void __launch_bounds__(kWarps * 32, 8 / kWarps) gemm4_kernel(const Gemm4<T> p) {
-#if __CUDA_ARCH__ >= 800
   constexpr int kRows = kWarps * kWarpTiles * kTileRows, kThreads = kWarps * 32, kSumStride = kRows + 4;
   extern __shared__ __align__(1024) char table[];
   const uint32_t ring = shared_address(table) + kTable4Bytes;
@@ -154,7 +153,6 @@ __global__ void __launch_bounds__(kWarps * 32, 8 / kWarps) gemm4_kernel(const Ge
       if (m < p.m && row < p.w.n) p.out.store(m, row, sums[i / kRows * kSumStride + i % kRows]);
     }
   }
-#endif
 }
 
 template <typename T, int kWarps, int kStages>

@@ -172,12 +172,14 @@ Status CudaBackend::linear(Queue queue, View y, View x, View weight, const Epilo
     using T = std::remove_pointer_t<decltype(t)>;
     const Output<T> out = output_of<T>(y, epilogue);
     if constexpr (sizeof(T) == 2) {
-      if (m > kStreamed && weight.dtype == x.dtype && k % 8 == 0 && k > 0 && is_aligned(x.data, 16) &&
-          is_aligned(weight.data, 16)) {
+      // sm_75 multiplies float16 alone on its tensor cores
+      const bool on_tensor_cores = launch_.arch >= 80 || std::is_same_v<T, half_t>;
+      if (on_tensor_cores && m > kStreamed && weight.dtype == x.dtype && k % 8 == 0 && k > 0 &&
+          is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
         const int64_t tiles = ((m + 127) / 128) * ((n + 255) / 256);
-        error = tiles >= launch_.multiprocessors
-                    ? launch_gemm<T, 128, 256>(on, out, x.as<const T>(), weight.as<const T>(), m, k)
-                    : launch_gemm<T, 128, 64>(on, out, x.as<const T>(), weight.as<const T>(), m, k);
+        const bool wide = tiles >= launch_.multiprocessors && Gemm<128, 256>::kSharedBytes < launch_.shared;
+        error = wide ? launch_gemm<T, 128, 256>(on, out, x.as<const T>(), weight.as<const T>(), m, k)
+                     : launch_gemm<T, 128, 64>(on, out, x.as<const T>(), weight.as<const T>(), m, k);
         return;
       }
     }

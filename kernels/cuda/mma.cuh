@@ -1,22 +1,39 @@
-// PTX behind names: asynchronous copies into shared memory, ldmatrix, and the warp matrix product (sm_80 and
-// up).
+// PTX behind names: asynchronous copies into shared memory, ldmatrix, and the warp matrix product of sm_80
+// and up; sm_75 does what they say in its own way.
 #pragma once
 
 #include "common.cuh"
+#include "mma_sm75.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define HALFBYTE_SM75 1
+#else
+#define HALFBYTE_SM75 0
+#endif
 
 namespace halfbyte::cuda {
 
 /// 16 bytes from global to shared memory; `bytes` < 16 fills the rest with zeros (0: all of it, src is not
 /// read).
 __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, int bytes) {
+#if HALFBYTE_SM75
+  copy_now(shared, global, bytes);
+#else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes)
                : "memory");
+#endif
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+#if !HALFBYTE_SM75
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+#endif
+}
 /// Waits until at most `pending` groups are under way.
 template <int pending>
 __device__ __forceinline__ void wait_copies() {
+#if !HALFBYTE_SM75
   asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
+#endif
 }
 
 /// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
@@ -29,39 +46,57 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t shared)
 /// c [16, 8] += a [16, 16] b [16, 8], fp32 accumulation.
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          half_t) {
+#if HALFBYTE_SM75
+  multiply_halves(c, a, b0, b1, half_t{});
+#else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
       "%1, %2, "
       "%3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          bf16_t) {
+#if HALFBYTE_SM75
+  multiply_halves(c, a, b0, b1, bf16_t{});
+#else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, "
       "%2, %3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 
 /// c = a b: the first of a sum.
 __device__ __forceinline__ void multiply_first(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                                uint32_t b1, half_t) {
+#if HALFBYTE_SM75
+  c[0] = c[1] = c[2] = c[3] = 0.0f;
+  multiply_halves(c, a, b0, b1, half_t{});
+#else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, "
       "%10, %10, %10};\n"
       : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+#endif
 }
 __device__ __forceinline__ void multiply_first(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                                uint32_t b1, bf16_t) {
+#if HALFBYTE_SM75
+  c[0] = c[1] = c[2] = c[3] = 0.0f;
+  multiply_halves(c, a, b0, b1, bf16_t{});
+#else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%10, %10, %10, %10};\n"
       : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+#endif
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

@@ -7,6 +7,7 @@ import { SetupError } from './run.mjs'
 
 export const minNode = [20, 19]
 const minCmake = [3, 24]
+const minCuda = [12, 4]
 
 /** First line of `command --version`, or undefined when it does not run. */
 function version(command) {
@@ -80,6 +81,13 @@ export function cudaSetting() {
     throw new SetupError(
       'HALFBYTE_CUDA is ON, but there is no nvcc on the PATH nor in /usr/local/cuda: install the CUDA toolkit, name it\n' +
         'by CUDA_HOME, or build the CPU backend alone with HALFBYTE_CUDA=OFF.',
+    )
+  }
+  const [major, minor] = cuda.version()
+  if (major < minCuda[0] || (major === minCuda[0] && minor < minCuda[1])) {
+    throw new SetupError(
+      `The CUDA backend needs nvcc ${minCuda.join('.')} or newer; ${cuda.nvcc()} is ${major}.${minor}. Name a newer one by\n` +
+        'CUDA_HOME, or build the CPU backend alone with HALFBYTE_CUDA=OFF.',
     )
   }
   return cuda.archs()

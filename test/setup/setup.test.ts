@@ -75,6 +75,39 @@ test.each([
   expect(text).toMatch(message)
 })
 
+describe.each([
+  ['11.8', ['75', '80', '86', '89', '90'], /needs nvcc 12\.4 or newer; .*\/bin\/nvcc is 11\.8/],
+  ['12.4', ['75', '80', '89', '90'], '-Xfatbin=-compress-all', '75-real;80-real;90a-real;90-virtual'],
+  ['12.8', ['75', '80', '90', '100', '120'], '--compress-mode=size', '75-real;80-real;90a-real;100-real;120'],
+  ['13.0', ['75', '80', '90', '100', '120'], '--compress-mode=size', '75-real;80-real;90a-real;100-real;120'],
+])('with nvcc %s', (version, archs, compress, release?: string) => {
+  const ask = (code: string) => {
+    mkdirSync(join(folder, 'bin'))
+    const codes = archs.map((arch) => `sm_${arch}`).join('\\n')
+    writeFileSync(
+      join(folder, 'bin/nvcc'),
+      `#!/bin/sh\ncase $1 in\n  --version) echo 'Cuda compilation tools, release ${version}, V${version}.1' ;;\n` +
+        `  --list-gpu-code) printf '${codes}\\n' ;;\nesac\n`,
+      { mode: 0o755 },
+    )
+    const env = { CUDA_HOME: folder, HALFBYTE_CUDA: 'ON', HALFBYTE_CUDA_ARCHS: '' }
+    return evaluate(`import cuda from ${JSON.stringify(join(root, 'scripts/cuda.cjs'))}\n${code}`, env).trim()
+  }
+
+  if (release === undefined) {
+    test('the set-up says what is needed', () => {
+      const code = `
+        import { cudaSetting } from ${part('needs')}
+        try { cudaSetting() } catch (error) { console.log(error.constructor.name, error.message) }`
+      expect(ask(code)).toMatch(compress)
+    })
+    return
+  }
+  test('a release is for every GPU that it knows, and compressed as it can', () => {
+    expect(ask('console.log(cuda.releaseArchs(), cuda.compress())')).toBe(`${release} ${compress as string}`)
+  })
+})
+
 describe('what is up to date', () => {
   const stamped = (change: () => void) => {
     mkdirSync(join(folder, 'src'))
