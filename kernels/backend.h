@@ -112,6 +112,14 @@ struct MemoryInfo {
   int64_t peak = 0;       // highest `allocated` since the last reset
 };
 
+/// What allocate() says when there is not enough.
+inline Status no_memory(const std::string& device, size_t bytes, const MemoryInfo& info) {
+  return Status::error(Code::out_of_memory, device + ": " + std::to_string(bytes) + " bytes asked, " +
+                                                std::to_string(info.free) + " of " +
+                                                std::to_string(info.total) +
+                                                " free; dispose tensors or use a smaller batch");
+}
+
 // ---- operands that come in parts
 // ------------------------------------------------------------------------------
 

@@ -112,9 +112,7 @@ Status CpuBackend::allocate(Queue, size_t bytes, void** out) {
     block = map(size);
   }
   if (!block) {
-    return Status::error(Code::out_of_memory, name() + " could not allocate " + std::to_string(bytes) +
-                                                  " bytes (" + std::to_string(memory().free) +
-                                                  " bytes free)");
+    return no_memory(name(), bytes, memory());
   }
   const int64_t now = allocated_.fetch_add(static_cast<int64_t>(size)) + static_cast<int64_t>(size);
   int64_t peak = peak_.load();

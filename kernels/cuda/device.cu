@@ -105,6 +105,8 @@ Status CudaBackend::check(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return {};
   cudaGetLastError();  // a launch error that is not sticky must not be met again by the next op
   const std::string text = name() + ": " + op + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorMemoryAllocation)
+    return Status::error(Code::out_of_memory, text + ", " + std::to_string(memory().free) + " bytes free");
   if (is_sticky(error)) {
     lost_ = true;
     return Status::error(Code::device_lost, text + "; the device is lost to this process");
@@ -218,11 +220,7 @@ Status CudaBackend::allocate(Queue queue, size_t bytes, void** out) {
   }
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
-    const MemoryInfo info = memory();
-    return Status::error(Code::out_of_memory, name() + ": " + std::to_string(bytes) + " bytes asked, " +
-                                                  std::to_string(info.free) + " of " +
-                                                  std::to_string(info.total) +
-                                                  " free; dispose tensors or use a smaller batch");
+    return no_memory(name(), bytes, memory());
   }
   if (error != cudaSuccess) return check(error, "allocating");
   if (capturing_) {
@@ -270,7 +268,11 @@ void CudaBackend::reset_peak() { peak_.store(allocated_.load()); }
 
 Status CudaBackend::allocate_host(size_t bytes, void** out) {
   if (Status status = make_current(); !status.ok()) return status;
-  return check(cudaHostAlloc(out, bytes ? bytes : 1, cudaHostAllocPortable), "allocating pinned memory");
+  const cudaError_t error = cudaHostAlloc(out, bytes ? bytes : 1, cudaHostAllocPortable);
+  if (error != cudaErrorMemoryAllocation) return check(error, "allocating pinned memory");
+  cudaGetLastError();
+  return Status::error(Code::out_of_memory,
+                       name() + ": " + std::to_string(bytes) + " bytes of pinned host memory asked");
 }
 void CudaBackend::release_host(void* data, size_t) {
   if (data && !lost_ && cudaSetDevice(index_) == cudaSuccess) cudaFreeHost(data);

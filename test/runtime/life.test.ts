@@ -1,4 +1,5 @@
-/** Threads against the life of environments: workers, termination, exit, garbage collection. */
+/** Threads and memory against the life of environments and models: workers, termination, exit, garbage, many rounds. */
+import { devices } from '../../lib'
 import { itCompiled, printed, runScript } from '../support/run'
 
 describe('workers', () => {
@@ -47,3 +48,20 @@ itCompiled(
   },
   60_000,
 )
+
+describe.each(devices().map(({ name }) => name))('on %s', (name) => {
+  itCompiled(
+    'two hundred models, loaded, used and disposed one after the other, leave no memory taken',
+    async () => {
+      const { stdout, ...rest } = await runScript('rounds.js', [name, '200'], ['--expose-gc'])
+      expect(rest).toEqual({ code: 0, signal: null, stderr: '' })
+      const left = JSON.parse(stdout) as Record<'tensors' | 'reserved' | 'heap' | 'process', number>
+      expect(left.tensors).toBe(0)
+      // in MiB; one round takes 10 or so
+      expect(left.reserved).toBeLessThanOrEqual(0)
+      expect(left.heap).toBeLessThan(8)
+      expect(left.process).toBeLessThan(32)
+    },
+    180_000,
+  )
+})

@@ -93,6 +93,73 @@ describe.each(devices())('memory of %s', (on) => {
     }
   })
 
+  describe('that is not to be had', () => {
+    // all of a GPU, of which the context has taken a part; the host may promise more than it has
+    const bytes = on.type === 'cuda' ? on.memoryUsage().total : 2 ** 49
+
+    /** Bytes asked and free in the message of the error. */
+    const expectRefusal = async (promise: Promise<unknown>, asked: number) => {
+      const { code, message } = await rejection(promise)
+      expect(code).toBe('ERR_HALFBYTE_OUT_OF_MEMORY')
+      const found = /(\w+(?::\d)?): (\d+) bytes asked, (\d+) of (\d+) free; dispose tensors/.exec(message)
+      expect(found?.slice(1, 3)).toEqual([on.name, String(asked)])
+      expect(Number(found![3])).toBeLessThanOrEqual(Number(found![4]))
+      expect(Number(found![4])).toBe(on.memoryUsage().total)
+    }
+
+    it('is an error with the bytes asked and free, and the device goes on', async () => {
+      await on.synchronize()
+      const before = on.memoryUsage().allocated
+      for (let i = 0; i < 20; i++) {
+        using huge = Tensor.empty([bytes], 'uint8', on)
+        ops.fillInto(huge, 1)
+        using part = huge.slice(0, 0, 4)
+        await expectRefusal(part.data(), bytes)
+      }
+      using x = Tensor.full([MiB], 2, 'float32', on)
+      using graph = on.capture(() => ops.addInto(x, x))
+      graph.replay()
+      using w = Tensor.full([8, 64], 1, 'float32', on)
+      using row = Tensor.full([1, 64], 2, 'float32', on)
+      using y = ops.linear(row, w)
+      expect(await y.data()).toEqual(new Float32Array(8).fill(128))
+      expect((await x.data())[MiB - 1]).toBe(4)
+      for (const tensor of [x, w, row, y]) tensor.dispose()
+      graph.dispose()
+      await on.synchronize()
+      expect(on.memoryUsage().allocated).toBeLessThanOrEqual(before)
+    })
+
+    it('for a result spoils that result alone', async () => {
+      const side = Math.ceil(Math.sqrt(bytes / 4))
+      using column = Tensor.full([side, 1], 1, 'float32', on)
+      using ones = Tensor.full([side, 1], 3, 'float32', on)
+      using table = ops.linear(column, ones)
+      using first = table.slice(0, 0, 1).slice(1, 0, 1)
+      await expectRefusal(first.data(), 4 * side * side)
+      using sum = ops.add(column, ones)
+      using some = sum.slice(0, 0, 2)
+      expect(await some.contiguous().data()).toEqual(Float32Array.of(4, 4))
+    })
+
+    it('in a capture leaves the next one alone', async () => {
+      using state = Tensor.zeros([4], 'float32', on)
+      using one = Tensor.full([4], 1, 'float32', on)
+      let huge!: Tensor
+      const graph = on.capture(() => {
+        huge = Tensor.empty([bytes], 'uint8', on)
+        ops.fillInto(huge, 1)
+        ops.addInto(state, one)
+      })
+      graph.dispose()
+      huge.dispose()
+      using fine = on.capture(() => ops.addInto(state, one))
+      fine.replay()
+      fine.replay()
+      expect(await state.data()).toEqual(new Float32Array(4).fill(2))
+    })
+  })
+
   it('that can change size, is shared or is gone is refused', () => {
     const shared = new Float32Array(new SharedArrayBuffer(16))
     const Resizable = ArrayBuffer as unknown as new (n: number, o: { maxByteLength: number }) => ArrayBuffer
