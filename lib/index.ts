@@ -9,6 +9,7 @@ export {
   Embedding8bit,
   EmbeddingFP4,
   EmbeddingNF4,
+  FusedExperts,
   LayerNorm,
   Linear,
   Linear4bit,
@@ -24,6 +25,8 @@ export {
   RMSNorm,
   SelfAttention,
   Sequential,
+  SplitExperts,
+  type Placement,
 } from './nn/index.js'
 export * from './quantization/index.js'
 export * as functional from './quantization/functional.js'

@@ -4,6 +4,7 @@
  * those that bitsandbytes quantised take the same way.
  */
 import { HalfbyteError } from '../errors.js'
+import { FusedExperts, SplitExperts } from '../nn/experts.js'
 import type { Module } from '../nn/module.js'
 import type { Parameter } from '../nn/parameter.js'
 import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from '../quantization/config.js'
@@ -142,6 +143,10 @@ function quantizeLayers(
   const packed = [...checkpoint.tensors.keys()]
     .filter((name) => name.endsWith('.weight') && isPacked(checkpoint, name))
     .flatMap((name) => placeOf(model, name)?.slice(0, -'.weight'.length) ?? [])
+  for (const [path, module] of model.namedModules()) {
+    if (module instanceof FusedExperts && isPacked(checkpoint, `${path}.down_projs.0.weight`))
+      packed.push(path)
+  }
   if (packed.length === 0) {
     throw checkpointError(
       checkpoint.path,
@@ -169,12 +174,17 @@ function assign(
       if (!DERIVED.test(name)) unexpected.push(name)
     } else if (!found.has(path) || path === name) found.set(path, info)
   }
+  // experts that were taken apart have other names than before; check() looks after them
+  const split = [...model.namedModules()].flatMap(([path, module]) =>
+    module instanceof SplitExperts ? `${path}.` : [],
+  )
   // of tied names the first one counts
   const taken = new Set<object>()
   const missing = new Map<object, string>()
   for (const [path, parameter] of shapes) {
     if (taken.has(parameter.identity)) found.delete(path)
     else if (found.has(path)) taken.add(parameter.identity)
+    else if (split.some((prefix) => path.startsWith(prefix))) continue
     else if (parameter.persistent && !missing.has(parameter.identity)) missing.set(parameter.identity, path)
   }
   const absent = [...missing].filter(([identity]) => !taken.has(identity)).map(([, path]) => path)

@@ -1,8 +1,10 @@
 /** Attention over a paged cache, for packed ragged batches: x is [T, hidden]. */
 import type { PagedKvCache } from '../generation/cache.js'
+import { zeros } from '../nn/init.js'
 import { Conv1D, Linear } from '../nn/linear.js'
 import { Linear4bit } from '../nn/linear4bit.js'
 import { Module } from '../nn/module.js'
+import { Parameter } from '../nn/parameter.js'
 import { pagedAttention, pagedWrite, type RaggedBatch } from '../tensor/ops.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { makeNorm, type Norm } from './norm.js'
@@ -27,6 +29,8 @@ export class Attention extends Module {
   v_proj?: Linear
   qkv_proj?: Linear
   o_proj: Linear
+  /** float [heads]. */
+  sinks?: Parameter
   q_norm?: Norm
   k_norm?: Norm
   readonly #spec: DecoderSpec
@@ -47,6 +51,7 @@ export class Attention extends Module {
       this.qkv_proj = new Layer(hiddenSize, queries + 2 * keys, { bias: spec.qkvBias })
     }
     this.o_proj = new Layer(queries, hiddenSize, { bias: spec.outputBias })
+    if (spec.attentionSinks) this.sinks = new Parameter([numHeads], { init: zeros })
     if (spec.queryKeyNorm !== 'none') {
       const all = spec.queryKeyNorm === 'all'
       this.q_norm = makeNorm(spec, all ? queries : headDim)
@@ -104,6 +109,7 @@ export class Attention extends Module {
       softcap: spec.attentionSoftcap,
       window: layer.window,
       alibiSlopes,
+      sinks: this.sinks?.value,
     })
     return this.o_proj.forward(y.reshape(x.shape[0]!, spec.numHeads * spec.headDim), residual)
   }

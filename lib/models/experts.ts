@@ -5,10 +5,22 @@
  * captured; the cost is that of all experts, whatever their number per token.
  */
 import { ModuleList } from '../nn/containers.js'
+import { FusedExperts, type ExpertActivation, type Experts } from '../nn/experts.js'
 import { Linear } from '../nn/linear.js'
 import { Module } from '../nn/module.js'
 import type { Device } from '../tensor/device.js'
-import { activation, add, argmax, div, gatherRows, linear, mul, sub } from '../tensor/ops.js'
+import {
+  activation,
+  add,
+  argmax,
+  div,
+  gatherRows,
+  linear,
+  maximum,
+  minimum,
+  mul,
+  sub,
+} from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import { GatedMlp } from './mlp.js'
@@ -61,10 +73,29 @@ class Routing {
   }
 }
 
+/** Experts that are modules of their own. */
+class ExpertList extends ModuleList<GatedMlp> implements Experts {
+  run(expert: number, x: Tensor): Tensor {
+    return this.at(expert)!.forward(x)
+  }
+}
+
+/** act(gate) * (up + 1) of rows in which gate and up take turns, both limited (gpt-oss). */
+export function clampedGlu(limit: number): ExpertActivation {
+  return (gateUp) => {
+    const [tokens, both] = gateUp.shape as [number, number]
+    const pairs = gateUp.reshape(tokens, both / 2, 2)
+    const half = (i: number) => pairs.slice(2, i, i + 1).reshape(tokens, both / 2)
+    const gate = minimum(half(0), limit)
+    const up = maximum(minimum(half(1), limit), -limit)
+    return mul(mul(gate, activation(mul(gate, 1.702), 'sigmoid')), add(up, 1))
+  }
+}
+
 export class SparseMlp extends Module {
   /** The router. */
   gate: Linear
-  experts: ModuleList<GatedMlp>
+  experts: Module & Experts
   readonly #spec: ExpertSpec
   #routing: Routing | undefined
 
@@ -72,16 +103,18 @@ export class SparseMlp extends Module {
     super()
     this._names = spec.names
     this.#spec = experts
-    this.gate = new Linear(spec.hiddenSize, experts.count, { bias: false })
-    this.experts = new ModuleList(
-      Array.from({ length: experts.count }, () => new GatedMlp(spec, experts.intermediateSize)),
-    )
+    const { count, intermediateSize, fused } = experts
+    const { hiddenSize, mlpBias: bias } = spec
+    this.gate = new Linear(hiddenSize, count, { bias: experts.routerBias })
+    this.experts = fused
+      ? new FusedExperts({ count, hiddenSize, intermediateSize, bias, activation: clampedGlu(fused.limit) })
+      : new ExpertList(Array.from({ length: count }, () => new GatedMlp(spec, intermediateSize)))
   }
 
   /** `residual` is added to the result. */
   forward(x: Tensor, residual?: Tensor): Tensor {
     return tidy(() => {
-      const { perToken, normalize } = this.#spec
+      const { count, perToken, normalize } = this.#spec
       const { chosen, weights } = this.#router(x.device).choose(
         this.gate.forward(x).to('float32'),
         perToken,
@@ -89,10 +122,10 @@ export class SparseMlp extends Module {
       )
       const [taken, shares] = [chosen.to(x.dtype), weights.to(x.dtype)]
       let sum = residual
-      for (const [e, expert] of [...this.experts].entries()) {
+      for (let e = 0; e < count; e++) {
         sum = tidy(() => {
           // tokens of other experts go in as zeros: nothing that they would overflow to can reach the sum
-          const y = expert.forward(mul(x, taken.slice(1, e, e + 1)))
+          const y = this.experts.run(e, mul(x, taken.slice(1, e, e + 1)))
           const part = mul(y, shares.slice(1, e, e + 1))
           return sum ? add(sum, part) : part
         })

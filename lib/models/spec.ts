@@ -21,6 +21,9 @@ export interface ExpertSpec {
   intermediateSize: number
   /** The weights of a token's experts are made to sum to 1. */
   normalize: boolean
+  routerBias: boolean
+  /** The experts lie in one tensor, gate and up taking turns and limited. */
+  fused: { limit: number } | null
   /** Layers that have experts; the others have an MLP of intermediateSize. */
   layers: readonly boolean[]
 }
@@ -74,6 +77,8 @@ export interface DecoderSpec {
   /** gate_proj and up_proj, or one gate_up_proj, or an MLP without a gate; 'flat': without a module of its own. */
   mlp: 'gated' | 'gated in one' | 'plain' | 'flat'
   experts: ExpertSpec | null
+  /** Each head has a logit of its own that takes probability and gives no value (self_attn.sinks). */
+  attentionSinks: boolean
   attentionScale: number
   attentionSoftcap: number
   embeddingScale: number
@@ -157,6 +162,7 @@ export function readDecoderSpec(
     projections: 'separate',
     mlp: 'gated',
     experts: null,
+    attentionSinks: false,
     attentionScale: 1 / Math.sqrt(headDim),
     attentionSoftcap: 0,
     embeddingScale: 1,

@@ -32,6 +32,12 @@ export class ModuleList<M extends Module = Module> extends Module implements Ite
     for (const [i, module] of this.#items.entries()) yield [String(i), module]
   }
 
+  override childOnPath(path: string): [string, Module] | undefined {
+    const [name = ''] = path.split('.', 1)
+    const child = this.#items[Number(name)]
+    return child && String(Number(name)) === name ? [name, child] : undefined
+  }
+
   override setChild(name: string, module: Module): void {
     this.#items[Number(name)] = module as M
   }

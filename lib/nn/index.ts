@@ -9,6 +9,13 @@ export {
   EmbeddingNF4,
   type Embedding4bitOptions,
 } from './embedding_quantized.js'
+export {
+  FusedExperts,
+  SplitExperts,
+  type ExpertActivation,
+  type Experts,
+  type ExpertsOptions,
+} from './experts.js'
 export { manualSeed } from './init.js'
 export { Conv1D, Linear, type LinearLayerOptions } from './linear.js'
 export {

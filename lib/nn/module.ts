@@ -44,6 +44,14 @@ export abstract class Module implements Disposable {
     }
   }
 
+  /** The child that a dotted path leads to or through. */
+  childOnPath(path: string): [string, Module] | undefined {
+    for (const entry of this.namedChildren()) {
+      if (path === entry[0] || path.startsWith(`${entry[0]}.`)) return entry
+    }
+    return undefined
+  }
+
   /** Puts another module in the place of a child. */
   setChild(name: string, module: Module): void {
     const dot = name.lastIndexOf('.')
@@ -384,7 +392,7 @@ export abstract class Module implements Disposable {
     }
     for (;;) {
       const { module, rest } = at
-      const found = [...module.namedChildren()].find(([name]) => rest === name || rest.startsWith(`${name}.`))
+      const found = module.childOnPath(rest)
       if (!found) return at
       const [name, child] = found
       at = { module: child, rest: rest.slice(name.length + 1), parent: module, name }

@@ -33,21 +33,21 @@ function checkCast(model: Module, dtype: DType): void {
   }
 }
 
-/** A matrix [m, n] that lies in memory as [n, m]; itself where it does so already. */
-export function laidTransposed(matrix: Tensor): Tensor {
+/** Matrices [..., m, n] that lie in memory as [..., n, m]; themselves where they do so already. */
+export function laidTransposed(matrices: Tensor): Tensor {
   return tidy(() => {
-    const turned = matrix.transpose(0, 1)
-    return turned.isContiguous ? matrix : turned.clone().transpose(0, 1)
+    const turned = matrices.transpose(-2, -1)
+    return turned.isContiguous ? matrices : turned.clone().transpose(-2, -1)
   })
 }
 
-/** As Tensor.to(), but a matrix that lies in memory the other way round goes on doing so. */
+/** As Tensor.to(), but matrices that lie in memory the other way round go on doing so. */
 function moved(tensor: Tensor, target: { dtype?: DType; device?: Device }): Tensor {
-  if (tensor.ndim !== 2 || tensor.isContiguous) return tensor.to(target)
+  if (tensor.ndim < 2 || tensor.isContiguous) return tensor.to(target)
   return tidy(() => {
-    const turned = tensor.transpose(0, 1)
+    const turned = tensor.transpose(-2, -1)
     const value = turned.to(target)
-    return value === turned ? tensor : value.transpose(0, 1)
+    return value === turned ? tensor : value.transpose(-2, -1)
   })
 }
 

@@ -1,5 +1,6 @@
 /** Puts 4-bit or 8-bit layers in the place of a model's linear layers, and back. */
 import { HalfbyteError } from '../errors.js'
+import { FusedExperts, SplitExperts } from '../nn/experts.js'
 import { Conv1D, Linear } from '../nn/linear.js'
 import { Linear4bit } from '../nn/linear4bit.js'
 import { Linear8bit } from '../nn/linear8bit.js'
@@ -75,7 +76,7 @@ function bytesAfter(layer: Linear4bit | Linear8bit, config: BitsAndBytesConfig):
 }
 
 /** Why a layer cannot be replaced. */
-function whyNot(path: string, module: Linear): string | undefined {
+function whyNot(path: string, module: Linear | FusedExperts): string | undefined {
   if (module instanceof Linear4bit || module instanceof Linear8bit) return 'quantised already'
   return path === '' ? 'it is the model itself' : undefined
 }
@@ -83,19 +84,20 @@ function whyNot(path: string, module: Linear): string | undefined {
 /** Why a layer stays as it is by the rules, of which the model's structure comes first. */
 function whyKept(
   path: string,
-  module: Linear,
+  module: Linear | FusedExperts,
   structure: ReadonlyMap<string, Kept>,
   namedBy: string | undefined,
 ): Kept | undefined {
   const found = structure.get(path)
   if (found) return found
   if (namedBy) return { reason: `named by '${namedBy}'`, known: false }
-  if (module.constructor === Linear || module.constructor === Conv1D) return undefined
+  if ([Linear, Conv1D, FusedExperts].some((kind) => module.constructor === kind)) return undefined
   return { reason: `${module.constructor.name} is a class of its own`, known: true }
 }
 
 /**
- * Replaces the linear layers (Linear and Conv1D, of whatever depth) of any Module tree by quantised ones, in place.
+ * Replaces the linear layers (Linear and Conv1D, of whatever depth) of any Module tree by quantised ones, in place, and
+ * experts that lie in one tensor (FusedExperts) by such layers for each.
  * What stays: the output head (getOutputEmbeddings() where the model has it, else layers named lm_head, score,
  * classifier, ..., else a last layer that scores the rows of an embedding table), layers whose weight is tied, routers
  * of expert layers, subclasses of Linear with a forward() of their own, modules that the model keeps in float32
@@ -122,9 +124,13 @@ export function replaceWithQuantizedLinear(
   // to name layers is to leave the automatic rules, the head's too
   let unknown = only !== undefined
   const matched = new Set<string>()
+  const places = placesOf(model)
+  const owners = countOwners(model)
   for (const [path, module] of [...model.namedModules()]) {
-    if (!(module instanceof Linear)) continue
-    const named = entries.filter((entry) => (only ? entry === path : matchesModule(entry, path)))
+    if (!(module instanceof Linear || module instanceof FusedExperts)) continue
+    const named = only
+      ? [path].filter((entry) => only.has(entry))
+      : entries.filter((entry) => matchesModule(entry, path))
     for (const entry of named) matched.add(entry)
     const impossible = whyNot(path, module)
     const kept = only ? undefined : whyKept(path, module, structure, named[0])
@@ -134,11 +140,18 @@ export function replaceWithQuantizedLinear(
       unknown ||= !impossible && kept?.known === false
       continue
     }
+    if (module instanceof FusedExperts) {
+      report.replaced.push(...replaceExperts(places, path, module, settings))
+      continue
+    }
     const bytesBefore = module.weight.nbytes
     const layer = quantizedLinear(module, settings)
-    replaceEverywhere(model, module, layer)
+    replaceEverywhere(places, module, layer)
+    // a weight that is tied, as only `only` replaces it, lives on with the last that has it
     const { identity } = module.weight
-    if (!only || !model.parameters().some((other) => other.identity === identity)) module.weight.dispose()
+    const left = owners.get(identity)! - 1
+    owners.set(identity, left)
+    if (left === 0) module.weight.dispose()
     report.replaced.push({
       path,
       from: module.constructor.name,
@@ -163,11 +176,63 @@ export function replaceWithQuantizedLinear(
   return report
 }
 
-/** A module may be a child in several places; it stays one module. */
-function replaceEverywhere(model: Module, from: Module, to: Module): void {
+/** Puts layers in few bits in the place of experts that lie in one tensor; one entry of the report for each. */
+function replaceExperts(
+  places: Places,
+  path: string,
+  fused: FusedExperts,
+  config: BitsAndBytesConfig,
+): Replacement[] {
+  const before = new Map<Linear, number>()
+  const split = new SplitExperts(fused, (view) => {
+    const layer = quantizedLinear(view, config)
+    before.set(layer, view.weight.nbytes)
+    return layer
+  })
+  replaceEverywhere(places, fused, split)
+  fused.dispose()
+  return [...split.namedModules(path)].flatMap(([at, layer]) =>
+    layer instanceof Linear4bit || layer instanceof Linear8bit
+      ? {
+          path: at,
+          from: fused.constructor.name,
+          to: layer.constructor.name,
+          shape: [layer.outFeatures, layer.inFeatures],
+          bytesBefore: before.get(layer)!,
+          bytesAfter: bytesAfter(layer, config),
+        }
+      : [],
+  )
+}
+
+/** The parents of each module, and what they call it. */
+type Places = ReadonlyMap<Module, readonly [Module, string][]>
+
+function placesOf(model: Module): Places {
+  const places = new Map<Module, [Module, string][]>()
   for (const parent of model.modules()) {
-    for (const [name, child] of [...parent.namedChildren()]) if (child === from) parent.setChild(name, to)
+    for (const [name, child] of parent.namedChildren()) {
+      const known = places.get(child)
+      if (known) known.push([parent, name])
+      else places.set(child, [[parent, name]])
+    }
   }
+  return places
+}
+
+/** How many modules have each parameter. */
+function countOwners(model: Module): Map<object, number> {
+  const owners = new Map<object, number>()
+  for (const module of model.modules()) {
+    for (const [, { identity }] of module.ownParameters())
+      owners.set(identity, (owners.get(identity) ?? 0) + 1)
+  }
+  return owners
+}
+
+/** A module may be a child in several places; it stays one module. */
+function replaceEverywhere(places: Places, from: Module, to: Module): void {
+  for (const [parent, name] of places.get(from) ?? []) parent.setChild(name, to)
 }
 
 /**
@@ -176,6 +241,18 @@ function replaceEverywhere(model: Module, from: Module, to: Module): void {
  */
 export function dequantize(model: Module & Quantizable, options: { dtype?: DType } = {}): string[] {
   const paths: string[] = []
+  const places = placesOf(model)
+  for (const [path, module] of [...model.namedModules()]) {
+    if (module instanceof SplitExperts && path !== '') {
+      const fused = module.fuse(
+        (layer) => (layer as Linear4bit).dequantizeWeight(options.dtype),
+        options.dtype,
+      )
+      replaceEverywhere(places, module, fused)
+      paths.push(...[...module.namedModules(path)].flatMap(([at, m]) => (m instanceof Linear ? at : [])))
+      module.dispose()
+    }
+  }
   for (const [path, module] of [...model.namedModules()]) {
     if (!(module instanceof Linear4bit || module instanceof Linear8bit) || path === '') continue
     const { inFeatures, outFeatures, transposed } = module
@@ -188,7 +265,7 @@ export function dequantize(model: Module & Quantizable, options: { dtype?: DType
     }
     dense.bias = module.bias
     dense.training = module.training
-    replaceEverywhere(model, module, dense)
+    replaceEverywhere(places, module, dense)
     module.bias = null // it lives on in the dense layer
     module.dispose()
     paths.push(path)

@@ -73,7 +73,9 @@ export function keptByStructure(model: Module & OutputEmbeddings): Map<string, K
   const owners = new Map<object, [string, Module][]>()
   for (const entry of modules) {
     for (const [, parameter] of entry[1].ownParameters()) {
-      owners.set(parameter.identity, [...(owners.get(parameter.identity) ?? []), entry])
+      const known = owners.get(parameter.identity)
+      if (known) known.push(entry)
+      else owners.set(parameter.identity, [entry])
     }
   }
   for (const [path, module] of linears) {

@@ -1,7 +1,12 @@
 /** What the golden models do not show of the families: fields that are refused, and ways of saying the same. */
+import { copyFileSync, mkdirSync } from 'node:fs'
+import { join } from 'node:path'
+import { AutoModelForCausalLM } from '../../lib'
 import { ConfigReader, readConfig } from '../../lib/checkpoint/config'
 import { readSpec } from '../../lib/models/families'
+import { temporaryFolder } from '../support/files'
 import { itWithGolden } from '../support/golden'
+import { readSafetensors, writeSafetensors, type Stored } from '../support/safetensors'
 
 const spec = (raw: Record<string, unknown>) => readSpec(new ConfigReader(raw, 'config.json'))
 
@@ -18,6 +23,8 @@ const llama = { ...opt, intermediate_size: 96 }
 const falcon = { ...llama, model_type: 'falcon' }
 
 describe('families', () => {
+  const temporary = temporaryFolder()
+
   it.each([
     [{ ...gpt2, scale_attn_by_inverse_layer_idx: true }, /scale_attn_by_inverse_layer_idx/],
     [{ ...gpt2, n_embd: 'many' }, /n_embd is "many", it must be a positive whole number/],
@@ -68,5 +75,27 @@ describe('families', () => {
     const { raw, file } = readConfig(path.replace(/config\.json$/, ''))
     const { tie_word_embeddings: _, ...rest } = raw
     expect(readSpec(new ConfigReader(rest, file)).tieWordEmbeddings).toBe(true)
+  })
+
+  itWithGolden('models/gpt2', 'reads a base model without its prefix, and masks that are stored', async (source) => {
+    const folder = join(temporary, 'gpt2')
+    mkdirSync(folder)
+    copyFileSync(join(source, 'config.json'), join(folder, 'config.json'))
+    const weights = new Map(
+      [...readSafetensors(join(source, 'model.safetensors'))].map(([name, stored]): [string, Stored] => [
+        name.replace(/^transformer\./, ''),
+        stored,
+      ]),
+    )
+    weights.set('h.0.attn.bias', { dtype: 'U8', shape: [1, 1, 4, 4], data: new Uint8Array(16) })
+    weights.set('h.0.attn.masked_bias', { dtype: 'F32', shape: [], data: Float32Array.of(-1e4) })
+    writeSafetensors(join(folder, 'model.safetensors'), weights)
+    const onWarning = jest.fn()
+    using a = await AutoModelForCausalLM.fromPretrained(source, { device: 'cpu' })
+    using b = await AutoModelForCausalLM.fromPretrained(folder, { device: 'cpu', onWarning })
+    const [x, y] = [a, b].map((model) => model.forward([1, 2, 3]))
+    expect(await y!.floats()).toEqual(await x!.floats())
+    expect(onWarning).not.toHaveBeenCalled()
+    for (const tensor of [x!, y!]) tensor.dispose()
   })
 })

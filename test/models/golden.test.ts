@@ -12,6 +12,7 @@ const FAMILIES = [
   'gemma2',
   'gemma3',
   'gpt-neox',
+  'gpt-oss',
   'gpt2',
   'granite',
   'llama',

@@ -116,32 +116,48 @@ describe.each(devices())('on %s', (device) => {
       }
     })
 
-    const experts = goldenPath('models/qwen3-moe')
-    const name = 'with experts has each of them quantised, and no router'
-    if (!experts) it.skip(`${name} (set HALFBYTE_GOLDEN to the golden data)`, () => undefined)
-    else {
+    describe.each([
+      ['qwen3-moe', 2 * (4 + 8 * 3), 'experts.7.down_proj', 'gate'],
+      ['gpt-oss', 2 * (4 + 4 * 2), 'experts.gate_up_projs.3', 'router'],
+    ])('with experts: %s', (family, layers, expert, router) => {
+      const golden = goldenPath(`models/${family}`)
+      const name = 'has each of them quantised, and no router'
+      if (!golden) {
+        it.skip(`${name} (set HALFBYTE_GOLDEN to the golden data)`, () => undefined)
+        return
+      }
       it(name, async () => {
-        using plain = await AutoModelForCausalLM.fromPretrained(experts, { device })
-        using model = await AutoModelForCausalLM.fromPretrained(experts, { device, quantizationConfig })
+        using plain = await AutoModelForCausalLM.fromPretrained(golden, { device })
+        using model = await AutoModelForCausalLM.fromPretrained(golden, { device, quantizationConfig })
         const { replaced, kept } = model.replacement!
-        expect(replaced.length).toBe(2 * (4 + 8 * 3))
-        expect(replaced.map(({ path }) => path)).toContain('model.layers.1.mlp.experts.7.down_proj')
+        expect(replaced.length).toBe(layers)
+        expect(replaced.map(({ path }) => path)).toContain(`model.layers.1.mlp.${expert}`)
         expect(kept).toEqual([
-          { path: 'model.layers.0.mlp.gate', reason: 'router' },
-          { path: 'model.layers.1.mlp.gate', reason: 'router' },
+          { path: `model.layers.0.mlp.${router}`, reason: 'router' },
+          { path: `model.layers.1.mlp.${router}`, reason: 'router' },
           { path: 'lm_head', reason: 'output head' },
         ])
         const saved = plain.getMemoryFootprint() - model.getMemoryFootprint()
         const dense = replaced.reduce((sum, { bytesBefore }) => sum + bytesBefore, 0)
         expect(saved).toBe(dense * (kind === '4-bit' ? 7 / 8 : 3 / 4))
+        expect(model.numParameters()).toBe(plain.numParameters())
         const target = fresh()
-        await model.savePretrained(target)
+        await model.savePretrained(target, { maxShardSize: '100KB' })
         expect(savedQuantization(target)!['llm_int8_skip_modules']).toEqual(kept.map(({ path }) => path))
         using again = await AutoModelForCausalLM.fromPretrained(target, { device })
-        expect(again.getMemoryFootprint()).toBe(model.getMemoryFootprint())
-        expect(await logits(again)).toEqual(await logits(model))
+        expect(again.getTrueFootprint()).toBe(model.getTrueFootprint())
+        const before = await logits(model)
+        expect(await logits(again)).toEqual(before)
+        const after = await logits(again.dequantize())
+        expect(error(after, before).most).toBeLessThan(kind === '4-bit' ? 1e-5 : 0.1)
+        expect([...again.namedParameters()].map(([path]) => path)).toEqual(
+          [...plain.namedParameters()].map(([path]) => path),
+        )
+        await again.savePretrained(target)
+        using dequantized = await AutoModelForCausalLM.fromPretrained(target, { device })
+        expect(await logits(dequantized)).toEqual(after)
       })
-    }
+    })
   })
 
   it('a list entry that names nothing is a warning', async () => {

@@ -7,6 +7,7 @@ import { falcon } from './falcon.js'
 import { gemma, gemma2, gemma3 } from './gemma.js'
 import { gpt2 } from './gpt2.js'
 import { gptNeox } from './gpt_neox.js'
+import { gptOss } from './gpt_oss.js'
 import { granite } from './granite.js'
 import { llama } from './llama.js'
 import { mistral } from './mistral.js'
@@ -28,6 +29,7 @@ export const FAMILIES: Readonly<Record<string, (config: ConfigReader) => Decoder
   gemma3_text: gemma3,
   gpt2,
   gpt_neox: gptNeox,
+  gpt_oss: gptOss,
   granite,
   llama,
   mistral,

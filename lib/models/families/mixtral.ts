@@ -18,6 +18,8 @@ export function mixtral(config: ConfigReader): DecoderSpec {
       perToken: config.count('num_experts_per_tok', 2),
       intermediateSize: spec.intermediateSize,
       normalize: true,
+      routerBias: false,
+      fused: null,
       layers: spec.layers.map(() => true),
     },
   }

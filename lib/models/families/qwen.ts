@@ -39,6 +39,8 @@ export function qwen3Moe(file: ConfigReader): DecoderSpec {
       perToken: config.count('num_experts_per_tok', 8),
       intermediateSize: config.count('moe_intermediate_size', 768),
       normalize: config.boolean('norm_topk_prob', false),
+      routerBias: false,
+      fused: null,
       layers: spec.layers.map((_, i) => !dense.includes(i) && (i + 1) % step === 0),
     },
   }
