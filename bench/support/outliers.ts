@@ -4,6 +4,7 @@
  * models grow such dimensions by themselves; small ones have to be helped.
  */
 import {
+  Attention,
   AutoModelForCausalLM,
   DecoderLayer,
   GatedMlp,
@@ -38,7 +39,11 @@ export function plantOutliers(model: CausalLM, { dims, scale }: OutlierRecipe): 
     tidy(() => void parameter.value.copyFrom(ops.mul(parameter.value.to('float32'), by)))
   }
   for (const layer of model.model.layers) {
-    if (!(layer instanceof DecoderLayer && layer.mlp instanceof GatedMlp)) {
+    if (!(
+      layer instanceof DecoderLayer &&
+      layer.mlp instanceof GatedMlp &&
+      layer.self_attn instanceof Attention
+    )) {
       throw new TypeError(`no outliers for ${model.spec.modelType}: its layers are not Llama's`)
     }
     const { q_proj, k_proj, v_proj } = layer.self_attn

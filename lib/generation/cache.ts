@@ -1,6 +1,6 @@
 /**
- * The paged cache of keys and values. Each layer has a pool [blocks, blockLen, heads, headDim] for keys and one for
- * values; a sequence owns a list of block numbers that counts for all layers. Which blocks are free is known on the
+ * The paged cache of keys and values. Each layer has a pool [blocks, blockLen, heads, headDim] for keys and one of
+ * valueDim for values; a sequence owns a list of block numbers that counts for all layers. Which blocks are free is known on the
  * host only; the device sees block tables.
  */
 import { HalfbyteError } from '../errors.js'
@@ -46,6 +46,8 @@ export class BlockAllocator {
 export interface CacheLayer {
   heads: number
   headDim: number
+  /** Elements of a value; those of a key where it is not given. */
+  valueDim?: number | undefined
 }
 
 export class PagedKvCache implements Disposable {
@@ -59,12 +61,10 @@ export class PagedKvCache implements Disposable {
     options: { blocks: number; dtype: DType; device: Device; blockLen?: number },
   ) {
     const { blocks, dtype, device, blockLen = BLOCK_LENGTH } = options
-    const pools = () =>
-      layers.map(({ heads, headDim }) =>
-        keep(Tensor.empty([blocks, blockLen, heads, headDim], dtype, device)),
-      )
-    this.keys = pools()
-    this.values = pools()
+    const pool = (heads: number, dim: number) =>
+      keep(Tensor.empty([blocks, blockLen, heads, dim], dtype, device))
+    this.keys = layers.map(({ heads, headDim }) => pool(heads, headDim))
+    this.values = layers.map(({ heads, headDim, valueDim = headDim }) => pool(heads, valueDim))
     this.blocks = new BlockAllocator(blocks)
     this.blockLen = blockLen
   }

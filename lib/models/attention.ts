@@ -72,7 +72,8 @@ export class Attention extends Module {
     }
     const each = numHeads / numKeyValueHeads
     const heads = all.reshape(tokens, numKeyValueHeads, each + 2, headDim)
-    const part = (begin: number, end: number) => heads.slice(2, begin, end).reshape(tokens, -1, headDim)
+    const part = (begin: number, end: number) =>
+      heads.slice(2, begin, end).reshape(tokens, numKeyValueHeads * (end - begin), headDim)
     return [part(0, each), part(each, each + 1), part(each + 1, each + 2)]
   }
 

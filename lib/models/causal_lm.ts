@@ -115,8 +115,8 @@ export class CausalLM extends Module {
 
   /** What the cache stores of each token, layer by layer. */
   cacheLayers(): CacheLayer[] {
-    const { numKeyValueHeads: heads, headDim, layers } = this.spec
-    return layers.map(() => ({ heads, headDim }))
+    const { numKeyValueHeads: heads, headDim, layers, latentAttention } = this.spec
+    return layers.map(() => ({ heads, headDim, valueDim: latentAttention?.valueDim ?? headDim }))
   }
 
   /** Logits of hidden states. */

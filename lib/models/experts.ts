@@ -7,7 +7,9 @@
 import { ModuleList } from '../nn/containers.js'
 import { FusedExperts, type ExpertActivation, type Experts } from '../nn/experts.js'
 import { Linear } from '../nn/linear.js'
+import { zeros } from '../nn/init.js'
 import { Module } from '../nn/module.js'
+import { Buffer } from '../nn/parameter.js'
 import type { Device } from '../tensor/device.js'
 import {
   activation,
@@ -24,52 +26,121 @@ import {
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import { GatedMlp } from './mlp.js'
-import type { DecoderSpec, ExpertSpec } from './spec.js'
+import type { DecoderSpec, ExpertSpec, GroupRouting } from './spec.js'
 
 /** Farther apart than any two logits. */
 const FAR = 1e30
 
-/** Constants that routing needs on a device. */
-class Routing {
-  /** float32 [E, E] and [1, E]. */
-  readonly identity: Tensor
-  readonly ones: Tensor
+/** Marks the largest of n values, row by row, with ops that stay on the device. */
+class Marker {
+  /** float32 [n, n] and [1, n]. */
+  readonly #identity: Tensor
+  readonly #ones: Tensor
 
-  constructor(experts: number, device: Device) {
-    const identity = Float32Array.from({ length: experts ** 2 }, (_, i) => (i % (experts + 1) === 0 ? 1 : 0))
-    this.identity = keep(Tensor.from(identity, { shape: [experts, experts], device }))
-    this.ones = keep(Tensor.full([1, experts], 1, 'float32', device))
+  constructor(n: number, device: Device) {
+    const identity = Float32Array.from({ length: n ** 2 }, (_, i) => (i % (n + 1) === 0 ? 1 : 0))
+    this.#identity = keep(Tensor.from(identity, { shape: [n, n], device }))
+    this.#ones = keep(Tensor.full([1, n], 1, 'float32', device))
   }
 
-  /** Sums of the rows of x [T, E]: [T, 1]. */
+  /** Sums of the rows of x [T, n]: [T, 1]. */
   sum(x: Tensor): Tensor {
-    return linear(x, this.ones)
+    return linear(x, this.#ones)
   }
 
-  /**
-   * The `k` largest logits of each row: `chosen` has ones at their places, `weights` the softmax over all logits there,
-   * or over the chosen ones with `normalize`. Both float32 [T, E]; of equal logits the first is the larger one.
-   */
-  choose(logits: Tensor, k: number, normalize: boolean): { chosen: Tensor; weights: Tensor } {
+  /** Ones at the `k` largest values of each row of float32 [T, n]; of equal ones the first is the larger. */
+  mark(values: Tensor, k: number): Tensor {
     return tidy(() => {
-      let rest = logits
-      let chosen: Tensor | undefined
-      let largest: Tensor | undefined
+      let rest = values
+      let marks: Tensor | undefined
       for (let i = 0; i < k; i++) {
-        const one = gatherRows(this.identity, argmax(rest))
-        largest ??= this.sum(mul(logits, one))
-        chosen = chosen ? add(chosen, one) : one
+        const one = gatherRows(this.#identity, argmax(rest))
+        marks = marks ? add(marks, one) : one
         if (i + 1 < k) rest = sub(rest, mul(one, FAR))
       }
-      const all = activation(sub(logits, largest!), 'exp')
-      const kept = mul(all, chosen!)
-      return { chosen: chosen!, weights: div(kept, this.sum(normalize ? kept : all)) }
+      return marks!
     })
   }
 
   dispose(): void {
-    this.identity.dispose()
-    this.ones.dispose()
+    this.#identity.dispose()
+    this.#ones.dispose()
+  }
+}
+
+/** Which experts tokens go to, and with which weights: both float32 [T, experts], `chosen` of ones and zeros. */
+interface Routes {
+  chosen: Tensor
+  weights: Tensor
+}
+
+/** What routing needs on a device. */
+class Routing {
+  readonly #spec: ExpertSpec
+  readonly #experts: Marker
+  /** Of the groups, and of the experts in one. */
+  readonly #groups: Marker | undefined
+  readonly #inGroup: Marker | undefined
+
+  constructor(spec: ExpertSpec, device: Device) {
+    this.#spec = spec
+    this.#experts = new Marker(spec.count, device)
+    const groups = spec.groupRouting?.groups ?? 1
+    if (groups > 1) {
+      this.#groups = new Marker(groups, device)
+      this.#inGroup = new Marker(spec.count / groups, device)
+    }
+  }
+
+  /** From logits float32 [T, experts]; `bias` is added to the sigmoids for the choice. */
+  choose(logits: Tensor, bias: Tensor | undefined): Routes {
+    const { perToken, normalize, groupRouting } = this.#spec
+    return tidy(() => {
+      if (groupRouting) return this.#chooseInGroups(logits, bias, groupRouting)
+      const chosen = this.#experts.mark(logits, perToken)
+      const first = this.#experts.mark(logits, 1)
+      const all = activation(sub(logits, this.#experts.sum(mul(logits, first))), 'exp')
+      const kept = mul(all, chosen)
+      return { chosen, weights: div(kept, this.#experts.sum(normalize ? kept : all)) }
+    })
+  }
+
+  #chooseInGroups(logits: Tensor, bias: Tensor | undefined, routing: GroupRouting): Routes {
+    const { count, perToken, normalize } = this.#spec
+    const { groups, chosenGroups, scale } = routing
+    const tokens = logits.shape[0]!
+    const scores = activation(logits, 'sigmoid')
+    let choice = bias ? add(scores, bias) : scores
+    if (this.#groups && this.#inGroup) {
+      // a group is as good as its two best experts
+      const each = choice.reshape(tokens * groups, count / groups)
+      const best = this.#inGroup.sum(mul(each, this.#inGroup.mark(each, 2))).reshape(tokens, groups)
+      const open = this.#groups.mark(best, chosenGroups).reshape(tokens * groups, 1)
+      choice = mul(each, open).reshape(tokens, count)
+    }
+    const chosen = this.#experts.mark(choice, perToken)
+    const kept = mul(scores, chosen)
+    const weights = normalize ? div(kept, add(this.#experts.sum(kept), 1e-20)) : kept
+    return { chosen, weights: mul(weights, scale) }
+  }
+
+  dispose(): void {
+    for (const marker of [this.#experts, this.#groups, this.#inGroup]) marker?.dispose()
+  }
+}
+
+/** A router that is corrected, for the choice alone, by a bias that training balances the experts with. */
+class BiasedRouter extends Linear {
+  e_score_correction_bias: Buffer
+
+  constructor(hiddenSize: number, experts: number) {
+    super(hiddenSize, experts, { bias: false })
+    this.e_score_correction_bias = new Buffer([experts], { dtype: 'float32', init: zeros })
+  }
+
+  /** In float32, whatever the dtype of x. */
+  override forward(x: Tensor): Tensor {
+    return tidy(() => super.forward(x.to('float32')))
   }
 }
 
@@ -96,8 +167,10 @@ export class SparseMlp extends Module {
   /** The router. */
   gate: Linear
   experts: Module & Experts
+  /** What every token takes besides. */
+  shared_experts?: GatedMlp
   readonly #spec: ExpertSpec
-  #routing: Routing | undefined
+  readonly #routings = new Map<Device, Routing>()
 
   constructor(spec: DecoderSpec, experts: ExpertSpec) {
     super()
@@ -105,24 +178,24 @@ export class SparseMlp extends Module {
     this.#spec = experts
     const { count, intermediateSize, fused } = experts
     const { hiddenSize, mlpBias: bias } = spec
-    this.gate = new Linear(hiddenSize, count, { bias: experts.routerBias })
+    this.gate = experts.groupRouting
+      ? new BiasedRouter(hiddenSize, count)
+      : new Linear(hiddenSize, count, { bias: experts.routerBias })
     this.experts = fused
       ? new FusedExperts({ count, hiddenSize, intermediateSize, bias, activation: clampedGlu(fused.limit) })
       : new ExpertList(Array.from({ length: count }, () => new GatedMlp(spec, intermediateSize)))
+    if (experts.sharedSize > 0) this.shared_experts = new GatedMlp(spec, experts.sharedSize)
   }
 
   /** `residual` is added to the result. */
   forward(x: Tensor, residual?: Tensor): Tensor {
     return tidy(() => {
-      const { count, perToken, normalize } = this.#spec
-      const { chosen, weights } = this.#router(x.device).choose(
-        this.gate.forward(x).to('float32'),
-        perToken,
-        normalize,
-      )
+      const bias = this.gate instanceof BiasedRouter ? this.gate.e_score_correction_bias.value : undefined
+      const logits = this.gate.forward(x).to('float32')
+      const { chosen, weights } = this.#router(x.device).choose(logits, bias)
       const [taken, shares] = [chosen.to(x.dtype), weights.to(x.dtype)]
-      let sum = residual
-      for (let e = 0; e < count; e++) {
+      let sum = this.shared_experts ? this.shared_experts.forward(x, residual) : residual
+      for (let e = 0; e < this.#spec.count; e++) {
         sum = tidy(() => {
           // tokens of other experts go in as zeros: nothing that they would overflow to can reach the sum
           const y = this.experts.run(e, mul(x, taken.slice(1, e, e + 1)))
@@ -135,17 +208,14 @@ export class SparseMlp extends Module {
   }
 
   #router(device: Device): Routing {
-    if (this.#routing && this.#routing.ones.device !== device) this.#free()
-    return (this.#routing ??= new Routing(this.#spec.count, device))
-  }
-
-  #free(): void {
-    this.#routing?.dispose()
-    this.#routing = undefined
+    let routing = this.#routings.get(device)
+    if (!routing) this.#routings.set(device, (routing = new Routing(this.#spec, device)))
+    return routing
   }
 
   override ownDispose(): void {
     super.ownDispose()
-    this.#free()
+    for (const routing of this.#routings.values()) routing.dispose()
+    this.#routings.clear()
   }
 }

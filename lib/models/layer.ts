@@ -6,6 +6,7 @@ import type { Tensor } from '../tensor/tensor.js'
 import { tidy } from '../tensor/tidy.js'
 import { Attention, type ForwardContext } from './attention.js'
 import { SparseMlp } from './experts.js'
+import { LatentAttention } from './latent_attention.js'
 import { GatedMlp, PlainMlp } from './mlp.js'
 import { makeNorm, type Norm } from './norm.js'
 import type { DecoderSpec } from './spec.js'
@@ -17,8 +18,13 @@ function makeMlp(spec: DecoderSpec, index: number): Mlp {
   return spec.mlp === 'plain' ? new PlainMlp(spec) : new GatedMlp(spec)
 }
 
+function makeAttention(spec: DecoderSpec, index: number): Attention | LatentAttention {
+  const { latentAttention } = spec
+  return latentAttention ? new LatentAttention(spec, latentAttention, index) : new Attention(spec, index)
+}
+
 export class DecoderLayer extends Module {
-  self_attn: Attention
+  self_attn: Attention | LatentAttention
   mlp: Mlp
   input_layernorm?: Norm
   post_attention_layernorm: Norm
@@ -30,7 +36,7 @@ export class DecoderLayer extends Module {
     super()
     this._names = spec.names
     this.#spec = spec
-    this.self_attn = new Attention(spec, index)
+    this.self_attn = makeAttention(spec, index)
     this.mlp = makeMlp(spec, index)
     if (spec.norms !== 'output') this.input_layernorm = makeNorm(spec)
     this.post_attention_layernorm = makeNorm(spec)

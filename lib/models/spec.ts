@@ -13,6 +13,26 @@ export interface LayerSpec {
   window: number
 }
 
+/** Attention with keys and values that are made of a common vector of low rank (MLA, arXiv 2405.04434). */
+export interface LatentSpec {
+  /** Rank of the queries; null: they are made directly. */
+  queryRank: number | null
+  keyValueRank: number
+  /** Elements of a head's queries and keys that are not rotated; the rest, which is, is one for all heads' keys. */
+  plainDim: number
+  rotaryDim: number
+  valueDim: number
+}
+
+/** Experts are chosen from the best groups of experts, by sigmoids and a bias that counts in the choice alone. */
+export interface GroupRouting {
+  groups: number
+  /** Groups that experts are chosen from. */
+  chosenGroups: number
+  /** Factor on the weights. */
+  scale: number
+}
+
 /** Which experts a token goes to, and with which weights; see SparseMlp. */
 export interface ExpertSpec {
   count: number
@@ -22,6 +42,10 @@ export interface ExpertSpec {
   /** The weights of a token's experts are made to sum to 1. */
   normalize: boolean
   routerBias: boolean
+  /** null: the experts with the largest softmax. */
+  groupRouting: GroupRouting | null
+  /** Intermediate size of an MLP that every token takes besides; 0: there is none. */
+  sharedSize: number
   /** The experts lie in one tensor, gate and up taking turns and limited. */
   fused: { limit: number } | null
   /** Layers that have experts; the others have an MLP of intermediateSize. */
@@ -62,6 +86,7 @@ export interface DecoderSpec {
   norms: 'input' | 'output' | 'both'
   /** Attention and MLP of a layer take the same input: through one norm for both, or through one each. */
   parallel: 'no' | 'one norm' | 'two norms'
+  latentAttention: LatentSpec | null
   /** Norms on queries and keys: of each head, or over all heads at once. */
   queryKeyNorm: 'none' | 'head' | 'all'
   qkvBias: boolean
@@ -154,6 +179,7 @@ export function readDecoderSpec(
     embeddingNorm: false,
     norms: 'input',
     parallel: 'no',
+    latentAttention: null,
     queryKeyNorm: 'none',
     qkvBias: config.boolean('attention_bias', false),
     outputBias: config.boolean('attention_bias', false),

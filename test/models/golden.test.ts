@@ -7,6 +7,7 @@ import { routingTies } from '../support/routing'
 const FAMILIES = [
   'bloom',
   'cohere',
+  'deepseek-v3',
   'falcon',
   'gemma',
   'gemma2',
@@ -111,6 +112,12 @@ describe.each(devices())('on %s', (device) => {
     it('gives the hidden states after the first layer', async () => {
       const states = model.layerStates([expected.sequences[0]!], 1)
       check(await floats(states), expected.firstLayer)
+    })
+
+    it('gives nothing for nothing', async () => {
+      using none = model.forward([])
+      expect(none.shape).toEqual([0, expected.vocabulary])
+      expect(await floats(none.share())).toEqual(new Float32Array())
     })
 
     it('gives the loss', async () => {

@@ -25,6 +25,8 @@ export function gptOss(config: ConfigReader): DecoderSpec {
       intermediateSize: spec.intermediateSize,
       normalize: true,
       routerBias: true,
+      groupRouting: null,
+      sharedSize: 0,
       fused: { limit: config.positive('swiglu_limit', 7) },
       layers: spec.layers.map(() => true),
     },

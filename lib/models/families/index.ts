@@ -3,6 +3,7 @@ import type { ConfigReader } from '../../checkpoint/config.js'
 import type { DecoderSpec } from '../spec.js'
 import { bloom } from './bloom.js'
 import { cohere } from './cohere.js'
+import { deepseekV3 } from './deepseek.js'
 import { falcon } from './falcon.js'
 import { gemma, gemma2, gemma3 } from './gemma.js'
 import { gpt2 } from './gpt2.js'
@@ -23,6 +24,7 @@ import { stablelm } from './stablelm.js'
 export const FAMILIES: Readonly<Record<string, (config: ConfigReader) => DecoderSpec>> = {
   bloom,
   cohere,
+  deepseek_v3: deepseekV3,
   falcon,
   gemma,
   gemma2,

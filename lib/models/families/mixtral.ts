@@ -19,6 +19,8 @@ export function mixtral(config: ConfigReader): DecoderSpec {
       intermediateSize: spec.intermediateSize,
       normalize: true,
       routerBias: false,
+      groupRouting: null,
+      sharedSize: 0,
       fused: null,
       layers: spec.layers.map(() => true),
     },

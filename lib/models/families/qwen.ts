@@ -40,6 +40,8 @@ export function qwen3Moe(file: ConfigReader): DecoderSpec {
       intermediateSize: config.count('moe_intermediate_size', 768),
       normalize: config.boolean('norm_topk_prob', false),
       routerBias: false,
+      groupRouting: null,
+      sharedSize: 0,
       fused: null,
       layers: spec.layers.map((_, i) => !dense.includes(i) && (i + 1) % step === 0),
     },
