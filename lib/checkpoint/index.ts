@@ -9,6 +9,7 @@ export {
   type MapOptions,
   type NoSplitModules,
 } from './device_map.js'
+export { dispatchModel } from './dispatch.js'
 export type { TensorInfo } from './header.js'
 export { loadCheckpoint, type LoadOptions, type LoadProgress, type LoadReport } from './load.js'
 export { getMaxMemory, type MaxMemory, type PlaceLike } from './max_memory.js'

@@ -10,11 +10,15 @@ import type { Parameter } from '../nn/parameter.js'
 import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from '../quantization/config.js'
 import { replaceWithQuantizedLinear, type ReplacementReport } from '../quantization/patch.js'
 import { keepsFp32, type OutputEmbeddings } from '../quantization/skip.js'
-import { defaultDevice, device as toDevice, type DeviceLike } from '../tensor/device.js'
+import { defaultDevice, device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { countNonfinite } from '../tensor/ops.js'
 import { keep } from '../tensor/tidy.js'
+import type { DeviceMap } from './device_map.js'
+import { fillCopies, hookModules, Layout, placeModules } from './dispatch.js'
 import { checkpointError, type TensorInfo } from './header.js'
+import type { MaxMemory } from './max_memory.js'
+import { resolveDeviceMap, type DeviceMapOption } from './placement.js'
 import { FROM_SAFETENSORS } from './safetensors.js'
 import { Checkpoint, count, list } from './source.js'
 
@@ -34,7 +38,12 @@ export interface LoadOptions {
   modulesToNotConvert?: readonly string[] | undefined
   /** Of the parameters that are not quantised. Default: as the checkpoint has them. */
   dtype?: DType | undefined
+  /** The device that all of the model goes to. Default: defaultDevice(). */
   device?: DeviceLike | undefined
+  /** In the place of `device`: where the parts of the model go, by strategy or by module path. */
+  deviceMap?: DeviceMapOption | undefined
+  /** What each device may hold, for a strategy: { 0: '10GiB', cpu: '30GiB' }. Default: what is free. */
+  maxMemory?: MaxMemory | undefined
   /** Aborting rejects with its reason and frees what was loaded. */
   signal?: AbortSignal | undefined
   onProgress?: ((progress: LoadProgress) => void) | undefined
@@ -45,6 +54,8 @@ export interface LoadOptions {
 export interface LoadReport {
   /** What replaceWithQuantizedLinear() did. */
   replacement?: ReplacementReport
+  /** Where the parts of the model are. */
+  deviceMap: DeviceMap
   /** Tensors of the checkpoint that the model has no place for. */
   unexpected: string[]
   loadedBytes: number
@@ -77,20 +88,24 @@ export async function loadCheckpoint(
   options.signal?.throwIfAborted()
   const checkpoint = typeof source === 'string' ? Checkpoint.open(source) : source
   try {
-    const device = toDevice(options.device ?? defaultDevice())
-    model.to({ device, ...(options.dtype && { dtype: options.dtype }) })
+    if (options.dtype) model.to(options.dtype)
     keepFp32(model)
     const shapes = new Map(model.namedParameters({ removeDuplicate: false }))
     const replacement = quantizeLayers(model, checkpoint, options)
     const { items, unexpected } = assign(model, checkpoint, shapes)
-    await fill(model, checkpoint, items, device, options)
+    const deviceMap = resolve(model, options)
+    const layout = new Layout(model, deviceMap)
+    const copies = placeModules(model, layout)
+    await fill(model, checkpoint, items, layout, options)
     await check(model, checkpoint)
+    fillCopies(copies)
+    hookModules(model, layout)
     if (unexpected.length > 0) {
       const warn = options.onWarning ?? emitWarning
       warn(`${checkpoint.path}: the model has no use for ${count(unexpected, 'tensor')}: ${list(unexpected)}`)
     }
     const loadedBytes = items.reduce((sum, { info }) => sum + info.end - info.begin, 0)
-    return { ...(replacement && { replacement }), unexpected, loadedBytes }
+    return { ...(replacement && { replacement }), deviceMap, unexpected, loadedBytes }
   } catch (error) {
     model.dispose()
     throw error
@@ -105,6 +120,20 @@ function keepFp32(model: Module & OutputEmbeddings): void {
     const module = path.slice(0, Math.max(0, path.lastIndexOf('.')))
     if (keepsFp32(model, module)) parameter.retarget({ dtype: 'float32' })
   }
+}
+
+function resolve(model: Module, options: LoadOptions): DeviceMap {
+  const { deviceMap, device, maxMemory, quantizationConfig } = options
+  if (deviceMap !== undefined && device !== undefined) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      'device and deviceMap were both given; a device is the deviceMap of a model that is all in one place',
+    )
+  }
+  return resolveDeviceMap(model, deviceMap ?? toDevice(device ?? defaultDevice()), {
+    maxMemory,
+    offloadQuantized: quantizationConfig?.llmInt8EnableFp32CpuOffload,
+  })
 }
 
 // -- what goes where
@@ -199,7 +228,13 @@ function assign(
   if (complaints.length > 0) throw checkpointError(checkpoint.path, complaints.join('; '))
 
   const fileOrder = new Map(checkpoint.files.map((file, i) => [file.path, i]))
-  const items = [...found].map(([path, info]) => ({ path, info }))
+  // of the names of a tied tensor the first one stands for it
+  const first = new Map<object, string>()
+  for (const [path, { identity }] of shapes) if (!first.has(identity)) first.set(identity, path)
+  const items = [...found].map(([path, info]) => {
+    const identity = shapes.get(path)?.identity
+    return { path: (identity && first.get(identity)) ?? path, info }
+  })
   items.sort(
     (a, b) => fileOrder.get(a.info.file)! - fileOrder.get(b.info.file)! || a.info.begin - b.info.begin,
   )
@@ -227,37 +262,81 @@ function mismatch(
 
 // -- reading
 
+/** Bytes after which a device is asked how far it is. */
+const LAP = 32 << 20
+/** Bytes that a GPU may be given ahead: it takes memory for them one tensor after the other. */
+const AHEAD = 256 << 20
+
+/**
+ * Work that was queued on a device and may not be done. On the CPU what is read lies in memory until it is quantised,
+ * by another thread: that stays below `limit`.
+ */
+class Backlog {
+  readonly #device: Device
+  readonly #limit: number
+  #laps: { bytes: number; reached: Promise<void> }[] = []
+  #bytes = 0
+  #lap = 0
+
+  constructor(device: Device, largest: number) {
+    this.#device = device
+    this.#limit = device.type === 'cuda' ? Math.max(largest, AHEAD) : largest
+  }
+
+  /** Waits until there is room for so many bytes more. */
+  async room(bytes: number): Promise<void> {
+    while (this.#bytes > 0 && this.#bytes + bytes > this.#limit) {
+      if (this.#laps.length === 0) this.#mark()
+      const lap = this.#laps.shift()!
+      await lap.reached
+      this.#bytes -= lap.bytes
+    }
+  }
+
+  add(bytes: number): void {
+    this.#bytes += bytes
+    this.#lap += bytes
+    if (this.#lap >= Math.min(LAP, this.#limit / 4)) this.#mark()
+  }
+
+  #mark(): void {
+    const reached = this.#device.synchronize()
+    reached.catch(() => {}) // whoever waits for it hears of it
+    this.#laps.push({ bytes: this.#lap, reached })
+    this.#lap = 0
+  }
+}
+
 async function fill(
   model: Module,
   checkpoint: Checkpoint,
   items: readonly Item[],
-  device: ReturnType<typeof toDevice>,
+  layout: Layout,
   { signal, onProgress }: LoadOptions,
 ): Promise<void> {
   const totalBytes = items.reduce((sum, { info }) => sum + info.end - info.begin, 0)
   const largest = items.reduce((most, { info }) => Math.max(most, info.end - info.begin), 0)
+  const backlogs = new Map<Device, Backlog>()
   let loadedBytes = 0
-  let pending = 0
   for (const { path, info } of items) {
     signal?.throwIfAborted()
     const bytes = info.end - info.begin
-    // what is read but not yet quantised stays below the largest tensor
-    if (pending + bytes > largest) {
-      await device.synchronize()
-      signal?.throwIfAborted()
-      pending = 0
-    }
-    pending += bytes
+    const device = layout.deviceAt(path)
+    const backlog = backlogs.get(device) ?? new Backlog(device, largest)
+    backlogs.set(device, backlog)
+    await backlog.room(bytes)
+    signal?.throwIfAborted()
     try {
       await model.loadParameter(path, checkpoint.tensor(info.name, device))
     } catch (error) {
       if (!(error instanceof HalfbyteError)) throw error
       throw checkpointError(info.file, `tensor ${JSON.stringify(info.name)}: ${error.message}`, error)
     }
+    backlog.add(bytes)
     loadedBytes += bytes
     onProgress?.({ loadedBytes, totalBytes, tensor: info.name })
   }
-  await device.synchronize()
+  await Promise.all([...backlogs.keys()].map((device) => device.synchronize()))
   signal?.throwIfAborted()
 }
 

@@ -29,6 +29,8 @@ export type DeviceMapOption = MapStrategy | PlaceLike | Readonly<Record<string, 
 export interface PlacementOptions extends MapOptions {
   /** Quantised layers may lie on 'cpu' and 'disk' beside an accelerator. Default false. */
   offloadQuantized?: boolean | undefined
+  /** Modules may lie on the disk. Default true. */
+  disk?: boolean | undefined
 }
 
 function refuse(what: string): never {
@@ -164,6 +166,9 @@ export function resolveDeviceMap(
     map = single ? { '': placeName(wanted) } : explicitMap(model, wanted)
     checkPlaces(Object.values(map))
     accelerators = Object.values(map).some(isAccelerator)
+  }
+  if (options.disk === false && Object.values(map).includes(DISK)) {
+    refuse('deviceMap: a model that is in memory cannot have modules on the disk; load it with this map')
   }
   if (!(options.offloadQuantized ?? false)) checkOffload(model, map, accelerators)
   return map

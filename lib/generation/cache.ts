@@ -48,6 +48,8 @@ export interface CacheLayer {
   headDim: number
   /** Elements of a value; those of a key where it is not given. */
   valueDim?: number | undefined
+  /** Default: that of the cache. */
+  device?: Device | undefined
 }
 
 export class PagedKvCache implements Disposable {
@@ -61,10 +63,10 @@ export class PagedKvCache implements Disposable {
     options: { blocks: number; dtype: DType; device: Device; blockLen?: number },
   ) {
     const { blocks, dtype, device, blockLen = BLOCK_LENGTH } = options
-    const pool = (heads: number, dim: number) =>
-      keep(Tensor.empty([blocks, blockLen, heads, dim], dtype, device))
-    this.keys = layers.map(({ heads, headDim }) => pool(heads, headDim))
-    this.values = layers.map(({ heads, headDim, valueDim = headDim }) => pool(heads, valueDim))
+    const pool = (heads: number, dim: number, on = device) =>
+      keep(Tensor.empty([blocks, blockLen, heads, dim], dtype, on))
+    this.keys = layers.map((layer) => pool(layer.heads, layer.headDim, layer.device))
+    this.values = layers.map((layer) => pool(layer.heads, layer.valueDim ?? layer.headDim, layer.device))
     this.blocks = new BlockAllocator(blocks)
     this.blockLen = blockLen
   }

@@ -5,6 +5,7 @@
  */
 import { HalfbyteError } from '../errors.js'
 import type { CausalLM } from '../models/causal_lm.js'
+import { isSpread } from '../nn/hooks.js'
 import type { Graph } from '../tensor/device.js'
 import { add, addInto, argmax, sample, type SampleState } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
@@ -158,24 +159,26 @@ class Decoding implements Disposable {
 
   /** Queues one step: the tokens chosen last are cached, and the next ones chosen. */
   step(): void {
-    const device = this.tokens.device
-    this.#graph ??= device.capture(() => {
+    const run = () => {
       const { batch, tokens } = this.#batch
       addInto(batch.lengths, this.#one)
       tidy(() => {
         this.#choose(this.#model.model.forward(tokens, batch, this.#cache, this.#positions))
       })
-    })
+    }
+    // a graph is one device's
+    const graph = isSpread(this.#model) ? undefined : (this.#graph ??= this.tokens.device.capture(run))
     if (++this.#steps === this.#options.forbidden.steps) {
       this.#bias?.write(new Float32Array(this.#model.spec.vocabSize))
     }
-    this.#graph.replay()
+    if (graph) graph.replay()
+    else run()
   }
 
   /** From hidden states [S, hidden]. */
   #choose(hidden: Tensor): void {
     tidy(() => {
-      let logits = this.#model.head(hidden)
+      let logits = this.#model.head(hidden).to(this.tokens.device)
       if (this.#bias) logits = add(logits.to('float32'), this.#bias)
       this.tokens.copyFrom(this.#state ? sample(logits, this.#state) : argmax(logits))
     })

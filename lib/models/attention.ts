@@ -5,6 +5,7 @@ import { Conv1D, Linear } from '../nn/linear.js'
 import { Linear4bit } from '../nn/linear4bit.js'
 import { Module } from '../nn/module.js'
 import { Parameter } from '../nn/parameter.js'
+import type { Device } from '../tensor/device.js'
 import { pagedAttention, pagedWrite, type RaggedBatch } from '../tensor/ops.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { makeNorm, type Norm } from './norm.js'
@@ -20,6 +21,8 @@ export interface ForwardContext {
   rotate(x: Tensor, layer: LayerSpec): Tensor
   /** float32 [heads], where scores depend on the distance. */
   alibiSlopes: Tensor | undefined
+  /** The same for layers on another device. */
+  on(device: Device): ForwardContext
 }
 
 export class Attention extends Module {

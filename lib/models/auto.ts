@@ -30,7 +30,12 @@ function checkpointDtype(config: ConfigReader, checkpoint: Checkpoint): DType {
 }
 
 /** Fields that say how a quantised weight is used, not how it is stored. */
-const RUNTIME: readonly string[] = ['llmInt8Threshold', 'bnb4bitComputeDtype', 'bnbExact']
+const RUNTIME: readonly string[] = [
+  'llmInt8Threshold',
+  'llmInt8EnableFp32CpuOffload',
+  'bnb4bitComputeDtype',
+  'bnbExact',
+]
 
 /** The checkpoint's own config, with what the caller may say about its use. */
 function mergeConfigs(
@@ -65,6 +70,8 @@ const KNOWN: readonly string[] = [
   'modulesToNotConvert',
   'dtype',
   'device',
+  'deviceMap',
+  'maxMemory',
   'signal',
   'onProgress',
   'onWarning',
@@ -114,12 +121,13 @@ async function fromPretrained(folder: string, options: FromPretrainedOptions = {
     : undefined
   using checkpoint = Checkpoint.open(folder)
   const model = onMeta(() => new CausalLM(spec, config))
-  await loadCheckpoint(model, checkpoint, {
+  const report = await loadCheckpoint(model, checkpoint, {
     ...rest,
     quantizationConfig,
     prequantized: saved !== undefined,
     dtype: dtype === 'auto' ? checkpointDtype(config, checkpoint) : checkDType(dtype, 'fromPretrained'),
   })
+  model.hfDeviceMap = report.deviceMap
   model.folder = folder
   model.generationDefaults = generationDefaults
   model.tokenizer = tokenizer

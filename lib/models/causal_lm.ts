@@ -1,5 +1,6 @@
 /** A decoder with an output head: what every family's model is. */
 import type { ConfigReader, GenerationDefaults } from '../checkpoint/config.js'
+import type { DeviceMap } from '../checkpoint/device_map.js'
 import type { WriteOptions } from '../checkpoint/write.js'
 import { HalfbyteError } from '../errors.js'
 import { blocksFor, packBatch, PagedKvCache, type CacheLayer } from '../generation/cache.js'
@@ -22,7 +23,6 @@ import { activation, concat, crossEntropy, mul } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { tidy } from '../tensor/tidy.js'
 import { Decoder } from './decoder.js'
-import { LAYER_CLASSES } from './layer.js'
 import { savePretrained } from './save.js'
 import type { DecoderSpec } from './spec.js'
 
@@ -48,8 +48,8 @@ export class CausalLM extends Module {
   replacement: ReplacementReport | undefined
   /** The folder that the model came from. */
   folder: string | undefined
-  /** Classes that a device map leaves in one piece. */
-  readonly noSplitModules: readonly string[] = LAYER_CLASSES
+  /** Where its parts are, by module path: { '': 'cuda:0' } for a model on one device. */
+  hfDeviceMap: DeviceMap | undefined
 
   constructor(spec: DecoderSpec, config: ConfigReader) {
     super()
@@ -59,6 +59,15 @@ export class CausalLM extends Module {
     this.model = new Decoder(spec)
     this.lm_head = new Linear(spec.hiddenSize, spec.vocabSize, { bias: spec.headBias })
     if (spec.tieWordEmbeddings) this.lm_head.weight = this.model.embed_tokens.weight
+  }
+
+  /** Classes that a device map leaves in one piece. */
+  get noSplitModules(): readonly string[] {
+    return [...new Set([...this.model.layers].map((layer) => layer.constructor.name))]
+  }
+
+  override get dispatch(): 'pipeline' {
+    return 'pipeline'
   }
 
   getOutputEmbeddings(): Module {
@@ -116,7 +125,9 @@ export class CausalLM extends Module {
   /** What the cache stores of each token, layer by layer. */
   cacheLayers(): CacheLayer[] {
     const { numKeyValueHeads: heads, headDim, layers, latentAttention } = this.spec
-    return layers.map(() => ({ heads, headDim, valueDim: latentAttention?.valueDim ?? headDim }))
+    const devices = this.model.layerDevices()
+    const valueDim = latentAttention?.valueDim ?? headDim
+    return layers.map((_, i) => ({ heads, headDim, valueDim, device: devices[i] }))
   }
 
   /** Logits of hidden states. */
@@ -211,7 +222,12 @@ export class CausalLM extends Module {
       const losses: Tensor[] = [Tensor.empty([0], 'float32', hidden.device)]
       for (let at = 0; at < rows; at += LOSS_ROWS) {
         const end = Math.min(rows, at + LOSS_ROWS)
-        losses.push(tidy(() => crossEntropy(this.head(hidden.slice(0, at, end)), wanted.slice(0, at, end))))
+        losses.push(
+          tidy(() => {
+            const logits = this.head(hidden.slice(0, at, end))
+            return crossEntropy(logits, wanted.slice(0, at, end).to(logits.device)).to(hidden.device)
+          }),
+        )
       }
       return concat(losses)
     })

@@ -5,6 +5,7 @@
  */
 import type { PagedKvCache } from '../generation/cache.js'
 import { Embedding } from '../nn/embedding.js'
+import { executionDevice, isSpread } from '../nn/hooks.js'
 import { ModuleList } from '../nn/containers.js'
 import { Module } from '../nn/module.js'
 import { Buffer } from '../nn/parameter.js'
@@ -34,6 +35,7 @@ export class Decoder extends Module {
   rotary_emb: RotaryEmbedding[]
   alibi?: Alibi
   readonly #spec: DecoderSpec
+  #spreadOver: Device[] | undefined
 
   constructor(spec: DecoderSpec) {
     super()
@@ -51,10 +53,30 @@ export class Decoder extends Module {
     if (spec.alibi) this.alibi = new Alibi(spec.numHeads)
   }
 
+  override get dispatch(): 'pipeline' {
+    return 'pipeline'
+  }
+
+  /** The device of each layer's attention, and of its cache; undefined where the model is on one device. */
+  layerDevices(): (Device | undefined)[] {
+    return [...this.layers].map((layer) => executionDevice(layer.self_attn))
+  }
+
+  /** All devices on which something in the layers runs, once a device map has spread the model. */
+  #devices(): Device[] {
+    if (!isSpread(this)) return []
+    this.#spreadOver ??= [...new Set([...this.layers].flatMap((layer) => layer.modules().map(executionDevice)))].filter(
+      (device) => device !== undefined,
+    )
+    return this.#spreadOver
+  }
+
   /** Makes what calls with positions below `maxPosition` need, so that none of it falls into a capture. */
   prepare(maxPosition: number, device: Device): void {
-    for (const rotary of this.rotary_emb) rotary.tables(maxPosition, device)
-    this.alibi?.forward(device)
+    for (const each of new Set([device, ...this.#devices()])) {
+      for (const rotary of this.rotary_emb) rotary.tables(maxPosition, each)
+      this.alibi?.forward(each)
+    }
     if (this.embed_tokens instanceof ScaledEmbedding && !this.embed_tokens.embed_scale.isLoaded) {
       this.embed_tokens.embed_scale.replace(Tensor.full([], this.#spec.embeddingScale, 'float32', device))
     }
@@ -62,15 +84,32 @@ export class Decoder extends Module {
 
   /** The context of a call. `maxPosition`: no token of the batch, now or in a replay, has this position or a later one. */
   context(batch: RaggedBatch, tokens: number, cache: PagedKvCache, maxPosition: number): ForwardContext {
-    const positions = raggedPositions(batch, tokens)
-    return {
-      batch,
-      cache,
-      positions,
-      alibiSlopes: this.alibi?.forward(positions.device),
-      rotate: (x, { rope }) =>
-        rope ? this.rotary_emb[this.#spec.ropes.indexOf(rope)]!.forward(x, positions, maxPosition) : x,
+    const made = new Map<Device, ForwardContext>()
+    const make = (here: RaggedBatch): ForwardContext => {
+      const positions = raggedPositions(here, tokens)
+      const context: ForwardContext = {
+        batch: here,
+        cache,
+        positions,
+        alibiSlopes: this.alibi?.forward(positions.device),
+        rotate: (x, { rope }) =>
+          rope ? this.rotary_emb[this.#spec.ropes.indexOf(rope)]!.forward(x, positions, maxPosition) : x,
+        on: (device) => made.get(device)!,
+      }
+      made.set(positions.device, context)
+      return context
     }
+    const first = make(batch)
+    for (const device of this.#devices()) {
+      if (made.has(device)) continue
+      const { queryStarts, lengths, blockTable } = batch
+      make({
+        queryStarts: queryStarts.to(device),
+        lengths: lengths.to(device),
+        blockTable: blockTable.to(device),
+      })
+    }
+    return first
   }
 
   /** Hidden states [T, hidden] of tokens int32 [T] after the last norm, or after the first `count` layers. */

@@ -125,11 +125,3 @@ export class FlatLayer extends Module {
 }
 
 export type Layer = DecoderLayer | ParallelLayer | FlatLayer
-
-/** Their names, as classes that stay in one piece. */
-export const LAYER_CLASSES: readonly string[] = [DecoderLayer, ParallelLayer, FlatLayer].map(({ name }) => name)
-
-export function makeLayer(spec: DecoderSpec, index: number): Layer {
-  if (spec.mlp === 'flat') return new FlatLayer(spec, index)
-  return spec.parallel === 'no' ? new DecoderLayer(spec, index) : new ParallelLayer(spec, index)
-}

@@ -4,7 +4,7 @@ import { Buffer } from '../nn/parameter.js'
 import type { Device } from '../tensor/device.js'
 import { rope, ropeTables } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
-import { keep } from '../tensor/tidy.js'
+import { keep, tidy } from '../tensor/tidy.js'
 import type { RopeSpec } from './rope.js'
 
 export interface Tables {
@@ -18,7 +18,7 @@ export class RotaryEmbedding extends Module {
   inv_freq: Buffer
   original_inv_freq: Buffer
   readonly spec: RopeSpec
-  #made: (Tables & { rows: number })[] = []
+  readonly #made = new Map<Device, (Tables & { rows: number })[]>()
 
   constructor(spec: RopeSpec) {
     super()
@@ -28,17 +28,25 @@ export class RotaryEmbedding extends Module {
     this.original_inv_freq = buffer()
   }
 
+  override get dispatch(): 'anywhere' {
+    return 'anywhere'
+  }
+
   /** Tables for positions below `positions`. */
   tables(positions: number, device: Device): Tables {
-    const last = this.#made.at(-1)
-    if (last && last.rows >= positions && last.cos.device === device) return last
+    const made = this.#made.get(device) ?? []
+    const last = made.at(-1)
+    if (last && last.rows >= positions) return last
     for (const buffer of [this.inv_freq, this.original_inv_freq]) {
-      if (!buffer.isLoaded) buffer.replace(Tensor.from(this.spec.inverseFrequencies, { device }))
+      if (buffer.isLoaded) continue
+      buffer.replace(Tensor.from(this.spec.inverseFrequencies, { device: buffer.device ?? device }))
     }
     const rows = Math.max(256, 2 ** Math.ceil(Math.log2(positions)))
-    const { cos, sin } = ropeTables(this.inv_freq.value, rows, this.spec.scale)
-    const tables = { cos: keep(cos), sin: keep(sin), rows }
-    this.#made.push(tables)
+    const tables = tidy(() => {
+      const { cos, sin } = ropeTables(this.inv_freq.value.to(device), rows, this.spec.scale)
+      return { cos: keep(cos), sin: keep(sin), rows }
+    })
+    this.#made.set(device, [...made, tables])
     return tables
   }
 
@@ -49,11 +57,11 @@ export class RotaryEmbedding extends Module {
   }
 
   #free(): void {
-    for (const { cos, sin } of this.#made) {
+    for (const { cos, sin } of [...this.#made.values()].flat()) {
       cos.dispose()
       sin.dispose()
     }
-    this.#made = []
+    this.#made.clear()
   }
 
   override ownMove(device: Device): void {

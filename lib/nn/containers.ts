@@ -11,6 +11,10 @@ export class ModuleList<M extends Module = Module> extends Module implements Ite
     this.#items = [...items]
   }
 
+  override get dispatch(): 'pipeline' {
+    return 'pipeline'
+  }
+
   get length(): number {
     return this.#items.length
   }
@@ -55,6 +59,10 @@ export class Sequential extends Module implements Iterable<Module> {
   constructor(...modules: Module[]) {
     super()
     this.#items = modules
+  }
+
+  override get dispatch(): 'pipeline' {
+    return 'pipeline'
   }
 
   get length(): number {

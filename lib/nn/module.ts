@@ -32,6 +32,15 @@ export abstract class Module implements Disposable {
   /** The layer's computation. Queues work and returns, like every op. */
   abstract forward(...inputs: never[]): unknown
 
+  /**
+   * What the module is when a device map spreads its model. A 'block' computes on one device: children elsewhere get
+   * their inputs moved and their results brought back. A 'pipeline' hands tensors on from child to child, wherever they
+   * lie. 'anywhere': it follows its inputs.
+   */
+  get dispatch(): 'block' | 'pipeline' | 'anywhere' {
+    return 'block'
+  }
+
   // -- the tree
 
   /** Children by name, in the order of assignment; those in an array are named like 'layers.0'. */

@@ -4,7 +4,9 @@ import { device as toDevice, type Device, type DeviceLike } from '../tensor/devi
 import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { tidy } from '../tensor/tidy.js'
+import { isSpread } from './hooks.js'
 import type { Module } from './module.js'
+import type { Parameter } from './parameter.js'
 
 /** Where Module.to() moves a model, and what it casts it to. */
 export type MoveTarget = DType | DeviceLike | { dtype?: DType; device?: DeviceLike }
@@ -51,26 +53,42 @@ function moved(tensor: Tensor, target: { dtype?: DType; device?: Device }): Tens
   })
 }
 
-export function moveModule(model: Module, target: MoveTarget): void {
-  const { dtype, device } = readTarget(target)
-  if (dtype) checkCast(model, dtype)
+/** Gives each parameter the dtype and device that `targetOf` names. Tied ones have one target and stay one tensor. */
+export function relocate(
+  parameters: Iterable<Parameter>,
+  targetOf: (parameter: Parameter) => { dtype?: DType; device?: Device },
+): void {
   const values = new Map<Tensor, Tensor>()
-  const everything = [
-    ...model.namedParameters({ removeDuplicate: false }),
-    ...model.namedBuffers({ removeDuplicate: false }),
-  ]
-  for (const parameter of new Set(everything.map(([, parameter]) => parameter))) {
-    const isCast = dtype && parameter.kind === 'parameter' && DTYPES[parameter.dtype ?? dtype].isFloat
-    const cast = isCast ? dtype : undefined
+  for (const parameter of new Set(parameters)) {
+    const target = targetOf(parameter)
     const old = parameter.tensor
     if (!old) {
-      parameter.retarget({ dtype: cast, device })
+      parameter.retarget(target)
       continue
     }
-    const value = values.get(old) ?? moved(old, { ...(cast && { dtype: cast }), ...(device && { device }) })
+    const value = values.get(old) ?? moved(old, target)
     values.set(old, value)
     if (value !== old) parameter.replace(value)
   }
   for (const [old, value] of values) if (old !== value) old.dispose()
+}
+
+export function moveModule(model: Module, target: MoveTarget): void {
+  const { dtype, device } = readTarget(target)
+  if (dtype) checkCast(model, dtype)
+  if (device && isSpread(model)) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_USAGE',
+      `to: a device map has spread this model over several places; load it again to have it on ${device.name}`,
+    )
+  }
+  const everything = [
+    ...model.namedParameters({ removeDuplicate: false }),
+    ...model.namedBuffers({ removeDuplicate: false }),
+  ].map(([, parameter]) => parameter)
+  relocate(everything, (parameter) => {
+    const isCast = dtype && parameter.kind === 'parameter' && DTYPES[parameter.dtype ?? dtype].isFloat
+    return { ...(isCast && { dtype }), ...(device && { device }) }
+  })
   if (device) for (const module of model.modules()) module.ownMove(device)
 }

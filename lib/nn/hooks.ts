@@ -1,0 +1,98 @@
+/**
+ * Modules on different devices. A hooked module runs on a device of its own whatever its inputs lie on: they are moved
+ * there on the copy queues, in the order of the work that made them, and nobody waits. What the module returns stays
+ * there, or is brought back to where the input came from.
+ */
+import type { Device } from '../tensor/device.js'
+import { Tensor } from '../tensor/tensor.js'
+import type { Module } from './module.js'
+
+/** An argument that has a form for each device. */
+export interface Movable {
+  on(device: Device): unknown
+}
+
+export interface Hook {
+  device: Device
+  /** Results go back to the device of the first tensor among the inputs. */
+  bringBack: boolean
+  /** Brings in weights that are not in memory, runs `forward`, and lets them go. */
+  withWeights?: ((forward: () => unknown) => unknown) | undefined
+}
+
+const homes = new WeakMap<Module, Device>()
+const spread = new WeakSet<Module>()
+
+/** The device that a module's computation is on, where a device map has spread its model. */
+export function executionDevice(module: Module): Device | undefined {
+  return homes.get(module)
+}
+
+export function setExecutionDevice(module: Module, device: Device): void {
+  homes.set(module, device)
+}
+
+/** Whether a device map has put parts of a model on different devices. */
+export function isSpread(model: Module): boolean {
+  return spread.has(model)
+}
+
+export function markSpread(model: Module): void {
+  for (const module of model.modules()) spread.add(module)
+}
+
+function isPlain(value: object): boolean {
+  return Array.isArray(value) || Object.getPrototypeOf(value) === Object.prototype
+}
+
+/** `value` with the tensors in it on `device`; `made` gets those that had to be copied. */
+function carry(value: unknown, device: Device, made: Tensor[]): unknown {
+  if (typeof value !== 'object' || value === null) return value
+  if (value instanceof Tensor) {
+    const moved = value.to(device)
+    if (moved !== value) made.push(moved)
+    return moved
+  }
+  if ('on' in value && typeof value.on === 'function') return (value as Movable).on(device)
+  if (!isPlain(value)) return value
+  if (Array.isArray(value)) {
+    return typeof value[0] === 'object' ? value.map((item) => carry(item, device, made)) : value
+  }
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, carry(item, device, made)]))
+}
+
+function* tensorsIn(value: unknown): Generator<Tensor> {
+  if (value instanceof Tensor) yield value
+  else if (typeof value === 'object' && value !== null && isPlain(value)) {
+    for (const item of Object.values(value)) yield* tensorsIn(item)
+  }
+}
+
+function firstTensor(values: readonly unknown[]): Tensor | undefined {
+  for (const tensor of tensorsIn(values)) return tensor
+  return undefined
+}
+
+/** Puts the hook between a module and its callers. */
+export function hook(module: Module, { device, bringBack, withWeights }: Hook): void {
+  // eslint-disable-next-line @typescript-eslint/unbound-method -- called with the module
+  const forward = module.forward as (...inputs: unknown[]) => unknown
+  const hooked = (...inputs: unknown[]): unknown => {
+    const made: Tensor[] = []
+    const origin = bringBack ? firstTensor(inputs)?.device : undefined
+    try {
+      const here = inputs.map((input) => carry(input, device, made))
+      const run = () => forward.apply(module, here)
+      const result = withWeights ? withWeights(run) : run()
+      // an input may be the result, or part of it
+      const back = origin ? carry(result, origin, []) : result
+      const returned = new Set(tensorsIn(back))
+      for (const tensor of tensorsIn(result)) if (!inputs.includes(tensor)) made.push(tensor)
+      for (let i = made.length - 1; i >= 0; i--) if (returned.has(made[i]!)) made.splice(i, 1)
+      return back
+    } finally {
+      for (const tensor of made) tensor.dispose()
+    }
+  }
+  Object.defineProperty(module, 'forward', { value: hooked, configurable: true, writable: true })
+}
