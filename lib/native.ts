@@ -69,8 +69,17 @@ export interface NativeFile {
   readonly size: number
   /** Bytes copied into a fresh ArrayBuffer (a header, say). */
   bytes(begin: number, end: number): ArrayBuffer
-  /** The range as a host tensor of device `device`: copied there on its copy queue. */
-  tensor(device: NativeDevice, dtype: number, shape: readonly number[], byteOffset: number): NativeTensor
+  /**
+   * The range as a tensor of a device: read by threads of their own, and copied there on its copy queue. Memory for it
+   * is taken when the work that touches `after` is done.
+   */
+  tensor(
+    device: NativeDevice,
+    dtype: number,
+    shape: readonly number[],
+    byteOffset: number,
+    after?: NativeTensor | null,
+  ): NativeTensor
   close(): void
 }
 

@@ -1,8 +1,8 @@
 // The NativeFile class: ranges of a file as tensors.
 //
-// The ranges are read with pread, straight into the tensor's memory on a host device. A mapping would be one
-// copy as well, but a file that is truncated under a mapping, or a network disk that fails, kills the process
-// with SIGBUS; here it is an error that names the file.
+// The ranges are read with pread, straight into the tensor's memory on a host device, through pinned buffers
+// on another (reader.h). A mapping would be one copy as well, but a file that is truncated under a mapping,
+// or a network disk that fails, kills the process with SIGBUS; here it is an error that names the file.
 #include "file.h"
 
 #include <fcntl.h>
@@ -12,16 +12,15 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <mutex>
 
 #include "device_handle.h"
+#include "reader.h"
 #include "tensor_handle.h"
 #include "work.h"
 
 namespace halfbyte {
 namespace {
-
-// A device that is not the host is fed through a buffer of this size.
-constexpr size_t kChunk = 16 << 20;
 
 /// An open file. Work that is queued keeps it open.
 class File {
@@ -93,35 +92,30 @@ struct FileHandle final : Handle {
 
 class FileWork final : public Work {
  public:
-  FileWork(const StoragePtr& storage, std::shared_ptr<const File> file, int64_t begin)
-      : storage_(storage.get()), file_(std::move(file)), begin_(begin) {
+  FileWork(const StoragePtr& storage, const std::shared_ptr<const File>& file, int64_t begin)
+      : storage_(storage.get()),
+        begin_(begin),
+        read_([file](void* to, size_t bytes, int64_t at) { file->read(to, bytes, at); }) {
     uses.push_back(Use{storage, false, true, true});
+    Backend& backend = storage->device->backend();
+    if (!backend.host_memory()) ahead_ = std::make_unique<ReadAhead>(backend, read_, begin, storage->bytes);
   }
   const char* name() const override { return "openFile"; }
-  Status run(Backend& backend, Queue queue) override {
-    auto* to = static_cast<char*>(storage_->data());
-    if (backend.host_memory()) {
-      file_->read(to, storage_->bytes, begin_);
-      return {};
-    }
-    const HostBytes buffer(std::min(storage_->bytes, kChunk));
-    for (size_t at = 0; at < storage_->bytes; at += buffer.size) {
-      const size_t bytes = std::min(buffer.size, storage_->bytes - at);
-      file_->read(buffer.data, bytes, begin_ + static_cast<int64_t>(at));
-      Event event;
-      Status status = backend.upload(queue, to + at, buffer.data, bytes);
-      if (status.ok()) status = backend.record(queue, &event);
-      if (status.ok()) status = backend.synchronize(event);
-      if (!status.ok()) return status;
-    }
+  Status run(Backend&, Queue queue) override {
+    if (ahead_) return ahead_->upload(queue, storage_->data());
+    read_range(read_, storage_->data(), storage_->bytes, begin_);
     return {};
   }
 
  private:
   Storage* storage_;
-  std::shared_ptr<const File> file_;
   int64_t begin_;
+  ReadFunction read_;
+  std::unique_ptr<ReadAhead> ahead_;
 };
+
+/// Held from the beginning of a read until its work is queued: both in one order. See ReadAhead.
+std::mutex queueing;
 
 const std::shared_ptr<const File>& this_file(Call& call) {
   const auto& file = to_object<FileHandle>(call.self, call.receiver).file;
@@ -156,8 +150,14 @@ napi_value tensor(Call& call) {
   file->check_range(begin, begin + static_cast<int64_t>(bytes));
   auto storage = std::make_shared<Storage>(&device, bytes, call.self.link());
   call.self.tell_memory();
+  const std::lock_guard<std::mutex> in_order(queueing);
   auto work = std::make_shared<FileWork>(storage, file, begin);
   work->owner = call.self.link();
+  // work that is to be done before memory is taken for this
+  napi_valuetype after;
+  check(call.env, napi_typeof(call.env, call.arguments[4], &after), "after");
+  if (after == napi_object)
+    work->uses.push_back(Use{to_tensor(call.self, call.arguments[4]).storage, false, true, false});
   device.submit(Queue::copy, std::move(work));
   return make_tensor(call.self, std::move(storage), view);
 }

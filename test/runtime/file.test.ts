@@ -1,7 +1,7 @@
 /** Ranges of files as tensors, and what becomes of them when the file does not keep its word. */
 import { mkdirSync, truncateSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { devices, DTYPES, ops, Tensor } from '../../lib/index'
+import { devices, DTYPES, ops, Tensor, tidy } from '../../lib/index'
 import { native } from '../../lib/native'
 import { rethrow } from '../../lib/tensor/rethrow'
 import { temporaryFolder } from '../support/files'
@@ -53,6 +53,73 @@ describe.each(devices())('files on %s', (on) => {
       expect(await last.item()).toBe(6)
     }
     file.close()
+  })
+
+  describe('of many pieces', () => {
+    const size = (90 << 20) + 12_345
+    const long = new Uint8Array(size)
+    let path = ''
+    beforeAll(() => {
+      const words = new Uint32Array(long.buffer, 0, size >> 2)
+      for (let i = 0; i < words.length; i++) words[i] = Math.imul(i, 2654435761)
+      path = write('long.bin', long)
+    })
+    const check = async (tensor: Tensor, begin: number) => {
+      const data = (await tensor.data()) as Uint8Array
+      expect(Buffer.compare(data, long.subarray(begin, begin + data.length))).toBe(0)
+    }
+
+    it('arrive whole and in order, more than there are buffers at once', async () => {
+      const file = open(path)
+      const begins = [1, 3 << 20, (70 << 20) + 7, 5]
+      const lengths = [size - 1, (20 << 20) + 3, 4 << 20, 0]
+      const tensors = begins.map((begin, i) => load(file, [lengths[i]!], begin))
+      file.close()
+      for (const [i, tensor] of tensors.entries()) {
+        await check(tensor, begins[i]!)
+        tensor.dispose()
+      }
+    })
+
+    it('can be given up, and others come all the same', async () => {
+      const file = open(path)
+      for (let i = 0; i < 6; i++) load(file, [size], 0).dispose()
+      using last = load(file, [size], 0)
+      await check(last, 0)
+      file.close()
+    })
+
+    it('take their memory after what they are to come after', async () => {
+      const file = open(path)
+      using token = Tensor.zeros([1], 'uint8', on)
+      await on.synchronize()
+      const before = on.memoryUsage().allocated
+      on.resetPeakMemory()
+      for (let i = 0; i < 8; i++) {
+        const handle = rethrow(() => file.tensor(on.native, DTYPES.uint8.id, [size], 0, token.handle))
+        tidy(() => {
+          const x = new Tensor(handle, on, 'uint8', [size])
+          ops.countNonfinite(x.slice(0, 0, 16 << 20).bitcast('float32'))
+        })
+        ops.fillInto(token, 0)
+      }
+      await on.synchronize()
+      expect(on.memoryUsage().peak - before).toBeLessThan(size * 1.3)
+      file.close()
+    })
+
+    it('that are cut short in the middle fail, and only they do', async () => {
+      const cut = write('cut-long.bin', long)
+      const file = open(cut)
+      truncateSync(cut, 30 << 20)
+      using lost = load(file, [60 << 20], 0)
+      using there = load(file, [29 << 20], 0)
+      const error = await rejection(lost.data())
+      expect(error.code).toBe('ERR_HALFBYTE_IO')
+      expect(error.message).toContain(`the file ends at byte ${30 << 20}`)
+      await check(there, 0)
+      file.close()
+    })
   })
 
   it('refuse ranges outside', () => {
