@@ -125,3 +125,8 @@ export class FlatLayer extends Module {
 }
 
 export type Layer = DecoderLayer | ParallelLayer | FlatLayer
+
+export function makeLayer(spec: DecoderSpec, index: number): Layer {
+  if (spec.mlp === 'flat') return new FlatLayer(spec, index)
+  return spec.parallel === 'no' ? new DecoderLayer(spec, index) : new ParallelLayer(spec, index)
+}
