@@ -18,6 +18,7 @@ import type { DeviceMap } from './device_map.js'
 import { fillCopies, hookModules, Layout, placeModules } from './dispatch.js'
 import { checkpointError, type TensorInfo } from './header.js'
 import type { MaxMemory } from './max_memory.js'
+import { DiskOffload } from './offload.js'
 import { resolveDeviceMap, type DeviceMapOption } from './placement.js'
 import { FROM_SAFETENSORS } from './safetensors.js'
 import { Checkpoint, count, list } from './source.js'
@@ -44,6 +45,8 @@ export interface LoadOptions {
   deviceMap?: DeviceMapOption | undefined
   /** What each device may hold, for a strategy: { 0: '10GiB', cpu: '30GiB' }. Default: what is free. */
   maxMemory?: MaxMemory | undefined
+  /** Where modules on the disk are written that the checkpoint does not have as they are needed: quantised ones. */
+  offloadFolder?: string | undefined
   /** Aborting rejects with its reason and frees what was loaded. */
   signal?: AbortSignal | undefined
   onProgress?: ((progress: LoadProgress) => void) | undefined
@@ -96,10 +99,14 @@ export async function loadCheckpoint(
     const deviceMap = resolve(model, options)
     const layout = new Layout(model, deviceMap)
     const copies = placeModules(model, layout)
-    await fill(model, checkpoint, items, layout, options)
-    await check(model, checkpoint)
+    const offload = new DiskOffload(model, layout, options.offloadFolder)
+    model.adopt(offload)
+    offload.keepTied(model)
+    offload.checkFolder(options.prequantized ?? false)
+    await fill(model, checkpoint, items, layout, offload, options)
+    await check(model, checkpoint, offload)
     fillCopies(copies)
-    hookModules(model, layout)
+    hookModules(model, layout, (module) => offload.weightsOf(module))
     if (unexpected.length > 0) {
       const warn = options.onWarning ?? emitWarning
       warn(`${checkpoint.path}: the model has no use for ${count(unexpected, 'tensor')}: ${list(unexpected)}`)
@@ -312,6 +319,7 @@ async function fill(
   checkpoint: Checkpoint,
   items: readonly Item[],
   layout: Layout,
+  offload: DiskOffload,
   { signal, onProgress }: LoadOptions,
 ): Promise<void> {
   const totalBytes = items.reduce((sum, { info }) => sum + info.end - info.begin, 0)
@@ -332,6 +340,7 @@ async function fill(
       if (!(error instanceof HalfbyteError)) throw error
       throw checkpointError(info.file, `tensor ${JSON.stringify(info.name)}: ${error.message}`, error)
     }
+    await offload.loaded(path, info)
     backlog.add(bytes)
     loadedBytes += bytes
     onProgress?.({ loadedBytes, totalBytes, tensor: info.name })
@@ -341,13 +350,14 @@ async function fill(
 }
 
 /** Everything has arrived, could be read, and is finite. */
-async function check(model: Module, checkpoint: Checkpoint): Promise<void> {
+async function check(model: Module, checkpoint: Checkpoint, offload: DiskOffload): Promise<void> {
   const missing = model.missingParameters()
   if (missing.length > 0) {
     throw checkpointError(checkpoint.path, `the model lacks ${count(missing, 'tensor')}: ${list(missing)}`)
   }
-  const bad: string[] = []
+  const bad = await offload.nonfinite()
   const counts = [...model.namedParameters()].map(async ([path, parameter]) => {
+    if (parameter.isOffloaded) return
     const value = parameter.value
     // of integers one element is read: it tells whether reading the file went well
     const probe = DTYPES[value.dtype].isFloat ? keep(countNonfinite(value)) : firstElement(value)

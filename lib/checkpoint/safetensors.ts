@@ -61,8 +61,11 @@ export class SafetensorsFile implements Disposable {
     return info
   }
 
-  /** The tensor on a device, in the dtype that the file has. */
-  tensor(name: string, on: DeviceLike): Tensor {
+  /**
+   * The tensor on a device, in the dtype that the file has. Its memory is taken when the work that touches `after` is
+   * done; the file may be closed meanwhile.
+   */
+  tensor(name: string, on: DeviceLike, after?: Tensor): Tensor {
     this.#checkOpen()
     const info = this.info(name)
     const dtype = FROM_SAFETENSORS[info.dtype]
@@ -79,7 +82,9 @@ export class SafetensorsFile implements Disposable {
       )
     }
     const target = toDevice(on)
-    const handle = rethrow(() => this.#file.tensor(target.native, DTYPES[dtype].id, info.shape, info.begin))
+    const handle = rethrow(() =>
+      this.#file.tensor(target.native, DTYPES[dtype].id, info.shape, info.begin, after?.handle),
+    )
     return new Tensor(handle, target, dtype, info.shape)
   }
 

@@ -72,6 +72,7 @@ const KNOWN: readonly string[] = [
   'device',
   'deviceMap',
   'maxMemory',
+  'offloadFolder',
   'signal',
   'onProgress',
   'onWarning',

@@ -119,7 +119,7 @@ export class CausalLM extends Module {
 
   /** The dtype that activations have: that of the embeddings. */
   get computeDtype(): DType {
-    return this.model.embed_tokens.weight.value.dtype
+    return this.model.embed_tokens.weight.dtype!
   }
 
   /** What the cache stores of each token, layer by layer. */

@@ -226,7 +226,7 @@ export abstract class Module implements Disposable {
   async ownState(): Promise<[string, Tensor][]> {
     const packed: [string, Tensor][][] = []
     for (const weight of this.ownPacked()) packed.push(await weight.entries())
-    const plain = [...this.#plain()].map(([name, { value }]): [string, Tensor] => [name, value.share()])
+    const plain = [...this.#plain()].map(([name, parameter]): [string, Tensor] => [name, parameter.share()])
     return [
       ...packed.flatMap((entries) => entries.slice(0, 1)),
       ...plain,
@@ -351,9 +351,17 @@ export abstract class Module implements Disposable {
 
   // -- life
 
+  readonly #adopted: Disposable[] = []
+
+  /** @internal Something that is of use to the model only, and goes with it. */
+  adopt(resource: Disposable): void {
+    this.#adopted.push(resource)
+  }
+
   /** Frees every tensor of the model. */
   dispose(): void {
     for (const module of this.modules()) module.ownDispose()
+    for (const resource of this.#adopted.splice(0)) resource[Symbol.dispose]()
   }
 
   /** Frees own tensors. */

@@ -21,6 +21,14 @@ export interface PackedWeight {
   nonfinite(): Promise<number>
   /** Moves the statistics; the module moves the codes. */
   move(device: Device): void
+  /**
+   * Frees what is large and leaves it to `read`, which gives it by the names and in the form of checkpoints ('weight',
+   * 'weight.absmax') whenever it is brought in.
+   */
+  offload(read: (name: string) => Tensor): void
+  /** Has an offloaded weight in memory until release(). */
+  bringIn(): void
+  release(): void
   /** Why it has no dtype to change, or undefined when it has. */
   castRefusal(): string | undefined
   dispose(): void

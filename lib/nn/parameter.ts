@@ -68,6 +68,8 @@ export class Parameter implements Disposable {
   #dtype: DType | undefined
   #device: Device | undefined
   #value: Tensor | undefined
+  /** Makes the value anew whenever it is needed. */
+  #source: (() => Tensor) | undefined
   #disposed = false
 
   constructor(shape: Shape, options: ParameterOptions = {}) {
@@ -94,8 +96,13 @@ export class Parameter implements Disposable {
     return parameter
   }
 
+  /** Whether there is a value, in memory or to be brought in. */
   get isLoaded(): boolean {
-    return this.#value !== undefined
+    return this.#value !== undefined || this.#source !== undefined
+  }
+
+  get isOffloaded(): boolean {
+    return this.#source !== undefined
   }
 
   /** The tensor; ERR_HALFBYTE_STATE_DICT while there is none, ERR_HALFBYTE_DISPOSED when there is none any more. */
@@ -105,6 +112,13 @@ export class Parameter implements Disposable {
       throw new HalfbyteError(
         'ERR_HALFBYTE_DISPOSED',
         `${this.path || 'A parameter'} [${this.shape.join(', ')}] is used after its model was disposed`,
+      )
+    }
+    if (this.#source) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_USAGE',
+        `${this.path || 'A parameter'} [${this.shape.join(', ')}] lies on the disk, and in memory only while its ` +
+          'module runs; stateDict() reads it',
       )
     }
     throw new HalfbyteError(
@@ -136,6 +150,29 @@ export class Parameter implements Disposable {
   /** What makes two parameters one: the same tensor, or the same unloaded place. */
   get identity(): object {
     return this.#value ?? this
+  }
+
+  /** Frees the value and leaves it to `source`, which makes one whenever it is brought in. */
+  offload(source: () => Tensor): void {
+    this.#value?.dispose()
+    this.#value = undefined
+    this.#source = source
+  }
+
+  /** Has the value of an offloaded parameter in memory until release(). */
+  bringIn(): void {
+    if (this.#source && !this.#value) this.#value = keep(this.#source())
+  }
+
+  release(): void {
+    if (!this.#source) return
+    this.#value?.dispose()
+    this.#value = undefined
+  }
+
+  /** The value as a tensor of the caller's own, also of an offloaded parameter. */
+  share(): Tensor {
+    return this.#value || !this.#source ? this.value.share() : this.#source()
   }
 
   /** Why a tensor cannot be loaded here, or undefined when it can. */
@@ -182,9 +219,10 @@ export class Parameter implements Disposable {
   }
 
   dispose(): void {
-    if (!this.#value) return
-    this.#value.dispose()
+    if (!this.isLoaded) return
+    this.#value?.dispose()
     this.#value = undefined
+    this.#source = undefined
     this.#disposed = true
   }
 

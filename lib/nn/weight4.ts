@@ -52,6 +52,11 @@ export function statisticsBytes(n: number, k: number, blocksize: number, nested:
   return 4 * 16 + (nested ? blocks + 4 * Math.ceil(blocks / 256) + 4 * 256 + 4 : 4 * blocks)
 }
 
+/** Packed codes of whatever storage dtype as uint8 [bytes, 1]. */
+function asBytes(weight: Tensor): Tensor {
+  return tidy(() => keep(weight.reshape(-1).bitcast('uint8').reshape(-1, 1)))
+}
+
 export class Weight4 implements PackedWeight {
   readonly n: number
   readonly k: number
@@ -61,6 +66,9 @@ export class Weight4 implements PackedWeight {
   #state: QuantState | undefined
   #operand: Packed4 | undefined
   #parts = new Map<string, Tensor>()
+  /** What stays of the state of an offloaded weight. */
+  #kept: QuantState | undefined
+  #read: ((name: string) => Tensor) | undefined
 
   constructor(n: number, k: number, codes: Parameter, options: Weight4Options) {
     this.n = n
@@ -70,7 +78,7 @@ export class Weight4 implements PackedWeight {
   }
 
   get isLoaded(): boolean {
-    return this.#state !== undefined && this.codes.isLoaded
+    return this.#read !== undefined || (this.#state !== undefined && this.codes.isLoaded)
   }
 
   get state(): QuantState | undefined {
@@ -216,7 +224,7 @@ export class Weight4 implements PackedWeight {
           `${where}: its quant_state says shape [${state.shape.join(', ')}], the model has [${this.n}, ${this.k}]`,
         )
       }
-      const bytes = tidy(() => keep(weight.reshape(-1).bitcast('uint8').reshape(-1, 1)))
+      const bytes = asBytes(weight)
       this.#finite.begin(state.state2?.absmax ?? state.absmax)
       this.#replace(bytes, state)
       this.#arrange()
@@ -269,6 +277,15 @@ export class Weight4 implements PackedWeight {
   }
 
   async entries(): Promise<[string, Tensor][]> {
+    this.bringIn()
+    try {
+      return await this.#entries()
+    } finally {
+      this.release()
+    }
+  }
+
+  async #entries(): Promise<[string, Tensor][]> {
     const { codes, state } = this.#state!.withLayout(this.codes.value, 'flat')
     const flat = codes.reshape(-1)
     const stored = flat.bitcast(this.#options.quantStorage)
@@ -281,6 +298,61 @@ export class Weight4 implements PackedWeight {
 
   nonfinite(): Promise<number> {
     return this.#finite.count()
+  }
+
+  offload(read: (name: string) => Tensor): void {
+    const state = this.#state!
+    this.#read = read
+    // all but the absmax is a table, or small
+    this.#kept = new QuantState({
+      ...state,
+      layout: 'flat',
+      absmax: Tensor.empty([0], state.absmax.dtype, state.absmax.device),
+      code: state.code.share(),
+      offset: state.offset?.share(),
+      state2: state.state2 && {
+        ...state.state2,
+        absmax: state.state2.absmax.share(),
+        code: state.state2.code.share(),
+      },
+    })
+    this.codes.offload(() => {
+      const weight = read('weight')
+      const bytes = asBytes(weight)
+      weight.dispose()
+      return bytes
+    })
+    this.#letGo()
+  }
+
+  bringIn(): void {
+    const kept = this.#kept
+    if (!kept || !this.#read || this.#state) return
+    this.codes.bringIn()
+    this.#state = new QuantState({
+      ...kept,
+      absmax: this.#read('weight.absmax'),
+      code: kept.code.share(),
+      offset: kept.offset?.share(),
+      state2: kept.state2 && {
+        ...kept.state2,
+        absmax: kept.state2.absmax.share(),
+        code: kept.state2.code.share(),
+      },
+    })
+    this.#arrange()
+  }
+
+  release(): void {
+    if (!this.#read) return
+    this.codes.release()
+    this.#letGo()
+  }
+
+  #letGo(): void {
+    this.#state?.dispose()
+    this.#state = undefined
+    this.#operand = undefined
   }
 
   castRefusal(): string {
@@ -299,8 +371,9 @@ export class Weight4 implements PackedWeight {
 
   dispose(): void {
     this.codes.dispose()
-    this.#state?.dispose()
-    this.#state = undefined
+    this.#letGo()
+    this.#kept?.dispose()
+    this.#kept = this.#read = undefined
     for (const tensor of this.#parts.values()) tensor.dispose()
     this.#parts.clear()
   }

@@ -210,7 +210,7 @@ export class Weight8 implements PackedWeight {
   }
 
   entries(): Promise<[string, Tensor][]> {
-    const weight: [string, Tensor] = ['weight', this.place.value.share()]
+    const weight: [string, Tensor] = ['weight', this.place.share()]
     if (!this.#scb) return Promise.resolve([weight])
     const format = Tensor.from(Uint8Array.of(0), { shape: [], device: this.#scb.device })
     return Promise.resolve([weight, ['SCB', this.#scb.share()], ['weight_format', format]])
@@ -223,6 +223,18 @@ export class Weight8 implements PackedWeight {
   castRefusal(): string | undefined {
     if (this.#options.keepFloat) return undefined
     return 'whose int8 weight has no float dtype to change; dequantize() the model first, or load it with another dtype'
+  }
+
+  offload(read: (name: string) => Tensor): void {
+    this.place.offload(() => read('weight'))
+  }
+
+  bringIn(): void {
+    this.place.bringIn()
+  }
+
+  release(): void {
+    this.place.release()
   }
 
   move(device: Device): void {

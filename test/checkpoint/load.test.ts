@@ -128,7 +128,7 @@ describe.each(devices())('loading on %s', (device) => {
       expect(peak).toBeLessThan(result + largest * 1.25 + 65536)
       expect(device.memoryUsage().allocated - before).toBeLessThan(result * 1.05 + 65536)
     }
-  })
+  }, 60_000)
 
   it('frees everything when it is aborted, and rejects with the reason', async () => {
     const folder = writeTinyModel(fresh())
