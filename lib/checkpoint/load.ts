@@ -325,15 +325,7 @@ async function fill(
   const totalBytes = items.reduce((sum, { info }) => sum + info.end - info.begin, 0)
   const largest = items.reduce((most, { info }) => Math.max(most, info.end - info.begin), 0)
   const backlogs = new Map<Device, Backlog>()
-  let loadedBytes = 0
-  for (const { path, info } of items) {
-    signal?.throwIfAborted()
-    const bytes = info.end - info.begin
-    const device = layout.deviceAt(path)
-    const backlog = backlogs.get(device) ?? new Backlog(device, largest)
-    backlogs.set(device, backlog)
-    await backlog.room(bytes)
-    signal?.throwIfAborted()
+  const take = async ({ path, info }: Item, device: Device) => {
     try {
       await model.loadParameter(path, checkpoint.tensor(info.name, device))
     } catch (error) {
@@ -341,10 +333,35 @@ async function fill(
       throw checkpointError(info.file, `tensor ${JSON.stringify(info.name)}: ${error.message}`, error)
     }
     await offload.loaded(path, info)
-    backlog.add(bytes)
-    loadedBytes += bytes
-    onProgress?.({ loadedBytes, totalBytes, tensor: info.name })
   }
+  // a weight that is quantised already is put together when its description has been read: others come meanwhile
+  const open = new Set<Promise<void>>()
+  const failures: unknown[] = []
+  let loadedBytes = 0
+  try {
+    for (const item of items) {
+      signal?.throwIfAborted()
+      const { path, info } = item
+      const bytes = info.end - info.begin
+      const device = layout.deviceAt(path)
+      const backlog = backlogs.get(device) ?? new Backlog(device, largest)
+      backlogs.set(device, backlog)
+      await backlog.room(bytes)
+      signal?.throwIfAborted()
+      const taken = take(item, device)
+        .catch((error: unknown) => void failures.push(error))
+        .finally(() => open.delete(taken))
+      open.add(taken)
+      backlog.add(bytes)
+      if (!offload.isEmpty) await taken
+      if (failures.length > 0) break
+      loadedBytes += bytes
+      onProgress?.({ loadedBytes, totalBytes, tensor: info.name })
+    }
+  } finally {
+    await Promise.all(open)
+  }
+  if (failures.length > 0) throw failures[0]
   await Promise.all([...backlogs.keys()].map((device) => device.synchronize()))
   signal?.throwIfAborted()
 }
