@@ -1,7 +1,7 @@
 /** Loading the model that a command is about, with a progress line. */
 import { AutoModelForCausalLM, type CausalLM } from '../models/index.js'
 import type { Invocation } from './command.js'
-import { modelDType, quantizationFields } from './model_options.js'
+import { modelDType, placementFields, quantizationFields } from './model_options.js'
 import { Progress } from './progress.js'
 
 export interface Loaded {
@@ -25,7 +25,7 @@ export async function loadModel(folder: string, { flags, signal }: Invocation): 
   const model = await AutoModelForCausalLM.fromPretrained(folder, {
     quantizationConfig,
     dtype,
-    device: flags.text('device'),
+    ...placementFields(flags),
     signal,
     onProgress: ({ loadedBytes, totalBytes }) => progress.update(loadedBytes, totalBytes),
   })

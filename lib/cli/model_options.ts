@@ -1,10 +1,12 @@
 /** Options of the commands that load a model, and what they mean to the library. */
 import type { Flags, OptionTable } from './command.js'
 import { usageError } from './command.js'
+import type { LoadOptions } from '../checkpoint/load.js'
+import type { DeviceMapOption } from '../checkpoint/placement.js'
 import type { BitsAndBytesConfigOptions } from '../quantization/config.js'
 import type { DType } from '../tensor/index.js'
 
-export const quantizationOptions: OptionTable = {
+const quantizationOptions: OptionTable = {
   'load-in-4bit': { help: 'quantise linear layers to 4 bits while loading' },
   'load-in-8bit': { help: 'quantise linear layers to 8 bits while loading (LLM.int8())' },
   'quant-type': { value: 'nf4|fp4', help: '4-bit code book (default nf4)' },
@@ -23,6 +25,47 @@ export const quantizationOptions: OptionTable = {
     value: 'DTYPE',
     help: "dtype of what is not quantised: float32, float16, bfloat16 (default the checkpoint's)",
   },
+}
+
+const placementOptions: OptionTable = {
+  'device-map': {
+    value: 'MAP',
+    help: `auto, balanced, balanced_low_0, sequential, or JSON: '{"": 0, "model.layers.9": "cpu"}'`,
+  },
+  'max-memory': { value: 'LIST', help: 'what each device may hold for a device map: 0=10GiB,cpu=30GiB' },
+  'offload-folder': { value: 'DIR', help: 'where quantised modules on the disk are written' },
+  'cpu-offload': { help: 'quantised modules may lie on the CPU and the disk, beside a GPU' },
+}
+
+export const modelOptions: OptionTable = { ...quantizationOptions, ...placementOptions }
+
+/** Where the model is to go. */
+export function placementFields(
+  flags: Flags,
+): Pick<LoadOptions, 'device' | 'deviceMap' | 'maxMemory' | 'offloadFolder'> {
+  const map = flags.text('device-map')
+  const limits = flags.text('max-memory')
+  let deviceMap: DeviceMapOption | undefined = map
+  if (map?.trimStart().startsWith('{')) {
+    try {
+      deviceMap = JSON.parse(map) as DeviceMapOption
+    } catch (error) {
+      throw usageError(`--device-map is not JSON: ${(error as Error).message}`)
+    }
+  }
+  const entries = limits?.split(',').map((entry) => {
+    const [place, size, ...rest] = entry.split('=').map((part) => part.trim())
+    if (!place || !size || rest.length > 0) {
+      throw usageError(`--max-memory has ${JSON.stringify(entry)}; write 0=10GiB,cpu=30GiB`)
+    }
+    return [place, size] as const
+  })
+  return {
+    device: flags.text('device'),
+    deviceMap,
+    maxMemory: entries && Object.fromEntries(entries),
+    offloadFolder: flags.text('offload-folder'),
+  }
 }
 
 export const samplingOptions: OptionTable = {
@@ -69,9 +112,13 @@ export function quantizationFields(flags: Flags): BitsAndBytesConfigOptions | un
   const skip = flags.texts('skip-modules').flatMap((entry) => entry.split(',').map((name) => name.trim()))
   if (!in4 && !in8) {
     if (skip.length > 0) throw usageError('--skip-modules needs --load-in-4bit or --load-in-8bit')
+    if (flags.switch('cpu-offload')) throw usageError('--cpu-offload needs --load-in-4bit or --load-in-8bit')
     return undefined
   }
-  const shared = skip.length > 0 ? { llmInt8SkipModules: skip.filter(Boolean) } : {}
+  const shared = {
+    ...(skip.length > 0 && { llmInt8SkipModules: skip.filter(Boolean) }),
+    ...(flags.switch('cpu-offload') && { llmInt8EnableFp32CpuOffload: true }),
+  }
   if (in8) {
     const threshold = flags.number('int8-threshold', { min: 0 })
     return {

@@ -61,6 +61,32 @@ describe('generate', () => {
   })
 })
 
+describe('a device map', () => {
+  const run = (...args: string[]) =>
+    halfbyte(['generate', model, 'def main():', '--max-new-tokens', '6', ...args])
+
+  test('by paths or by strategy spreads the model, and changes nothing else', () => {
+    const whole = run('--device', 'cpu').stdout
+    const map = '{"": "cpu", "model.layers.1": "cpu:1", "lm_head": "disk"}'
+    expect(run('--device-map', map)).toMatchObject({ stdout: whole, status: 0 })
+    expect(run('--device-map', 'auto', '--max-memory', 'cpu:1=2MB,cpu=1GiB')).toMatchObject({
+      stdout: whole,
+      status: 0,
+    })
+  })
+
+  test.each([
+    [['--device-map', '{"":'], /--device-map is not JSON/],
+    [['--device-map', 'auto', '--max-memory', 'cpu'], /--max-memory has "cpu"; write 0=10GiB/],
+    [['--device-map', 'auto', '--max-memory', 'cpu=much'], /"much" is not a size/],
+    [['--cpu-offload'], /--cpu-offload needs --load-in-4bit/],
+  ])('%j is refused', (args, message) => {
+    const { status, stderr } = run(...args)
+    expect(status).not.toBe(0)
+    expect(stderr).toMatch(message)
+  })
+})
+
 test('inspect lists every module with its kind, shape and bytes', () => {
   const found = json(['inspect', model, '--load-in-8bit', '--skip-modules', 'o_proj,layers.1'])
   const modules = found.modules as {

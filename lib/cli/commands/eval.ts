@@ -4,7 +4,7 @@ import { evaluationIds, perplexity } from '../../models/index.js'
 import { getTrueFootprint } from '../../quantization/footprint.js'
 import { usageError, type Command } from '../command.js'
 import { describeWeights, loadModel } from '../load.js'
-import { quantizationOptions } from '../model_options.js'
+import { modelOptions } from '../model_options.js'
 import { commonOptions } from '../options.js'
 import { print, printJson } from '../output.js'
 import { Progress } from '../progress.js'
@@ -28,7 +28,7 @@ export const evaluate: Command = {
         limit: { value: 'N', help: 'only the first N tokens of the text' },
       },
     ],
-    ['Model', quantizationOptions],
+    ['Model', modelOptions],
     ['Options', commonOptions],
   ],
   async run(invocation) {

@@ -3,7 +3,7 @@ import { readFileSync } from 'node:fs'
 import type { CausalLM } from '../../models/index.js'
 import { usageError, type Command, type Flags } from '../command.js'
 import { describeWeights, loadModel } from '../load.js'
-import { quantizationOptions, samplingFields, samplingOptions } from '../model_options.js'
+import { modelOptions, samplingFields, samplingOptions } from '../model_options.js'
 import { commonOptions } from '../options.js'
 import { print, printJson } from '../output.js'
 import { Progress } from '../progress.js'
@@ -45,7 +45,7 @@ export const generate: Command = {
       },
     ],
     ['Sampling', samplingOptions],
-    ['Model', quantizationOptions],
+    ['Model', modelOptions],
     ['Options', commonOptions],
   ],
   notes: `Example: halfbyte generate models/tinypy-2m "def main():" --load-in-4bit --temperature 0.8 --seed 1`,

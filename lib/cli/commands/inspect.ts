@@ -7,7 +7,7 @@ import type { Module } from '../../nn/module.js'
 import { getMemoryFootprint, getTrueFootprint } from '../../quantization/footprint.js'
 import type { Command } from '../command.js'
 import { describeWeights, loadModel } from '../load.js'
-import { quantizationOptions } from '../model_options.js'
+import { modelOptions } from '../model_options.js'
 import { commonOptions } from '../options.js'
 import { print, printJson } from '../output.js'
 import { formatBytes, formatTable } from '../table.js'
@@ -64,7 +64,7 @@ export const inspect: Command = {
   arguments: 'DIR',
   count: [1, 1],
   options: [
-    ['Model', quantizationOptions],
+    ['Model', modelOptions],
     ['Options', commonOptions],
   ],
   async run(invocation) {

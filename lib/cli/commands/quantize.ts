@@ -3,7 +3,7 @@ import { existsSync, readdirSync, statSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import { usageError, type Command } from '../command.js'
 import { describeWeights, loadModel } from '../load.js'
-import { quantizationFields, quantizationOptions } from '../model_options.js'
+import { quantizationFields, modelOptions } from '../model_options.js'
 import { commonOptions } from '../options.js'
 import { print, printJson } from '../output.js'
 import { Progress } from '../progress.js'
@@ -28,7 +28,7 @@ export const quantize: Command = {
         'max-shard-size': { value: 'SIZE', help: 'size of the largest file, such as 2GB (default 5GB)' },
       },
     ],
-    ['Model', quantizationOptions],
+    ['Model', modelOptions],
     ['Options', commonOptions],
   ],
   async run(invocation) {
