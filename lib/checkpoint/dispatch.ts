@@ -1,11 +1,14 @@
 /** Spreads a model over devices as a device map says. */
-import { hook, markSpread, setExecutionDevice } from '../nn/hooks.js'
+import { hook, markSpread, setExecutionDevice, stream } from '../nn/hooks.js'
+import { Conv1D, Linear } from '../nn/linear.js'
+import { Linear4bit } from '../nn/linear4bit.js'
+import { Linear8bit } from '../nn/linear8bit.js'
 import type { Module } from '../nn/module.js'
 import { relocate } from '../nn/moving.js'
 import { Buffer, Parameter } from '../nn/parameter.js'
 import { device as openDevice, type Device } from '../tensor/device.js'
 import type { DeviceMap, NoSplitModules } from './device_map.js'
-import { DISK } from './max_memory.js'
+import { DISK, isAccelerator } from './max_memory.js'
 import {
   mainPlace,
   placeOf,
@@ -108,6 +111,12 @@ export function fillCopies(copies: readonly TiedCopy[]): void {
   for (const { copy, of } of copies) copy.replace(of.value.to(copy.device!))
 }
 
+/** Whether a layer is one that copyTo() knows, without a forward() of its own. */
+function canBeCopied(module: Module): module is Linear {
+  const own = Object.getPrototypeOf(module) as Module
+  return [Linear, Conv1D, Linear4bit, Linear8bit].some((kind) => kind.prototype.forward === own.forward)
+}
+
 /** Lets every module run on its device, with activations moved in between. */
 export function hookModules(
   model: Module,
@@ -133,8 +142,10 @@ export function hookModules(
     const withWeights = weightsOf(module)
     const passes = module.dispatch === 'pipeline'
     const apart = module.modules().some((each) => (layout.device(each) ?? home) !== around)
+    const streams = isAccelerator(layout.main.name) && canBeCopied(module)
     const isPart = around === undefined ? !passes : home !== around || (passes && apart)
     if (isPart || withWeights) hook(module, { device: home, bringBack: around !== undefined, withWeights })
+    if (streams && layout.place(module) === 'cpu') stream(module, layout.main)
     for (const child of module.children()) visit(child, passes ? undefined : home)
   }
   visit(model, undefined)

@@ -5,6 +5,7 @@
  */
 import type { Device } from '../tensor/device.js'
 import { Tensor } from '../tensor/tensor.js'
+import type { Linear } from './linear.js'
 import type { Module } from './module.js'
 
 /** An argument that has a form for each device. */
@@ -95,4 +96,35 @@ export function hook(module: Module, { device, bringBack, withWeights }: Hook): 
     }
   }
   Object.defineProperty(module, 'forward', { value: hooked, configurable: true, writable: true })
+}
+
+/** Rows, and multiplications, from which a layer's weight is copied to an accelerator for one product. */
+const STREAM_ROWS = 32
+const STREAM_WORK = 2 ** 26
+
+const streams = new WeakMap<Linear, Device>()
+
+/** Whether a product of x with a layer of the CPU is faster where its weight has to be copied to first. */
+function isWorthCopying({ inFeatures, outFeatures }: Linear, x: Tensor): boolean {
+  const rows = x.size / inFeatures
+  return rows >= STREAM_ROWS && rows * inFeatures * outFeatures >= STREAM_WORK
+}
+
+/** Whether a layer that may multiply elsewhere does so where its weight is, and x too. */
+export function streamsInPlace(layer: Linear, x: Tensor): boolean {
+  return streams.has(layer) && layer.weight.device === x.device && !isWorthCopying(layer, x)
+}
+
+/**
+ * Lets a layer on the CPU multiply many rows on an accelerator. Few rows take as long as the weight takes to be read:
+ * that is soonest done where it lies. Many take as long as the CPU computes, and then copying the weight, packed, costs
+ * less; the copy is gone when the product is made.
+ */
+export function stream(layer: Linear, device: Device): void {
+  // eslint-disable-next-line @typescript-eslint/unbound-method -- called with the layer
+  const { forward } = layer
+  streams.set(layer, device)
+  const streamed = (x: Tensor, residual?: Tensor): Tensor =>
+    isWorthCopying(layer, x) ? layer.forwardOn(device, x, residual) : forward.call(layer, x, residual)
+  Object.defineProperty(layer, 'forward', { value: streamed, configurable: true, writable: true })
 }

@@ -1,12 +1,13 @@
 /** Dense linear layers. */
 import { HalfbyteError } from '../errors.js'
 import { linear } from '../tensor/ops.js'
+import type { Device } from '../tensor/device.js'
 import type { DType } from '../tensor/dtype.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { tidy } from '../tensor/tidy.js'
 import { kaimingUniform } from './init.js'
 import { Module } from './module.js'
-import { laidTransposed } from './moving.js'
+import { laidTransposed, moved } from './moving.js'
 import { Parameter, type Placement } from './parameter.js'
 
 export interface LinearLayerOptions {
@@ -23,6 +24,12 @@ export function checkFeatures(layer: string, name: string, n: number): number {
     'ERR_HALFBYTE_SHAPE',
     `${layer}: ${name} is ${n}, it must be a positive whole number`,
   )
+}
+
+/** The tensor on a device, as one of its own. */
+function copied(tensor: Tensor, device: Device): Tensor {
+  const there = moved(tensor, { device })
+  return there === tensor ? tensor.share() : there
 }
 
 /** y = x W^T + b for x [..., inFeatures]; weight [outFeatures, inFeatures]. First values: Kaiming uniform. */
@@ -51,6 +58,37 @@ export class Linear extends Module {
     return linear(x, this.weight.value, { bias: this.bias?.value, residual })
   }
 
+  /** A layer of the same kind without bias and without memory. */
+  protected twin(): Linear {
+    return new Linear(this.inFeatures, this.outFeatures, { bias: false, device: 'meta' })
+  }
+
+  /** The layer on a device, with tensors of its own. */
+  copyTo(device: Device): Linear {
+    const made = this.twin()
+    made.copyWeight(this, device)
+    if (this.bias) made.bias = Parameter.of(copied(this.bias.value, device))
+    return made
+  }
+
+  /** Takes a copy of the weight of a layer of the same kind. */
+  protected copyWeight(from: Linear, device: Device): void {
+    this.weight.replace(copied(from.weight.value, device))
+  }
+
+  /** forward() on another device, with a copy of the layer for the time of the call. The result is where x is. */
+  forwardOn(device: Device, x: Tensor, residual?: Tensor): Tensor {
+    const there = this.copyTo(device)
+    try {
+      return tidy(() => {
+        const y = there.forward(x.to(device), residual?.to(device))
+        return y.to(x.device)
+      })
+    } finally {
+      there.dispose()
+    }
+  }
+
   override toString(): string {
     return `${this.constructor.name}(${this.inFeatures}, ${this.outFeatures}${this.bias ? '' : ', no bias'})`
   }
@@ -61,6 +99,10 @@ export class Linear extends Module {
  * way round, as the product wants it.
  */
 export class Conv1D extends Linear {
+  protected override twin(): Conv1D {
+    return new Conv1D(this.inFeatures, this.outFeatures, { bias: false, device: 'meta' })
+  }
+
   protected override makeWeight(options: ConstructorParameters<typeof Parameter>[1]): Parameter {
     const weight = new Parameter([this.inFeatures, this.outFeatures], options)
     const drawn = weight.tensor

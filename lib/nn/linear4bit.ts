@@ -1,6 +1,7 @@
 /** Linear layers with a 4-bit weight: NF4 or FP4 in blocks, statistics optionally quantised too (QLoRA, arXiv 2305.14314). */
 import type { QuantState } from '../quantization/quant_state.js'
 import type { QuantStorage } from '../quantization/config.js'
+import type { Device } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import {
   add,
@@ -13,6 +14,7 @@ import {
   type QuantType,
 } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
+import { streamsInPlace } from './hooks.js'
 import { kaimingUniform } from './init.js'
 import { Conv1D, Linear, type LinearLayerOptions } from './linear.js'
 import type { PackedWeight } from './packed.js'
@@ -143,7 +145,8 @@ export class Linear4bit extends Linear {
   ): { weights: Packed4[]; biases: (Tensor | undefined)[] } | undefined {
     const plain = layers.filter(
       (layer): layer is Linear4bit =>
-        layer instanceof Linear4bit && layer.forward === Linear4bit.prototype.forward,
+        layer instanceof Linear4bit &&
+        (layer.forward === Linear4bit.prototype.forward || streamsInPlace(layer, x)),
     )
     if (plain.length < layers.length || plain.some((layer) => layer.#computeDtypeFor(x) !== x.dtype))
       return undefined
@@ -168,6 +171,11 @@ export class Linear4bit extends Linear {
     return linear4bitGated(x, first, second, activation, [together.biases[0], together.biases[1]])
   }
 
+  override forwardOn(device: Device, x: Tensor, residual?: Tensor): Tensor {
+    this.#computeDtypeFor(x)
+    return super.forwardOn(device, x, residual)
+  }
+
   override forward(x: Tensor, residual?: Tensor): Tensor {
     const weight = this.#weight.operand(this.toString())
     const compute = this.#computeDtypeFor(x)
@@ -182,6 +190,15 @@ export class Linear4bit extends Linear {
     const sum = add(y, residual)
     y.dispose()
     return sum
+  }
+
+  protected override twin(): Linear4bit {
+    const { inFeatures, outFeatures, computeDtype, transposed } = this
+    return new Linear4bit(inFeatures, outFeatures, { computeDtype, transposed, bias: false, device: 'meta' })
+  }
+
+  protected override copyWeight(from: Linear4bit, device: Device): void {
+    this.#weight.copy(from.#weight, device)
   }
 
   override *ownPacked(): IterableIterator<PackedWeight> {

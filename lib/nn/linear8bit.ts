@@ -1,4 +1,5 @@
 /** The LLM.int8() linear layer (arXiv 2208.07339). */
+import type { Device } from '../tensor/device.js'
 import type { DType } from '../tensor/dtype.js'
 import { linear8bit } from '../tensor/ops.js'
 import type { Tensor } from '../tensor/tensor.js'
@@ -93,6 +94,22 @@ export class Linear8bit extends Linear {
     return this.#weight.with(this.toString(), ({ codes, scb }) =>
       linear8bit(x, codes, scb, { bias: this.bias?.value, residual, threshold, bnbExact }),
     )
+  }
+
+  protected override twin(): Linear8bit {
+    const { inFeatures, outFeatures, threshold, bnbExact, hasFp16Weights, transposed } = this
+    return new Linear8bit(inFeatures, outFeatures, {
+      threshold,
+      bnbExact,
+      hasFp16Weights,
+      transposed,
+      bias: false,
+      device: 'meta',
+    })
+  }
+
+  protected override copyWeight(from: Linear8bit, device: Device): void {
+    this.#weight.copy(from.#weight, device)
   }
 
   override *ownPacked(): IterableIterator<PackedWeight> {

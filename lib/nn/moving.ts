@@ -44,7 +44,7 @@ export function laidTransposed(matrices: Tensor): Tensor {
 }
 
 /** As Tensor.to(), but matrices that lie in memory the other way round go on doing so. */
-function moved(tensor: Tensor, target: { dtype?: DType; device?: Device }): Tensor {
+export function moved(tensor: Tensor, target: { dtype?: DType; device?: Device }): Tensor {
   if (tensor.ndim < 2 || tensor.isContiguous) return tensor.to(target)
   return tidy(() => {
     const turned = tensor.transpose(-2, -1)

@@ -177,6 +177,13 @@ export class Weight8 implements PackedWeight {
     this.#replace(rows.codes, rows.rowAbsmax)
   }
 
+  /** Becomes a copy of another weight, on a device. */
+  copy(from: Weight8, device: Device): void {
+    const copied = (tensor: Tensor) => (tensor.device === device ? tensor.share() : tensor.to(device))
+    this.sourceDtype = from.sourceDtype
+    this.#replace(copied(from.place.value), from.#scb && copied(from.#scb))
+  }
+
   /** Quantises first values of [n, k]. */
   quantizeValues(init: Init): void {
     const on = this.#options.device
