@@ -1,5 +1,6 @@
 /** Spreads a model over devices as a device map says. */
-import { hook, markSpread, setExecutionDevice, stream } from '../nn/hooks.js'
+import { HalfbyteError } from '../errors.js'
+import { hook, isSpread, markSpread, setExecutionDevice, stream } from '../nn/hooks.js'
 import { Conv1D, Linear } from '../nn/linear.js'
 import { Linear4bit } from '../nn/linear4bit.js'
 import { Linear8bit } from '../nn/linear8bit.js'
@@ -162,6 +163,12 @@ export function dispatchModel(
   deviceMap: DeviceMapOption,
   options: PlacementOptions = {},
 ): DeviceMap {
+  if (isSpread(model)) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_USAGE',
+      'dispatchModel: a device map has spread this model already; load it again to spread it otherwise',
+    )
+  }
   const map = resolveDeviceMap(model, deviceMap, { offloadQuantized: true, ...options, disk: false })
   const layout = new Layout(model, map)
   fillCopies(placeModules(model, layout))

@@ -201,6 +201,7 @@ describe('a model of one’s own', () => {
     expect(y.device.name).toBe('cpu')
     using elsewhere = x.to('cpu:3')
     expect(await net.forward(elsewhere).data()).toEqual(wanted)
+    expect(thrown(() => dispatchModel(net, 'cpu')).code).toBe('ERR_HALFBYTE_USAGE')
   })
 
   it('by a strategy too', async () => {
