@@ -11,6 +11,7 @@
 #include <shared_mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace halfbyte {
@@ -83,11 +84,12 @@ struct ReadAhead::Range {
     State state = State::waiting;
     Buffer buffer;
   };
-  Range(Backend& backend, ReadFunction read, int64_t at, size_t bytes)
+  Range(Backend& backend, ReadFunction read, int64_t at, size_t bytes, bool at_once)
       : backend(backend),
         read(std::move(read)),
         at(at),
         bytes(bytes),
+        at_once(at_once),
         pieces((bytes + kPiece - 1) / kPiece) {}
 
   size_t begin(size_t piece) const { return piece * kPiece; }
@@ -97,6 +99,7 @@ struct ReadAhead::Range {
   const ReadFunction read;
   const int64_t at;
   const size_t bytes;
+  const bool at_once;
   // What follows belongs to the mutex of the readers.
   std::vector<Piece> pieces;
   size_t next = 0;  // the first piece that no thread has taken up
@@ -118,9 +121,10 @@ class Readers {
   void add(std::shared_ptr<Range> range) {
     std::lock_guard<std::mutex> lock(mutex_);
     start();
-    auto& station = stations_[&range->backend];
+    auto& station = stations_[key(*range)];
     if (!station) {
       station = std::make_unique<Station>();
+      station->most = range->at_once ? ReadAhead::kBuffersAtOnce : ReadAhead::kBuffers;
       halt_at_exit();
     }
     station->waiting.push_back(std::move(range));
@@ -128,14 +132,19 @@ class Readers {
   }
 
   void give_up(const std::shared_ptr<Range>& range) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     range->given_up = true;
-    Station& station = *stations_[&range->backend];
+    Station& station = *stations_[key(*range)];
     for (Range::Piece& piece : range->pieces) {
       if (piece.state == State::read) station.free.push_back(piece.buffer);
       if (piece.state != State::reading) piece.state = State::taken;
     }
     work_.notify_all();
+    if (!range->at_once) return;
+    read_.wait(lock, [&] {
+      return std::none_of(range->pieces.begin(), range->pieces.end(),
+                          [](const Range::Piece& piece) { return piece.state == State::reading; });
+    });
   }
 
   /// The buffer with a piece of the range, once it has been read.
@@ -150,7 +159,7 @@ class Readers {
   /// Gives a buffer back that is free once `buffer.uploaded` has come.
   void uploaded(Range& range, Buffer buffer) {
     std::lock_guard<std::mutex> lock(mutex_);
-    stations_[&range.backend]->flying.push_back(std::move(buffer));
+    stations_[key(range)]->flying.push_back(std::move(buffer));
     work_.notify_one();
   }
 
@@ -178,8 +187,11 @@ class Readers {
     std::deque<std::shared_ptr<Range>> waiting;
     std::vector<Buffer> free;
     std::deque<Buffer> flying;
-    int made = 0;
+    int made = 0, most = 0;
   };
+  /// Ranges that somebody waits for sort first.
+  using Key = std::pair<bool, Backend*>;
+  static Key key(const Range& range) { return {!range.at_once, &range.backend}; }
 
   /// Throws std::system_error where there is no thread to be had.
   void start() {
@@ -205,13 +217,13 @@ class Readers {
 
   /// A device with something to read and a buffer to read it into.
   Station* next_station() {
-    for (auto& [backend, station] : stations_) {
+    for (auto& [device, station] : stations_) {
       auto& waiting = station->waiting;
       while (!waiting.empty() &&
              (waiting.front()->given_up || waiting.front()->next == waiting.front()->pieces.size()))
         waiting.pop_front();
       if (waiting.empty()) continue;
-      if (!station->free.empty() || !station->flying.empty() || station->made < ReadAhead::kBuffers)
+      if (!station->free.empty() || !station->flying.empty() || station->made < station->most)
         return station.get();
     }
     return nullptr;
@@ -251,7 +263,7 @@ class Readers {
     if (!station.free.empty()) {
       buffer = std::move(station.free.back());
       station.free.pop_back();
-    } else if (station.made < ReadAhead::kBuffers) {
+    } else if (station.made < station.most) {
       ++station.made;
     } else {
       buffer = std::move(station.flying.front());
@@ -292,7 +304,7 @@ class Readers {
 
   std::mutex mutex_;
   std::condition_variable work_, read_, left_;
-  std::map<Backend*, std::unique_ptr<Station>> stations_;
+  std::map<Key, std::unique_ptr<Station>> stations_;
   std::deque<HostRange*> host_;
   std::vector<HostRange*> helped_;
   std::shared_mutex driver_;  // shared by those who call a driver; exclusive at exit, for good
@@ -310,8 +322,8 @@ void read_range(const ReadFunction& read, void* to, size_t bytes, int64_t at) {
   if (range.failure) throw *range.failure;
 }
 
-ReadAhead::ReadAhead(Backend& backend, ReadFunction read, int64_t at, size_t bytes)
-    : range_(std::make_shared<Range>(backend, std::move(read), at, bytes)) {
+ReadAhead::ReadAhead(Backend& backend, ReadFunction read, int64_t at, size_t bytes, bool at_once)
+    : range_(std::make_shared<Range>(backend, std::move(read), at, bytes, at_once)) {
   if (bytes) Readers::instance().add(range_);
 }
 

@@ -28,10 +28,13 @@ class ReadAhead {
  public:
   static constexpr size_t kBytes = size_t{4} << 20;
   static constexpr int kBuffers = 16;
+  static constexpr int kBuffersAtOnce = 4;
 
   /// Starts reading. Ranges for one device must be uploaded, or given up, in the order in which they were
-  /// begun: a later one may have the buffers that an earlier one gives back.
-  ReadAhead(Backend& backend, ReadFunction read, int64_t at, size_t bytes);
+  /// begun: a later one may have the buffers that an earlier one gives back. Ranges that are uploaded
+  /// `at_once`, by the thread that begins them, have buffers of their own; `read` is not called after their
+  /// end.
+  ReadAhead(Backend& backend, ReadFunction read, int64_t at, size_t bytes, bool at_once = false);
   ~ReadAhead();
   ReadAhead(const ReadAhead&) = delete;
   ReadAhead& operator=(const ReadAhead&) = delete;

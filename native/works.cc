@@ -1,9 +1,16 @@
 #include "works.h"
 
+#include <system_error>
+
 #include "device.h"
+#include "reader.h"
 
 namespace halfbyte {
 namespace {
+
+// From so many bytes on an upload goes through pinned buffers: several threads that fill them are several
+// times as fast as the driver's own staging.
+constexpr size_t kStaged = 2 << 20;
 
 char* at(const Storage* storage, size_t offset) { return static_cast<char*>(storage->data()) + offset; }
 
@@ -11,6 +18,20 @@ template <size_t N>
 void locate(View (&views)[N], const OpWork::Operand (&operands)[N]) {
   for (size_t i = 0; i < N; ++i) {
     if (operands[i].storage) views[i].data = at(operands[i].storage, operands[i].offset);
+  }
+}
+
+/// Ordinary host memory to a device. The memory is not looked at any more when this returns, or the queue has
+/// been waited for.
+Status upload(Backend& backend, Queue queue, void* to, const void* from, size_t bytes) {
+  if (backend.host_memory() || bytes < kStaged) return backend.upload(queue, to, from, bytes);
+  const ReadFunction copy = [from](void* piece, size_t length, int64_t offset) {
+    std::memcpy(piece, static_cast<const char*>(from) + offset, length);
+  };
+  try {
+    return ReadAhead(backend, copy, 0, bytes, true).upload(queue, to);
+  } catch (const std::system_error&) {
+    return backend.upload(queue, to, from, bytes);  // there are no threads to be had
   }
 }
 
@@ -59,12 +80,12 @@ Status ReadWork::run(Backend& backend, Queue queue) {
 void ReadWork::done(const FailurePtr& failure) { owner->settle({promise_, failure, std::move(bytes_)}); }
 
 Status WriteWork::run(Backend& backend, Queue queue) {
-  return backend.upload(queue, at(storage_, offset_), bytes_->data, bytes_->size);
+  return upload(backend, queue, at(storage_, offset_), bytes_->data, bytes_->size);
 }
 
 Status TransferWork::run(Backend& backend, Queue queue) {
   if (from_->device->backend().host_memory()) {
-    return backend.upload(queue, to_->data(), at(from_, offset_), to_->bytes);
+    return upload(backend, queue, to_->data(), at(from_, offset_), to_->bytes);
   }
   return backend.download(queue, to_->data(), at(from_, offset_), to_->bytes);
 }
