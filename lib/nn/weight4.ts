@@ -275,7 +275,7 @@ export class Weight4 implements PackedWeight {
   // -- state
 
   *statistics(): IterableIterator<[string, Tensor]> {
-    const state = this.#state
+    const state = this.#state ?? this.#kept
     if (!state) return
     yield ['weight.absmax', state.absmax]
     yield ['weight.quant_map', state.code]

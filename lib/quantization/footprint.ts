@@ -18,11 +18,14 @@ export function getMemoryFootprint(model: Module, options: { returnBuffers?: boo
   return bytes(model.namedParameters()) + buffers
 }
 
-/** getMemoryFootprint() and the statistics of quantised weights: all that the model keeps in memory. */
+/** getMemoryFootprint() and the statistics of quantised weights, without what lies on the disk: all that is in memory. */
 export function getTrueFootprint(model: Module): number {
   const statistics = new Set<Tensor>()
   for (const module of model.modules()) {
     for (const [, tensor] of module.ownStatistics()) statistics.add(tensor)
   }
-  return [...statistics].reduce((sum, tensor) => sum + tensor.nbytes, getMemoryFootprint(model))
+  const resident = model
+    .parameters()
+    .reduce((sum, p) => sum - (p.isOffloaded && !p.tensor ? p.nbytes : 0), getMemoryFootprint(model))
+  return [...statistics].reduce((sum, tensor) => sum + tensor.nbytes, resident)
 }

@@ -83,6 +83,8 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
       const before = await settle()
       using model = await load(folder, { deviceMap, quantizationConfig, offloadFolder })
       expect(await settle() - before).toBeLessThan(all - 4 * layer)
+      expect(getTrueFootprint(model)).toBeLessThan(all - 4 * layer)
+      expect(getMemoryFootprint(model)).toBe(getMemoryFootprint(whole))
       const probe = model.model.layers.at(2)!.mlp.down_proj
       expect(probe.weight.tensor).toBeUndefined()
       device.resetPeakMemory()
