@@ -12,6 +12,10 @@ import {
   replaceFiles,
   type WriteOptions,
 } from '../checkpoint/write.js'
+import { HalfbyteError } from '../errors.js'
+import { Linear4bit } from '../nn/linear4bit.js'
+import { Linear8bit } from '../nn/linear8bit.js'
+import type { BitsAndBytesConfig } from '../quantization/config.js'
 import { jsonFloat } from '../quantization/json_float.js'
 import type { CausalLM } from './causal_lm.js'
 
@@ -33,12 +37,13 @@ export async function savePretrained(
 ): Promise<void> {
   const maxShardSize = parseSize(options.maxShardSize ?? DEFAULT_SHARD_SIZE)
   await makeFolder(folder)
+  const config = savedConfig(model)
   const state = await model.stateDict()
   try {
     await replaceFiles(folder, async (files) => {
       const written = { ...options, maxShardSize, totalParameters: model.numParameters() }
       await addStateDict(files, folder, state, written)
-      await addJson(files, 'config.json', savedConfig(model))
+      await addJson(files, 'config.json', config)
       if (model.folder === undefined || resolve(model.folder) === resolve(folder)) return
       for (const name of COPIED) {
         const from = join(model.folder, name)
@@ -50,6 +55,25 @@ export async function savePretrained(
   }
 }
 
+/** How the model's layers are quantised, if they are: one way for all, or a config.json cannot say it. */
+function quantizationOf(model: CausalLM): BitsAndBytesConfig | undefined {
+  const config = model.quantizationConfig
+  let found = false
+  for (const [path, module] of model.namedModules()) {
+    const bits = module instanceof Linear4bit ? 4 : module instanceof Linear8bit ? 8 : undefined
+    if (bits === undefined) continue
+    found = true
+    if (bits === (config?.loadIn4bit ? 4 : config?.loadIn8bit ? 8 : undefined)) continue
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_CONFIG',
+      `savePretrained: ${path} is a ${module.constructor.name}, and quantizationConfig says ` +
+        `${config ? `loadIn${config.loadIn4bit ? 4 : 8}bit` : 'nothing'}; a model that is patched in part needs ` +
+        'model.quantizationConfig to say how, and all quantised layers must be of one kind',
+    )
+  }
+  return found ? config : undefined
+}
+
 /**
  * config.json of the model as it is now: its dtype, and how it is quantised; sorted, and every other field written as it
  * was read.
@@ -57,10 +81,11 @@ export async function savePretrained(
 export function savedConfig(model: CausalLM): Record<string, unknown> {
   const { torch_dtype: _older, quantization_config: _before, ...rest } = model.config.texts()
   const saved: [string, unknown][] = Object.entries({ ...rest, dtype: model.computeDtype })
-  if (model.quantizationConfig) {
-    const quantization = model.quantizationConfig.toJSON()
+  const config = quantizationOf(model)
+  if (config) {
+    const quantization = config.toJSON()
     // to Python's class a whole number is no threshold
-    quantization['llm_int8_threshold'] = new JsonText(jsonFloat(model.quantizationConfig.llmInt8Threshold))
+    quantization['llm_int8_threshold'] = new JsonText(jsonFloat(config.llmInt8Threshold))
     const skip = model.replacement?.skipModules
     if (skip) quantization['llm_int8_skip_modules'] = skip
     saved.push(['quantization_config', quantization])

@@ -1,5 +1,6 @@
 /** Which linear layers stay as they are: output heads and what is tied to them, routers, and the user's list. */
 import { Embedding } from '../nn/embedding.js'
+import { FusedExperts } from '../nn/experts.js'
 import { Linear } from '../nn/linear.js'
 import type { Module } from '../nn/module.js'
 
@@ -97,7 +98,10 @@ export function keptByStructure(model: Module & OutputEmbeddings): Map<string, K
     if (table) keep(path, `output head (one score for each row of ${table[0]})`)
   }
 
-  for (const [path] of linears) if (keepsFp32(model, path)) keep(path, 'it stays in float32')
+  for (const [path, module] of modules) {
+    const replaceable = module instanceof Linear || module instanceof FusedExperts
+    if (replaceable && keepsFp32(model, path)) keep(path, 'it stays in float32')
+  }
 
   for (const [parentPath, parent] of modules) {
     const names = new Map(parent.namedChildren())

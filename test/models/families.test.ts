@@ -1,11 +1,12 @@
 /** What the golden models do not show of the families: fields that are refused, and ways of saying the same. */
 import { copyFileSync, mkdirSync } from 'node:fs'
 import { join } from 'node:path'
-import { AutoModelForCausalLM } from '../../lib'
+import { AutoModelForCausalLM, CausalLM } from '../../lib'
 import { ConfigReader, readConfig } from '../../lib/checkpoint/config'
 import { readSpec } from '../../lib/models/families'
 import { temporaryFolder } from '../support/files'
 import { itWithGolden } from '../support/golden'
+import { error } from '../support/golden_model'
 import { readSafetensors, writeSafetensors, type Stored } from '../support/safetensors'
 
 const spec = (raw: Record<string, unknown>) => readSpec(new ConfigReader(raw, 'config.json'))
@@ -97,5 +98,33 @@ describe('families', () => {
     expect(await y!.floats()).toEqual(await x!.floats())
     expect(onWarning).not.toHaveBeenCalled()
     for (const tensor of [x!, y!]) tensor.dispose()
+  })
+
+  // 4 heads share 2 keys and values: [group of 2 queries, key, value] twice in one product
+  it('takes queries, keys and values of each group from one product', async () => {
+    const config = new ConfigReader(
+      { ...falcon, new_decoder_architecture: true, num_kv_heads: 2, ffn_hidden_size: 96 },
+      'config.json',
+    )
+    const together = readSpec(config)
+    using a = new CausalLM(together, config)
+    using b = new CausalLM({ ...together, projections: 'separate' }, config)
+    const state = await a.stateDict()
+    const dim = 16
+    for (const [name, fused] of [...state].filter(([key]) => key.includes('query_key_value'))) {
+      const heads = fused.reshape(2, 4 * dim, 64)
+      const part = (begin: number, end: number) => heads.slice(1, begin * dim, end * dim).reshape(-1, 64)
+      const prefix = name.replace('query_key_value.weight', '')
+      state.set(`${prefix}q_proj.weight`, part(0, 2))
+      state.set(`${prefix}k_proj.weight`, part(2, 3))
+      state.set(`${prefix}v_proj.weight`, part(3, 4))
+      state.delete(name)
+    }
+    await b.loadStateDict(state)
+    const ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    const [x, y] = [a, b].map((model) => model.eval().forward(ids))
+    const [one, other] = [await x!.floats(), await y!.floats()]
+    expect(error(one, other).most).toBeLessThan(1e-6)
+    expect([...a.namedModules()].map(([path]) => path)).toContain('transformer.h.1.ln_mlp')
   })
 })

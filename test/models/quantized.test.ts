@@ -160,6 +160,22 @@ describe.each(devices())('on %s', (device) => {
     })
   })
 
+  it('a model that is patched in part is saved only with a config that says how', async () => {
+    using model = await AutoModelForCausalLM.fromPretrained(tiny, { device })
+    const config = new BitsAndBytesConfig({ loadIn4bit: true, bnb4bitQuantType: 'nf4' })
+    replaceWithQuantizedLinear(model.model, config)
+    const target = fresh()
+    const error = await rejection(model.savePretrained(target))
+    expect(error.code).toBe('ERR_HALFBYTE_CONFIG')
+    expect(error.message).toMatch(/q_proj is a Linear4bit, and quantizationConfig says nothing/)
+    model.quantizationConfig = new BitsAndBytesConfig({ loadIn8bit: true })
+    await expect(model.savePretrained(target)).rejects.toThrow(/says loadIn8bit/)
+    model.quantizationConfig = config
+    await model.savePretrained(target)
+    using again = await AutoModelForCausalLM.fromPretrained(target, { device })
+    expect(await logits(again)).toEqual(await logits(model))
+  })
+
   it('a list entry that names nothing is a warning', async () => {
     const warnings: string[] = []
     using model = await AutoModelForCausalLM.fromPretrained(tiny, {
