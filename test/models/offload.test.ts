@@ -26,7 +26,8 @@ const config = {
   vocab_size: 300,
 }
 const folder = writeTinyModel(join(root, 'plain'), config)
-const load = (path: string, options: FromPretrainedOptions) => AutoModelForCausalLM.fromPretrained(path, options)
+const load = (path: string, options: FromPretrainedOptions) =>
+  AutoModelForCausalLM.fromPretrained(path, options)
 
 async function logits(model: CausalLM): Promise<Float32Array> {
   using result = model.forward(ids)
@@ -53,7 +54,16 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
     const maps: [string, Record<string, string>][] = [
       ['two layers', { '': main, 'model.layers.1': 'disk', 'model.layers.3': 'disk' }],
       ['everything', { '': 'disk' }],
-      ['parts of layers, embeddings and head', { '': main, 'model.embed_tokens': 'disk', lm_head: 'disk', 'model.layers.2.mlp': 'disk', 'model.layers.0.self_attn.q_proj': 'disk' }],
+      [
+        'parts of layers, embeddings and head',
+        {
+          '': main,
+          'model.embed_tokens': 'disk',
+          lm_head: 'disk',
+          'model.layers.2.mlp': 'disk',
+          'model.layers.0.self_attn.q_proj': 'disk',
+        },
+      ],
     ]
     // where nothing else is named, 'disk' runs on the CPU
     const usable = maps.filter(([name]) => name !== 'everything' || main === 'cpu')
@@ -82,7 +92,7 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
       const layer = getTrueFootprint(whole.model.layers.at(0)!)
       const before = await settle()
       using model = await load(folder, { deviceMap, quantizationConfig, offloadFolder })
-      expect(await settle() - before).toBeLessThan(all - 4 * layer)
+      expect((await settle()) - before).toBeLessThan(all - 4 * layer)
       expect(getTrueFootprint(model)).toBeLessThan(all - 4 * layer)
       expect(getMemoryFootprint(model)).toBe(getMemoryFootprint(whole))
       const probe = model.model.layers.at(2)!.mlp.down_proj
@@ -126,7 +136,10 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
   })
 
   it('keeps in memory what is tied to something in memory', async () => {
-    const path = writeTinyModel(join(root, `tied-${main.replace(':', '')}`), { ...config, tie_word_embeddings: true })
+    const path = writeTinyModel(join(root, `tied-${main.replace(':', '')}`), {
+      ...config,
+      tie_word_embeddings: true,
+    })
     using whole = await load(path, { device })
     for (const deviceMap of [
       { '': main, lm_head: 'disk' },
@@ -145,7 +158,9 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
     const quantizationConfig = { loadIn8bit: true, ...allowed }
     const error = await rejection(load(folder, { deviceMap, quantizationConfig }))
     expect(error.code).toBe('ERR_HALFBYTE_VALUE')
-    expect(error.message).toMatch(/model.layers.1 is on the disk and quantised while it is loaded; say with offloadFolder/)
+    expect(error.message).toMatch(
+      /model.layers.1 is on the disk and quantised while it is loaded; say with offloadFolder/,
+    )
     const file = join(root, `file-${main.replace(':', '')}`)
     writeFileSync(file, '')
     const before = await settle()
@@ -160,7 +175,9 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
     ;(weights.get('model.layers.1.mlp.up_proj.weight')!.data as Float32Array)[5] = NaN
     const path = writeTinyModel(join(root, `bad-${main.replace(':', '')}`), config, weights)
     const deviceMap = { '': main, 'model.layers.1': 'disk' }
-    expect((await rejection(load(path, { deviceMap }))).message).toMatch(/NaN or infinity.*model.layers.1.mlp.up_proj.weight \(1\)/)
+    expect((await rejection(load(path, { deviceMap }))).message).toMatch(
+      /NaN or infinity.*model.layers.1.mlp.up_proj.weight \(1\)/,
+    )
     const quantizationConfig = { loadIn4bit: true, ...allowed }
     const options = { deviceMap, quantizationConfig, offloadFolder: join(root, 'bad-offload') }
     expect((await rejection(load(path, options))).message).toMatch(/model.layers.1.mlp.up_proj \(1\)/)
@@ -187,7 +204,9 @@ describe('parts on the CPU beside an accelerator', () => {
     expect(new Set(Object.values(model.hfDeviceMap!))).toEqual(new Set(['cpu:1', 'cpu']))
     using whole = await load(folder, { device: 'cpu', quantizationConfig })
     expect(await logits(model)).toEqual(await logits(whole))
-    const refused = await rejection(load(folder, { deviceMap: 'auto', maxMemory, quantizationConfig: { loadIn8bit: true } }))
+    const refused = await rejection(
+      load(folder, { deviceMap: 'auto', maxMemory, quantizationConfig: { loadIn8bit: true } }),
+    )
     expect(refused.code).toBe('ERR_HALFBYTE_CONFIG')
     expect(refused.message).toMatch(/llmInt8EnableFp32CpuOffload: true/)
   })

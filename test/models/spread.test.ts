@@ -30,7 +30,8 @@ const folder = writeTinyModel(join(root, 'plain'), config)
 const tied = writeTinyModel(join(root, 'tied'), { ...config, tie_word_embeddings: true })
 const nf4 = join(goldenSubset, 'models', 'llama-bnb-nf4')
 
-const load = (path: string, options: FromPretrainedOptions) => AutoModelForCausalLM.fromPretrained(path, options)
+const load = (path: string, options: FromPretrainedOptions) =>
+  AutoModelForCausalLM.fromPretrained(path, options)
 
 async function logits(model: CausalLM): Promise<Float32Array> {
   using result = model.forward(ids)
@@ -58,12 +59,40 @@ describe.each(pairs)('a model on %s and %s', (a, b) => {
   }
 
   const maps: [string, Record<string, string>][] = [
-    ['by halves', { 'model.embed_tokens': a, 'model.layers.0': a, 'model.layers.1': a, 'model.layers': b, 'model.norm': b, 'model.rotary_emb': b, lm_head: b }],
+    [
+      'by halves',
+      {
+        'model.embed_tokens': a,
+        'model.layers.0': a,
+        'model.layers.1': a,
+        'model.layers': b,
+        'model.norm': b,
+        'model.rotary_emb': b,
+        lm_head: b,
+      },
+    ],
     ['layer by layer', { '': a, 'model.layers.0': b, 'model.layers.2': b }],
     ['with the embeddings elsewhere', { '': b, 'model.embed_tokens': a }],
     ['with the head elsewhere', { '': b, lm_head: a }],
-    ['with layers that are split', { '': b, 'model.layers.0.mlp': a, 'model.layers.1.self_attn': a, 'model.layers.2.self_attn.q_proj': a, 'model.layers.3.post_attention_layernorm': a }],
-    ['with one tensor of a layer at a time', { '': a, 'model.layers.1.mlp.down_proj': b, 'model.layers.1.mlp.gate_proj': b, 'model.layers.1.self_attn.o_proj': b }],
+    [
+      'with layers that are split',
+      {
+        '': b,
+        'model.layers.0.mlp': a,
+        'model.layers.1.self_attn': a,
+        'model.layers.2.self_attn.q_proj': a,
+        'model.layers.3.post_attention_layernorm': a,
+      },
+    ],
+    [
+      'with one tensor of a layer at a time',
+      {
+        '': a,
+        'model.layers.1.mlp.down_proj': b,
+        'model.layers.1.mlp.gate_proj': b,
+        'model.layers.1.self_attn.o_proj': b,
+      },
+    ],
   ]
 
   describe.each(maps)('%s', (_, deviceMap) => {
@@ -95,11 +124,20 @@ describe.each(pairs)('a model on %s and %s', (a, b) => {
 
   it('has every module where the map says, and no tensor elsewhere', async () => {
     const deviceMap = { '': a, 'model.layers.1': b, 'model.layers.2.mlp': b }
-    using model = await load(folder, { deviceMap, quantizationConfig: { loadIn4bit: true, bnb4bitUseDoubleQuant: true, llmInt8EnableFp32CpuOffload: true } })
+    using model = await load(folder, {
+      deviceMap,
+      quantizationConfig: {
+        loadIn4bit: true,
+        bnb4bitUseDoubleQuant: true,
+        llmInt8EnableFp32CpuOffload: true,
+      },
+    })
     for (const [path, module] of model.namedModules()) {
       const wanted = /^model\.layers\.(1|2\.mlp)(\.|$)/.test(path) ? b : a
-      for (const [, parameter] of module.ownParameters()) expect([path, parameter.device!.name]).toEqual([path, wanted])
-      for (const [, tensor] of module.ownStatistics()) expect([path, tensor.device.name]).toEqual([path, wanted])
+      for (const [, parameter] of module.ownParameters())
+        expect([path, parameter.device!.name]).toEqual([path, wanted])
+      for (const [, tensor] of module.ownStatistics())
+        expect([path, tensor.device.name]).toEqual([path, wanted])
     }
     expect(model.device!.name).toBe(a)
     const error = thrown(() => model.to(a))
@@ -127,8 +165,14 @@ describe.each(pairs)('a model on %s and %s', (a, b) => {
 
   it('takes a tied checkpoint that has the weight under the head’s name', async () => {
     const weights = tinyWeights({ ...config, tie_word_embeddings: true })
-    const renamed = new Map([...weights].map(([n, t]) => [n === 'model.embed_tokens.weight' ? 'lm_head.weight' : n, t]))
-    const path = writeTinyModel(join(root, `renamed-${b.replace(':', '')}`), { ...config, tie_word_embeddings: true }, renamed)
+    const renamed = new Map(
+      [...weights].map(([n, t]) => [n === 'model.embed_tokens.weight' ? 'lm_head.weight' : n, t]),
+    )
+    const path = writeTinyModel(
+      join(root, `renamed-${b.replace(':', '')}`),
+      { ...config, tie_word_embeddings: true },
+      renamed,
+    )
     using model = await load(path, { deviceMap: { '': a, lm_head: b } })
     close(await logits(model), (await expected(tied)).logits)
   })
@@ -150,7 +194,9 @@ describe.each(pairs)('a model on %s and %s', (a, b) => {
     expect((await logits(model)).every(Number.isFinite)).toBe(true)
     const refused = await rejection(load(nf4, { deviceMap }))
     expect(refused.code).toBe('ERR_HALFBYTE_CONFIG')
-    expect(refused.message).toMatch(/7 quantised modules would not be on an accelerator: model.layers.0.self_attn.q_proj \(cpu\)/)
+    expect(refused.message).toMatch(
+      /7 quantised modules would not be on an accelerator: model.layers.0.self_attn.q_proj \(cpu\)/,
+    )
   })
 
   it('frees both devices when it is disposed, and when loading fails', async () => {
@@ -166,7 +212,9 @@ describe.each(pairs)('a model on %s and %s', (a, b) => {
     const bad = tinyWeights(config)
     ;(bad.get('model.layers.1.mlp.up_proj.weight')!.data as Float32Array)[5] = NaN
     const path = writeTinyModel(join(root, `bad-${b.replace(':', '')}`), config, bad)
-    expect((await rejection(load(path, { deviceMap }))).message).toMatch(/model.layers.1.mlp.up_proj.weight \(1\)/)
+    expect((await rejection(load(path, { deviceMap }))).message).toMatch(
+      /model.layers.1.mlp.up_proj.weight \(1\)/,
+    )
     const after = await settle()
     after.forEach((bytes, i) => expect(bytes).toBeLessThanOrEqual(before[i]!))
   })
@@ -192,9 +240,18 @@ describe('a model of one’s own', () => {
 
   it('is spread by paths, with what its layers get moved, also in options', async () => {
     const net = new Net().to('cpu')
-    using x = Tensor.from(Float32Array.from({ length: 24 }, (_, i) => Math.sin(i)), { shape: [3, 8], device: 'cpu' })
+    using x = Tensor.from(
+      Float32Array.from({ length: 24 }, (_, i) => Math.sin(i)),
+      { shape: [3, 8], device: 'cpu' },
+    )
     const wanted = await net.forward(x).data()
-    const map: DeviceMapOption = { 'first.0': 'cpu', 'first.1': 'cpu:1', 'blocks.0': 'cpu:1', 'blocks.1.up': 'cpu', 'blocks.1.down': 'cpu:2' }
+    const map: DeviceMapOption = {
+      'first.0': 'cpu',
+      'first.1': 'cpu:1',
+      'blocks.0': 'cpu:1',
+      'blocks.1.up': 'cpu',
+      'blocks.1.down': 'cpu:2',
+    }
     expect(dispatchModel(net, map)).toEqual(map)
     const y = net.forward(x)
     expect(await y.data()).toEqual(wanted)
@@ -211,7 +268,9 @@ describe('a model of one’s own', () => {
     const map = dispatchModel(net, 'sequential', { maxMemory: { 'cpu:1': 2000, 'cpu:2': 5000 } })
     expect(new Set(Object.values(map))).toEqual(new Set(['cpu:1', 'cpu:2']))
     expect(await net.forward(x).data()).toEqual(wanted)
-    expect(thrown(() => dispatchModel(new Net(), { '': 'disk' })).message).toMatch(/cannot have modules on the disk/)
+    expect(thrown(() => dispatchModel(new Net(), { '': 'disk' })).message).toMatch(
+      /cannot have modules on the disk/,
+    )
   })
 })
 
@@ -227,17 +286,38 @@ describe.each(['cpu:1', ...(second ? [second] : [])])('layers on the CPU beside 
   it.each<[string, () => Linear]>([
     ['Linear', () => new Linear(k, k, { device: 'cpu' })],
     ['Conv1D', () => new Conv1D(k, k, { device: 'cpu' })],
-    ['Linear4bit', () => Linear4bit.fromLinear(new Linear(k, k, { device: 'cpu' }), { quantType: 'nf4', compressStatistics: true })],
-    ['Linear4bit of float16', () => Linear4bit.fromLinear(new Conv1D(k, k, { device: 'cpu' }), { computeDtype: 'bfloat16' })],
-    ['Linear8bit', () => Linear8bit.fromLinear(new Linear(k, k, { device: 'cpu' }), { threshold: 0.99, bnbExact: true })],
-    ['Linear8bit with float weights', () => Linear8bit.fromLinear(new Linear(k, k, { device: 'cpu' }), { hasFp16Weights: true })],
+    [
+      'Linear4bit',
+      () =>
+        Linear4bit.fromLinear(new Linear(k, k, { device: 'cpu' }), {
+          quantType: 'nf4',
+          compressStatistics: true,
+        }),
+    ],
+    [
+      'Linear4bit of float16',
+      () => Linear4bit.fromLinear(new Conv1D(k, k, { device: 'cpu' }), { computeDtype: 'bfloat16' }),
+    ],
+    [
+      'Linear8bit',
+      () => Linear8bit.fromLinear(new Linear(k, k, { device: 'cpu' }), { threshold: 0.99, bnbExact: true }),
+    ],
+    [
+      'Linear8bit with float weights',
+      () => Linear8bit.fromLinear(new Linear(k, k, { device: 'cpu' }), { hasFp16Weights: true }),
+    ],
   ])('multiply many rows there: %s', async (_, make) => {
     const net = new Sequential(new Linear(k, k, { device: 'cpu' }), make())
     using few = input(2)
     using many = input(80)
     using added = Tensor.full([80, k], 3, 'float32', 'cpu')
     const layer = net.at(1) as Linear
-    const run = async () => [await layer.forward(few).data(), await layer.forward(many).data(), await layer.forward(many, added).data()] as Float32Array[]
+    const run = async () =>
+      [
+        await layer.forward(few).data(),
+        await layer.forward(many).data(),
+        await layer.forward(many, added).data(),
+      ] as Float32Array[]
     const wanted = await run()
     dispatchModel(net, { 0: name, 1: 'cpu' })
     await accelerator.synchronize()
