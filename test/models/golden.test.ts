@@ -139,5 +139,25 @@ describe.each(devices())('on %s', (device) => {
       }
       expect(ids.length).toBe(expected.generated.length)
     })
+
+    if (name.includes('-bnb-')) return
+
+    it('computes nearly the same in float16', async () => {
+      using half = await AutoModelForCausalLM.fromPretrained(folder, { device, dtype: 'float16' })
+      const { most, mean } = error(await floats(half.forward(expected.sequences[0]!)), expected.logits)
+      expect(most).toBeLessThan(2e-3)
+      expect(mean).toBeLessThan(4e-4)
+    })
+
+    it('computes in 4 bits what it computes with the dequantised weights', async () => {
+      const quantizationConfig = { loadIn4bit: true, bnb4bitQuantType: 'nf4', bnb4bitUseDoubleQuant: true } as const
+      using packed = await AutoModelForCausalLM.fromPretrained(folder, { device, quantizationConfig })
+      const ids = expected.sequences[0]!
+      const logits = await floats(packed.forward(ids))
+      const { tokenIds } = await packed.generate(ids, { maxNewTokens: 4, minNewTokens: 4 })
+      expect(tokenIds.length).toBe(4)
+      const { most } = error(await floats(packed.dequantize().forward(ids)), logits)
+      expect(most).toBeLessThan(1e-5)
+    })
   })
 })
