@@ -197,18 +197,17 @@ export class SplitExperts<L extends Linear = Linear> extends Module implements E
     const whole = new Parameter(shape, { device: 'meta' })
     whole.path = name
     whole.load(tensor)
+    // what is turned round and not yet quantised stays a small part of the stack
+    const step = Math.ceil(this.numExperts / 8)
     try {
       for (const [expert, layer] of [...this.#layers(stack)].entries()) {
-        // a copy, as the whole goes
-        const own = tidy(() =>
-          keep(
-            whole.value
-              .slice(0, expert, expert + 1)
-              .reshape(...shape.slice(1))
-              .clone(),
-          ),
-        )
+        const own = tidy(() => {
+          const view = whole.value.slice(0, expert, expert + 1).reshape(...shape.slice(1))
+          // a bias stays as it is, and would keep the memory of all
+          return keep(part === 'weight' ? view : view.clone())
+        })
         await layer.ownLoad(part, own)
+        if (part === 'weight' && (expert + 1) % step === 0) await whole.value.device.synchronize()
       }
     } finally {
       whole.dispose()

@@ -152,6 +152,39 @@ describe.each(devices())('experts on %s', (device) => {
     )
   })
 
+  it.each([undefined, ...kinds.map(([, config]) => config)])(
+    'are loaded in the memory of the result and one tensor: %j',
+    async (quantizationConfig) => {
+      const [hidden, inner] = [256, 128]
+      const build = () =>
+        onMeta(() => {
+          const sizes = { count: 16, hiddenSize: hidden, intermediateSize: inner, bias: true }
+          const net = new Net()
+          net.experts = new FusedExperts({ ...sizes, activation })
+          return net
+        })
+      const at = `${folder}/large`
+      const zeros = (...shape: number[]) => Tensor.full(shape, 0.5, 'float32', device)
+      const state = new Map([
+        ['experts.gate_up_proj', zeros(16, hidden, 2 * inner)],
+        ['experts.gate_up_proj_bias', zeros(16, 2 * inner)],
+        ['experts.down_proj', zeros(16, inner, hidden)],
+        ['experts.down_proj_bias', zeros(16, hidden)],
+      ])
+      await saveStateDict(at, state)
+      for (const tensor of state.values()) tensor.dispose()
+      const largest = 16 * hidden * 2 * inner * 4
+      await device.synchronize()
+      const before = device.memoryUsage().allocated
+      device.resetPeakMemory()
+      using net = build()
+      await loadCheckpoint(net, at, { device, quantizationConfig })
+      const result = getTrueFootprint(net)
+      expect(device.memoryUsage().peak - before).toBeLessThan(result + largest * 1.35 + 65536)
+      expect(device.memoryUsage().allocated - before).toBeLessThan(result * 1.05 + 65536)
+    },
+  )
+
   it('stay in one tensor where a list says so, and move', async () => {
     using net = new Net({ device })
     const config = { loadIn4bit: true } as const
