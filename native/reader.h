@@ -26,9 +26,9 @@ void read_range(const ReadFunction& read, void* to, size_t bytes, int64_t at);
 /// A range of a file on its way to a device that is not the host.
 class ReadAhead {
  public:
-  static constexpr size_t kBytes = size_t{4} << 20;
-  static constexpr int kBuffers = 16;
-  static constexpr int kBuffersAtOnce = 4;
+  static constexpr size_t kBytes = size_t{2} << 20;
+  static constexpr int kBuffers = 32;
+  static constexpr int kBuffersAtOnce = 8;
 
   /// Starts reading. Ranges for one device must be uploaded, or given up, in the order in which they were
   /// begun: a later one may have the buffers that an earlier one gives back. Ranges that are uploaded

@@ -10,7 +10,7 @@ namespace {
 
 // From so many bytes on an upload goes through pinned buffers: several threads that fill them are several
 // times as fast as the driver's own staging.
-constexpr size_t kStaged = 2 << 20;
+constexpr size_t kStaged = 8 << 20;
 
 char* at(const Storage* storage, size_t offset) { return static_cast<char*>(storage->data()) + offset; }
 
