@@ -270,9 +270,9 @@ function mismatch(
 // -- reading
 
 /** Bytes after which a device is asked how far it is. */
-const LAP = 32 << 20
+const LAP = 128 << 20
 /** Bytes that a GPU may be given ahead: it takes memory for them one tensor after the other. */
-const AHEAD = 256 << 20
+const AHEAD = 512 << 20
 
 /**
  * Work that was queued on a device and may not be done. On the CPU what is read lies in memory until it is quantised,
