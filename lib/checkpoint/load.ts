@@ -282,6 +282,7 @@ class Backlog {
   readonly #device: Device
   readonly #limit: number
   #laps: { bytes: number; reached: Promise<void> }[] = []
+  #queueing: Promise<void>[] = []
   #bytes = 0
   #lap = 0
 
@@ -300,17 +301,20 @@ class Backlog {
     }
   }
 
-  add(bytes: number): void {
+  /** `queued`: the work of these bytes is all on the device's queue. */
+  add(bytes: number, queued: Promise<void>): void {
     this.#bytes += bytes
     this.#lap += bytes
+    this.#queueing.push(queued)
     if (this.#lap >= Math.min(LAP, this.#limit / 4)) this.#mark()
   }
 
   #mark(): void {
-    const reached = this.#device.synchronize()
+    const reached = Promise.all(this.#queueing).then(() => this.#device.synchronize())
     reached.catch(() => {}) // whoever waits for it hears of it
     this.#laps.push({ bytes: this.#lap, reached })
     this.#lap = 0
+    this.#queueing = []
   }
 }
 
@@ -352,7 +356,7 @@ async function fill(
         .catch((error: unknown) => void failures.push(error))
         .finally(() => open.delete(taken))
       open.add(taken)
-      backlog.add(bytes)
+      backlog.add(bytes, taken)
       if (!offload.isEmpty) await taken
       if (failures.length > 0) break
       loadedBytes += bytes

@@ -9,7 +9,9 @@ import {
   Linear4bit,
   type BitsAndBytesConfigOptions,
   type CausalLM,
+  type DecoderLayer,
   type FromPretrainedOptions,
+  type GatedMlp,
 } from '../../lib'
 import { rejection, thrown } from '../support/errors'
 import { temporaryFolder } from '../support/files'
@@ -41,6 +43,9 @@ const forms: [string, BitsAndBytesConfigOptions | undefined][] = [
   ['nf4 double', { loadIn4bit: true, bnb4bitQuantType: 'nf4', bnb4bitUseDoubleQuant: true, ...allowed }],
   ['int8', { loadIn8bit: true, ...allowed }],
 ]
+
+/** The MLP of a layer of a Llama. */
+const mlpOf = (model: CausalLM, layer: number) => (model.model.layers.at(layer) as DecoderLayer).mlp as GatedMlp
 
 describe.each(devices())('parts on the disk, running on %s', (device) => {
   const main = device.name
@@ -95,7 +100,7 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
       expect((await settle()) - before).toBeLessThan(all - 4 * layer)
       expect(getTrueFootprint(model)).toBeLessThan(all - 4 * layer)
       expect(getMemoryFootprint(model)).toBe(getMemoryFootprint(whole))
-      const probe = model.model.layers.at(2)!.mlp.down_proj
+      const probe = mlpOf(model, 2).down_proj
       expect(probe.weight.tensor).toBeUndefined()
       device.resetPeakMemory()
       const resident = await settle()
@@ -192,7 +197,7 @@ describe('parts on the CPU beside an accelerator', () => {
     const deviceMap = { '': name, 'model.layers.3': 'cpu', 'model.layers.4': 'cpu', lm_head: 'cpu' }
     using model = await load(folder, { deviceMap, quantizationConfig })
     using whole = await load(folder, { device: 'cpu', quantizationConfig })
-    const layer = model.model.layers.at(3)!.mlp.up_proj
+    const layer = mlpOf(model, 3).up_proj
     expect(layer instanceof Linear4bit && layer.weight.device?.name).toBe('cpu')
     expect(relativeError(await logits(model), await logits(whole))).toBeLessThan(1e-4)
   })
