@@ -139,7 +139,8 @@ export class Decoder extends Module {
     if (embeddingScale !== 1) x = mul(x, embeddingScale)
     if (this.embed_positions) {
       const offset = learnedPositions!.offset
-      x = add(x, this.embed_positions.forward(offset === 0 ? positions : add(positions, offset)))
+      const rows = this.embed_positions.forward(offset === 0 ? positions : add(positions, offset))
+      x = add(x, rows.to(x.device))
     }
     return this.embedding_norm ? this.embedding_norm.forward(x) : x
   }

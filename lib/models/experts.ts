@@ -190,7 +190,7 @@ export class SparseMlp extends Module {
   /** `residual` is added to the result. */
   forward(x: Tensor, residual?: Tensor): Tensor {
     return tidy(() => {
-      const bias = this.gate instanceof BiasedRouter ? this.gate.e_score_correction_bias.value : undefined
+      const bias = this.gate instanceof BiasedRouter ? this.gate.e_score_correction_bias.value.to(x.device) : undefined
       const logits = this.gate.forward(x).to('float32')
       const { chosen, weights } = this.#router(x.device).choose(logits, bias)
       const [taken, shares] = [chosen.to(x.dtype), weights.to(x.dtype)]
@@ -198,7 +198,7 @@ export class SparseMlp extends Module {
       for (let e = 0; e < this.#spec.count; e++) {
         sum = tidy(() => {
           // tokens of other experts go in as zeros: nothing that they would overflow to can reach the sum
-          const y = this.experts.run(e, mul(x, taken.slice(1, e, e + 1)))
+          const y = this.experts.run(e, mul(x, taken.slice(1, e, e + 1))).to(x.device)
           const part = mul(y, shares.slice(1, e, e + 1))
           return sum ? add(sum, part) : part
         })

@@ -29,7 +29,7 @@ export interface ExpertsOptions {
   device?: Placement | undefined
 }
 
-/** Something that computes experts one by one. */
+/** Something that computes experts one by one, on whatever device it has them. */
 export interface Experts {
   /** The result of an expert for x [T, hidden]. */
   run(expert: number, x: Tensor): Tensor
@@ -116,16 +116,15 @@ export class FusedExperts extends Module implements Experts {
     return linear(x, this.#matrix(stack, expert), { bias: this.#bias(stack, expert) })
   }
 
-  run(expert: number, x: Tensor): Tensor {
+  forward(expert: number, x: Tensor): Tensor {
     return tidy(() => {
       const inner = this._options.activation(this.#project('gate_up_proj', expert, x))
       return this.#project('down_proj', expert, inner)
     })
   }
 
-  /** Experts are computed one by one: run(). */
-  forward(): never {
-    throw new TypeError('FusedExperts has no forward(): see run()')
+  run(expert: number, x: Tensor): Tensor {
+    return this.forward(expert, x)
   }
 }
 
@@ -163,16 +162,15 @@ export class SplitExperts<L extends Linear = Linear> extends Module implements E
     return stack === 'down_proj' ? this.down_projs : this.gate_up_projs
   }
 
-  run(expert: number, x: Tensor): Tensor {
+  forward(expert: number, x: Tensor): Tensor {
     return tidy(() => {
       const inner = this._options.activation(this.gate_up_projs.at(expert)!.forward(x))
       return this.down_projs.at(expert)!.forward(inner)
     })
   }
 
-  /** Experts are computed one by one: run(). */
-  forward(): never {
-    throw new TypeError('SplitExperts has no forward(): see run()')
+  run(expert: number, x: Tensor): Tensor {
+    return this.forward(expert, x)
   }
 
   // -- loading of fused tensors

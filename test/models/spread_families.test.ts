@@ -1,0 +1,40 @@
+/** Every family on two devices, its parts spread in different ways: the results of one device. */
+import { AutoModelForCausalLM, type CausalLM } from '../../lib'
+import { goldenPath } from '../support/golden'
+import { goldenModels, readGoldenModel } from '../support/golden_model'
+
+async function results(model: CausalLM, ids: number[]) {
+  using logits = model.forward(ids)
+  const { tokenIds } = await model.generate(ids, { maxNewTokens: 4, minNewTokens: 4 })
+  return { logits: await logits.floats(), tokenIds }
+}
+
+describe.each(goldenModels().filter((name) => !name.includes('-bnb-')))('%s', (name) => {
+  const { folder, sequences } = readGoldenModel(goldenPath(`models/${name}`)!)
+  const ids = sequences[0]!
+
+  it.each([
+    ['plain', undefined],
+    ['in 4 bits', { loadIn4bit: true, llmInt8EnableFp32CpuOffload: true }],
+  ])('%s', async (_, quantizationConfig) => {
+    using whole = await AutoModelForCausalLM.fromPretrained(folder, { device: 'cpu', quantizationConfig })
+    const wanted = await results(whole, ids)
+    const paths = [...whole.namedModules()].map(([path]) => path)
+    const some = (pattern: RegExp, from = 0) =>
+      Object.fromEntries(paths.filter((path) => pattern.test(path)).slice(from).map((path) => [path, 'cpu:1']))
+    for (const part of [
+      some(/\.(h|layers)\.\d+$/, 1),
+      some(/\.(embed_positions|wpe|embed_in|rotary_emb)$/),
+      some(/\.(mlp|block_sparse_moe|fc1)$/),
+      some(/\.(attn|self_attn|attention|self_attention)$/, 1),
+      some(/\.(experts|router|gate|q_b_proj|kv_b_proj)$|\.experts\.1$|norm$|ln_1$/),
+    ]) {
+      if (Object.keys(part).length === 0) continue
+      const deviceMap = { '': 'cpu', ...part }
+      using model = await AutoModelForCausalLM.fromPretrained(folder, { deviceMap, quantizationConfig })
+      const got = await results(model, ids)
+      expect([part, got.tokenIds]).toEqual([part, wanted.tokenIds])
+      expect(Buffer.from(got.logits.buffer).equals(Buffer.from(wanted.logits.buffer))).toBe(true)
+    }
+  })
+})
