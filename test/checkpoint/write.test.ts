@@ -252,8 +252,8 @@ describe('when writing fails', () => {
     ['of an endless name', () => fresh() + 'x'.repeat(300), /ENAMETOOLONG/],
   ])('a folder %s is named', async (_, place, message) => {
     using model = await AutoModelForCausalLM.fromPretrained(writeTinyModel(fresh()), { device: 'cpu' })
-    for (const failing of [saveStateDict(place(), new Map()), model.savePretrained(place())]) {
-      const error = await rejection(failing)
+    for (const save of [() => saveStateDict(place(), new Map()), () => model.savePretrained(place())]) {
+      const error = await rejection(save())
       expect(error.code).toMatch(/ERR_HALFBYTE_(IO|VALUE)/)
       expect(error.message).toMatch(message)
     }
