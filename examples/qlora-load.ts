@@ -1,10 +1,17 @@
 /**
  * The way in which the QLoRA script loads its model (artidoro/qlora, qlora.py), call for call.
- * After `npm run build`: node dist/examples/qlora-load.js [DIR] [--bits 4|8] [--bf16|--fp16]
+ * After `npm run build`: node dist/examples/qlora-load.js [DIR] [--bits 4|8] [--bf16|--fp16] [--max-memory-mb N]
  */
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
-import { AutoModelForCausalLM, BitsAndBytesConfig, HalfbyteError, Linear4bit, Linear8bit } from 'halfbyte'
+import {
+  AutoModelForCausalLM,
+  BitsAndBytesConfig,
+  devices,
+  HalfbyteError,
+  Linear4bit,
+  Linear8bit,
+} from 'halfbyte'
 import type { CausalLM, ComputeDType } from 'halfbyte'
 
 interface Arguments {
@@ -14,11 +21,17 @@ interface Arguments {
   fp16: boolean
   doubleQuant: boolean
   quantType: 'nf4' | 'fp4'
+  maxMemoryMB: number
 }
 
 export async function getAccelerateModel(args: Arguments): Promise<CausalLM> {
+  const gpus = devices().filter(({ type }) => type === 'cuda')
+  const maxMemory = Object.fromEntries(gpus.map(({ name }) => [name, `${args.maxMemoryMB}MB`]))
   const computeDtype: ComputeDType = args.fp16 ? 'float16' : args.bf16 ? 'bfloat16' : 'float32'
   return AutoModelForCausalLM.fromPretrained(args.modelNameOrPath, {
+    deviceMap: 'auto',
+    // without a GPU the map is of what the machine has
+    ...(gpus.length > 0 && { maxMemory }),
     dtype: args.bf16 ? 'bfloat16' : 'float32',
     quantizationConfig: new BitsAndBytesConfig({
       loadIn4bit: args.bits === 4,
@@ -49,6 +62,7 @@ export async function main(args?: string[]): Promise<void> {
       bits: { type: 'string', default: '4' },
       bf16: { type: 'boolean', default: false },
       fp16: { type: 'boolean', default: false },
+      'max-memory-mb': { type: 'string', default: '80000' },
     },
   })
   using model = await getAccelerateModel({
@@ -58,9 +72,11 @@ export async function main(args?: string[]): Promise<void> {
     fp16: values.fp16,
     doubleQuant: true,
     quantType: 'nf4',
+    maxMemoryMB: Number(values['max-memory-mb']),
   })
   console.log(`loaded in ${model.isLoadedIn4bit ? 4 : 8} bits (${model.quantizationMethod})`)
   console.log(JSON.stringify(model.quantizationConfig, null, 2))
+  console.log(`on ${JSON.stringify(model.hfDeviceMap)}`)
   console.log(`training through the quantised layers: ${model.isQuantizedTrainingEnabled}`)
   console.log(`adapters go to ${findAllLinearNames(model).join(', ')}`)
   console.log(`${model.numParameters()} parameters in ${model.getMemoryFootprint()} bytes`)

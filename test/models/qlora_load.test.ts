@@ -1,3 +1,4 @@
+import { devices } from '../../lib/index.js'
 import { main } from '../../examples/qlora-load.js'
 
 it.each([
@@ -13,6 +14,7 @@ it.each([
   }
   expect(lines[0]).toBe(first)
   expect(lines[1]).toContain(field)
+  expect(lines[2]).toBe(`on {"":"${devices().find(({ type }) => type === 'cuda')?.name ?? 'cpu'}"}`)
   expect(lines).toContain('training through the quantised layers: true')
   expect(lines).toContain('adapters go to down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj')
   const bytes = lines.slice(-2).map((line) => Number(/(\d+) bytes/.exec(line)![1]))
