@@ -43,6 +43,7 @@ void halt_at_exit(Lane* lane) {
   static auto* lanes = new std::vector<Lane*>;
   if (lanes->empty()) {
     std::atexit([] {
+      end_process();
       for (Lane* lane : *lanes) lane->halt();
     });
   }

@@ -1,5 +1,6 @@
 #include "executor.h"
 
+#include <chrono>
 #include <new>
 #include <thread>
 
@@ -17,7 +18,11 @@ namespace {
 // waking a thread costs the JavaScript side a system call.
 constexpr int kSpins = 1000;
 
+// How often somebody who waits looks whether the process ends.
+constexpr std::chrono::milliseconds kLook{50};
+
 thread_local Device* running = nullptr;
+std::atomic<bool> ending{false};
 
 void relax() {
 #if defined(__x86_64__)
@@ -125,7 +130,9 @@ void Progress::wait(uint64_t ticket) {
   }
   std::unique_lock<std::mutex> lock(mutex_);
   waiting_.fetch_add(1, std::memory_order_seq_cst);
-  advanced_.wait(lock, [&] { return done_.load(std::memory_order_seq_cst) >= ticket; });
+  const auto come = [&] { return done_.load(std::memory_order_seq_cst) >= ticket; };
+  while (!advanced_.wait_for(lock, kLook, come) && !ending.load(std::memory_order_acquire)) {
+  }
   waiting_.fetch_sub(1, std::memory_order_seq_cst);
 }
 
@@ -150,6 +157,8 @@ uint64_t Lane::push(WorkPtr work, Queue queue, std::vector<Point> after, uint64_
 
 Device* running_device() { return running; }
 
+void end_process() { ending.store(true, std::memory_order_release); }
+
 void Lane::loop() {
   running = &device_;
   std::vector<Entry> batch;
@@ -164,8 +173,13 @@ void Lane::loop() {
       waiting_entries_.store(0, std::memory_order_release);
     }
     for (Entry& entry : batch) {
-      const std::lock_guard<std::mutex> busy(busy_);
-      for (const Point& point : entry.after) device_.order_after(entry.queue, point);
+      std::unique_lock<std::mutex> busy(busy_);
+      for (const Point& point : entry.after) {
+        device_.order_after(entry.queue, point);
+        if (point.device->progress(point.queue).reached(point.ticket)) continue;
+        busy.unlock();
+        for (;;) std::this_thread::sleep_for(std::chrono::hours(1));  // the process ends
+      }
       perform(*entry.work, device_.backend(), entry.queue);
       // Memory goes before the ticket is reported, so that whoever waited sees it gone.
       entry.work.reset();

@@ -26,6 +26,7 @@ class Progress {
  public:
   bool reached(uint64_t ticket) const { return done_.load(std::memory_order_acquire) >= ticket; }
   void advance(uint64_t ticket);
+  /// Also returns when the process ends: the work that is waited for may not be done any more.
   void wait(uint64_t ticket);
 
  private:
@@ -49,8 +50,8 @@ class Lane {
   /// on first use; throws std::system_error when there is none to be had.
   uint64_t push(WorkPtr work, Queue queue, std::vector<Point> after, uint64_t& submitted);
 
-  /// Lets the entry that is being worked on end, and none start after it. At process exit only: a driver that
-  /// is being taken down must not be called any more.
+  /// Lets the entry that is being worked on end, and none start after it. At process exit only, after
+  /// end_process(): a driver that is being taken down must not be called any more.
   void halt() { busy_.lock(); }
 
  private:
@@ -65,6 +66,9 @@ class Lane {
   bool started_ = false;
   bool asleep_ = false;
 };
+
+/// From here on lanes do not wait for each other, and begin no entry that would have had to.
+void end_process();
 
 /// The device whose work the calling thread runs, or null.
 Device* running_device();

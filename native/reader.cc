@@ -142,16 +142,17 @@ class Readers {
     work_.notify_all();
     if (!range->at_once) return;
     read_.wait(lock, [&] {
-      return std::none_of(range->pieces.begin(), range->pieces.end(),
-                          [](const Range::Piece& piece) { return piece.state == State::reading; });
+      return halted_ || std::none_of(range->pieces.begin(), range->pieces.end(),
+                                     [](const Range::Piece& piece) { return piece.state == State::reading; });
     });
   }
 
   /// The buffer with a piece of the range, once it has been read.
   Buffer take(Range& range, size_t piece) {
     std::unique_lock<std::mutex> lock(mutex_);
-    read_.wait(lock, [&] { return range.failure || range.pieces[piece].state == State::read; });
+    read_.wait(lock, [&] { return halted_ || range.failure || range.pieces[piece].state == State::read; });
     if (range.failure) throw *range.failure;
+    if (range.pieces[piece].state != State::read) fail("ERR_HALFBYTE_IO", "openFile: the process is ending");
     range.pieces[piece].state = State::taken;
     return range.pieces[piece].buffer;
   }
@@ -208,11 +209,21 @@ class Readers {
     }
   }
 
-  /// The driver takes itself down at exit while these threads still run: then they must not call it any more.
+  /// The driver takes itself down at exit while these threads still run: then they must not call it any more,
+  /// and nobody may wait for what they were about to do.
   void halt_at_exit() {
     if (halts_) return;
     halts_ = true;
-    std::atexit([] { instance().driver_.lock(); });
+    std::atexit([] { instance().halt(); });
+  }
+
+  void halt() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      halted_ = true;
+      read_.notify_all();
+    }
+    driver_.lock();
   }
 
   /// A device with something to read and a buffer to read it into.
@@ -309,7 +320,7 @@ class Readers {
   std::vector<HostRange*> helped_;
   std::shared_mutex driver_;  // shared by those who call a driver; exclusive at exit, for good
   int threads_ = 0;
-  bool halts_ = false;
+  bool halts_ = false, halted_ = false;
 };
 
 void read_range(const ReadFunction& read, void* to, size_t bytes, int64_t at) {
