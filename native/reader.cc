@@ -125,6 +125,7 @@ class Readers {
     if (!station) {
       station = std::make_unique<Station>();
       station->most = range->at_once ? ReadAhead::kBuffersAtOnce : ReadAhead::kBuffers;
+      station->free.reserve(static_cast<size_t>(station->most));  // giving back must not fail
       halt_at_exit();
     }
     station->waiting.push_back(std::move(range));
@@ -197,6 +198,7 @@ class Readers {
   /// Throws std::system_error where there is no thread to be had.
   void start() {
     if (threads_ > 0) return;
+    helped_.reserve(kMostThreads);
     const int wanted = std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 2, 2, kMostThreads);
     while (threads_ < wanted) {
       try {
