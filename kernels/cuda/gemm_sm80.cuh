@@ -1,15 +1,14 @@
 // y [M, N] = x [M, K] W [N, K]^T on the tensor cores by mma.sync, 16-bit operands, fp32 accumulation.
 //
-// A block makes kM x kN outputs with 8 warps (2 x 4), each 64 x kN / 4. Both operands are K-contiguous, so
-// both go through the same path: 16-byte asynchronous copies into a ring of kStages tiles of 32 k, rows of 64
-// bytes whose four 16-byte pieces are exchanged by (row / 2) % 4 so that neither the copies nor ldmatrix meet
-// in a bank.
+// A block makes kM x kN outputs, a warp 64 x 64, 64 x 32 or 64 x 16 of them. Both operands are K-contiguous,
+// so both go through the same path: 16-byte asynchronous copies into a ring of kStages tiles of kK k, rows of
+// 64 or 128 bytes whose 16-byte pieces are exchanged by the row so that neither the copies nor ldmatrix meet
+// in a bank. The fragments of the next 16 k are loaded while those of the last are multiplied.
 //
-//        k ->                      shared tile: row r, piece p  ->  r * 64 + (p ^ (r / 2 % 4)) * 16
-//   x [kM rows], W [kN rows] -> ring of kStages -> ldmatrix -> mma m16n8k16 -> fp32 registers -> bias,
-//   residual, y
+//        k ->
+//   x [kM rows], W [kN rows] -> ring -> ldmatrix -> mma m16n8k16 -> fp32 registers -> bias, residual, y
 //
-// Needs K % 8 = 0 and 16-byte aligned operands; any M and N (rows beyond the end are filled with zeros).
+// Needs K % 8 = 0 and 16-byte aligned operands, M, N and K below 2^31.
 #pragma once
 
 #include "mma.cuh"
@@ -17,104 +16,149 @@
 
 namespace halfbyte::cuda {
 
-template <int kM, int kN>
+template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kK_, int kStages_, int kBlocks_>
 struct Gemm {
-  static constexpr int kK = 32, kStages = 4, kThreads = 256;
-  static constexpr int kTileBytes = (kM + kN) * kK * 2;
-  static constexpr int kSharedBytes = kTileBytes * kStages;
-};
+  static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kK = kK_,
+                       kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;  // on a multiprocessor
+  static constexpr int kThreads = kWarpsM * kWarpsN * 32, kPieces = kK / 8, kRowBytes = kK * 2;
+  static constexpr int kTileBytes = (kM + kN) * kRowBytes, kSharedBytes = kTileBytes * kStages;
+  static constexpr int kTilesM = kM / kWarpsM / 16, kTilesN = kN / kWarpsN / 8;  // of a warp
+  static constexpr int kRowStep = kThreads / kPieces;  // rows that are copied at a time
+  static_assert((kK == 32 || kK == 64) && kTilesN % 2 == 0 && kRowStep % 8 == 0);
+  static_assert(kM % kRowStep == 0 && kN % kRowStep == 0);
 
-template <typename T, int kM, int kN>
-__global__ void __launch_bounds__(256)
-    gemm_kernel(Output<T> out, const T* __restrict__ x, const T* __restrict__ w, int64_t m, int64_t k) {
-  using G = Gemm<kM, kN>;
-  static_assert(kM == 128 && kN % 64 == 0, "8 warps lie 2 x 4");
-  constexpr int kWarpM = kM / 2, kWarpN = kN / 4, kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
+  __device__ static __forceinline__ int place(int row, int piece) {
+    return row * kRowBytes + (kK == 64 ? piece ^ (row % 8) : piece ^ (row / 2 % 4)) * 16;
+  }
+};
+/// For many rows; for some hundreds; for fewer. The first fits an sm_86, the last an sm_75.
+using GemmLarge = Gemm<128, 256, 2, 4, 32, 4, 1>;
+using GemmMiddle = Gemm<64, 128, 1, 4, 64, 3, 3>;
+using GemmSmall = Gemm<64, 64, 1, 4, 64, 4, 3>;
+
+template <typename T, typename G>
+__global__ void __launch_bounds__(G::kThreads, G::kBlocks)
+    gemm_kernel(Output<T> out, const T* __restrict__ x, const T* __restrict__ w, int m, int k) {
   extern __shared__ __align__(128) char shared[];
   const uint32_t base = shared_address(shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_m = warp / 4 * kWarpM, warp_n = warp % 4 * kWarpN;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = static_cast<int>(out.n);
+  const int warp_m = warp / G::kWarpsN * (G::kM / G::kWarpsM),
+            warp_n = warp % G::kWarpsN * (G::kN / G::kWarpsN);
 
-  // Blocks run down M in groups of 8 rows of blocks, so that those in flight share columns of W in L2.
-  const int64_t blocks_m = (m + kM - 1) / kM, blocks_n = (out.n + kN - 1) / kN;
-  const int64_t group = blockIdx.x / (8 * blocks_n), rows_in_group = min(int64_t{8}, blocks_m - group * 8);
-  const int64_t in_group = blockIdx.x % (8 * blocks_n);
-  const int64_t first_m = (group * 8 + in_group % rows_in_group) * kM,
-                first_n = in_group / rows_in_group * kN;
+  // Blocks run down M in groups of 16 rows of blocks, so that those in flight share columns of W in L2.
+  constexpr int kBand = 16;
+  const int blocks_m = (m + G::kM - 1) / G::kM, blocks_n = (n + G::kN - 1) / G::kN;
+  const int band = blockIdx.x / (kBand * blocks_n), in_band = blockIdx.x % (kBand * blocks_n);
+  const int width = min(kBand, blocks_m - band * kBand);
+  const int first_m = (band * kBand + in_band % width) * G::kM, first_n = in_band / width * G::kN;
 
-  const int steps = static_cast<int>((k + G::kK - 1) / G::kK);
+  const int own_row = threadIdx.x / G::kPieces, own_k = threadIdx.x % G::kPieces * 8;
+  const uint32_t own_place = base + G::place(own_row, own_k / 8);
   const auto fetch = [&](int step) {
-    const uint32_t stage = base + step % G::kStages * G::kTileBytes;
+    const uint32_t stage = own_place + step % G::kStages * G::kTileBytes;
+    const int at = step * G::kK + own_k, bytes = at < k ? 16 : 0;
+    const auto rows = [&](const T* from, int first, int last, int count, uint32_t to)
+        __attribute__((always_inline)) {
 #pragma unroll
-    for (int i = 0; i < (kM + kN) * 4 / G::kThreads; ++i) {
-      const int piece = threadIdx.x + i * G::kThreads, row = piece / 4, p = piece % 4;
-      const bool from_x = row < kM;  // uniform per iteration: kM * 4 is a multiple of the threads
-      const int64_t source_row = from_x ? first_m + row : first_n + row - kM;
-      const int64_t rows = from_x ? m : out.n, at = static_cast<int64_t>(step) * G::kK + p * 8;
-      const bool inside = source_row < rows && at < k;
-      const T* source = inside ? (from_x ? x : w) + source_row * k + at : x;
-      copy_async(stage + row * 64 + ((p ^ (row / 2 % 4)) * 16), source, inside ? 16 : 0);
-    }
+      for (int i = 0; i < count / G::kRowStep; ++i) {
+        const int row = min(first + own_row + i * G::kRowStep, last);  // what is beyond is not kept
+        copy_async(to + i * G::kRowStep * G::kRowBytes,
+                   bytes ? from + (static_cast<int64_t>(row) * k + at) : from, bytes);
+      }
+    };
+    rows(x, first_m, m - 1, G::kM, stage);
+    rows(w, first_n, n - 1, G::kN, stage + G::kM * G::kRowBytes);
   };
+  const int steps = (k + G::kK - 1) / G::kK;
 #pragma unroll
   for (int s = 0; s < G::kStages - 1; ++s) {
     if (s < steps) fetch(s);
     commit_copies();
   }
 
-  float acc[kTilesM][kTilesN][4] = {};
-  for (int step = 0; step < steps; ++step) {
-    wait_copies<G::kStages - 2>();
-    __syncthreads();
-    if (step + G::kStages - 1 < steps) fetch(step + G::kStages - 1);
-    commit_copies();
+  float acc[G::kTilesM][G::kTilesN][4] = {};
+  uint32_t a[2][G::kTilesM][4], b[2][G::kTilesN / 2][4];
+  const auto load = [&](int slot, int step, int part) __attribute__((always_inline)) {
     const uint32_t stage = base + step % G::kStages * G::kTileBytes;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t a[kTilesM][4], b[kTilesN / 2][4];
+    for (int i = 0; i < G::kTilesM; ++i)
+      load_matrices(a[slot][i], stage + G::place(warp_m + i * 16 + lane % 16, part * 2 + lane / 16));
 #pragma unroll
-      for (int i = 0; i < kTilesM; ++i) {
-        const int row = warp_m + i * 16 + lane % 16, p = half * 2 + lane / 16;
-        load_matrices(a[i], stage + row * 64 + ((p ^ (row / 2 % 4)) * 16));
+    for (int j = 0; j < G::kTilesN / 2; ++j) {
+      const int row = G::kM + warp_n + j * 16 + lane % 8 + lane / 16 * 8;
+      load_matrices(b[slot][j], stage + G::place(row, part * 2 + lane / 8 % 2));
+    }
+  };
+  wait_copies<G::kStages - 2>();
+  __syncthreads();
+  load(0, 0, 0);
+  for (int step = 0; step < steps; ++step) {
+    constexpr int kParts = G::kK / 16;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if (part < kParts - 1) {
+        load((part + 1) % 2, step, part + 1);
+      } else {  // the next step's; after the last one what nobody uses
+        wait_copies<G::kStages - 2>();
+        __syncthreads();
+        load(0, step + 1, 0);
+      }
+      if (part == 0) {
+        if (step + G::kStages - 1 < steps) fetch(step + G::kStages - 1);
+        commit_copies();
       }
 #pragma unroll
-      for (int j = 0; j < kTilesN / 2; ++j) {
-        const int row = kM + warp_n + j * 16 + lane % 8 + lane / 16 * 8, p = half * 2 + lane / 8 % 2;
-        load_matrices(b[j], stage + row * 64 + ((p ^ (row / 2 % 4)) * 16));
-      }
+      for (int i = 0; i < G::kTilesM; ++i) {
 #pragma unroll
-      for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j)
-          multiply(acc[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], T{});
+        for (int j = 0; j < G::kTilesN; ++j) {
+          const uint32_t(&pair)[4] = b[part % 2][j / 2];
+          multiply(acc[i][j], a[part % 2][i], pair[j % 2 * 2], pair[j % 2 * 2 + 1], T{});
+        }
       }
     }
   }
+  wait_copies<0>();
 
 #pragma unroll
-  for (int i = 0; i < kTilesM; ++i) {
+  for (int i = 0; i < G::kTilesM; ++i) {
 #pragma unroll
-    for (int j = 0; j < kTilesN; ++j) {
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_m + warp_m + i * 16 + lane / 4 + half * 8;
+      if (row >= m) continue;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int64_t row = first_m + warp_m + i * 16 + lane / 4 + e / 2 * 8;
-        const int64_t column = first_n + warp_n + j * 8 + lane % 4 * 2 + e % 2;
-        if (row < m && column < out.n) out.store(row, column, acc[i][j][e]);
-      }
+      for (int j = 0; j < G::kTilesN; ++j)
+        out.store_two(row, first_n + warp_n + j * 8 + lane % 4 * 2, acc[i][j][half * 2],
+                      acc[i][j][half * 2 + 1]);
     }
   }
 }
 
-template <typename T, int kM, int kN>
+template <typename T, typename G>
 cudaError_t launch_gemm(cudaStream_t stream, const Output<T>& out, const T* x, const T* w, int64_t m,
                         int64_t k) {
-  const auto kernel = gemm_kernel<T, kM, kN>;
+  const auto kernel = gemm_kernel<T, G>;
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Gemm<kM, kN>::kSharedBytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = ((m + kM - 1) / kM) * ((out.n + kN - 1) / kN);
-  kernel<<<static_cast<unsigned>(blocks), 256, Gemm<kM, kN>::kSharedBytes, stream>>>(out, x, w, m, k);
+  const int64_t blocks = ((m + G::kM - 1) / G::kM) * ((out.n + G::kN - 1) / G::kN);
+  kernel<<<static_cast<unsigned>(blocks), G::kThreads, G::kSharedBytes, stream>>>(
+      out, x, w, static_cast<int>(m), static_cast<int>(k));
   return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t gemm_sm80(const Launch& on, const Output<T>& out, const T* x, const T* w, int64_t m, int64_t k) {
+  // whether its blocks would leave less than `idle` of the multiprocessors without one
+  const auto fills = [&](int rows, int columns, int shared, double idle) {
+    const int64_t blocks = ((m + rows - 1) / rows) * ((out.n + columns - 1) / columns);
+    return static_cast<double>(blocks) >= (1.0 - idle) * on.multiprocessors && shared < on.shared;
+  };
+  if (fills(GemmLarge::kM, GemmLarge::kN, GemmLarge::kSharedBytes, 0.25))
+    return launch_gemm<T, GemmLarge>(on.stream, out, x, w, m, k);
+  if (fills(GemmMiddle::kM, GemmMiddle::kN, GemmMiddle::kSharedBytes, 0.0))
+    return launch_gemm<T, GemmMiddle>(on.stream, out, x, w, m, k);
+  return launch_gemm<T, GemmSmall>(on.stream, out, x, w, m, k);
 }
 
 }  // namespace halfbyte::cuda

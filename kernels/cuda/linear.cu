@@ -2,12 +2,16 @@
 //
 //   M <= 8            stream_kernel: W is read once at memory speed, whatever the dtypes of x and W; 16-bit
 //                     x of more than 2 rows goes to cuBLASLt where it is
-//   16-bit, one dtype cuBLASLt when it was found at run time, else gemm_sm80.cuh; both on the tensor cores
+//   16-bit, one dtype cuBLASLt when it was found at run time and there is no bias, else gemm_sm90.cu or
+//                     gemm_sm80.cuh; on the tensor cores
 //   float32           cuBLASLt, else tile_kernel
 //   everything else   tile_kernel: mixed dtypes, K % 8 != 0, unaligned operands; fp32 multiply-adds from
-//   shared memory
+//                     shared memory
+#include <algorithm>
+
 #include "cublaslt.h"
 #include "gemm_sm80.cuh"
+#include "gemm_sm90.cuh"
 
 namespace halfbyte::cuda {
 namespace {
@@ -175,11 +179,12 @@ Status CudaBackend::linear(Queue queue, View y, View x, View weight, const Epilo
       // sm_75 multiplies float16 alone on its tensor cores
       const bool on_tensor_cores = launch_.arch >= 80 || std::is_same_v<T, half_t>;
       if (on_tensor_cores && m > kStreamed && weight.dtype == x.dtype && k % 8 == 0 && k > 0 &&
-          is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
-        const int64_t tiles = ((m + 127) / 128) * ((n + 255) / 256);
-        const bool wide = tiles >= launch_.multiprocessors && Gemm<128, 256>::kSharedBytes < launch_.shared;
-        error = wide ? launch_gemm<T, 128, 256>(on, out, x.as<const T>(), weight.as<const T>(), m, k)
-                     : launch_gemm<T, 128, 64>(on, out, x.as<const T>(), weight.as<const T>(), m, k);
+          std::max({m, n, k}) <= INT32_MAX && is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
+        Launch tensor = launch_;
+        tensor.stream = on;
+        const auto* w = weight.as<const T>();
+        error = launch_.wgmma ? gemm_sm90(tensor, out, x.as<const T>(), w, m, k)
+                              : gemm_sm80(tensor, out, x.as<const T>(), w, m, k);
         return;
       }
     }

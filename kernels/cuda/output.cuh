@@ -41,6 +41,18 @@ struct Output {
     for (int i = 0; i < 4; ++i) four.v[i] = from_float<T>(bias ? values[i] + bias_at(column + i) : values[i]);
     *reinterpret_cast<Vec<T, 4>*>(y + m * n + column) = four;
   }
+  /// Columns `column`, an even one, and the next, as far as they are there.
+  __device__ __forceinline__ void store_two(int64_t m, int64_t column, float a, float b) const {
+    if (n % 2 != 0 || bias || residual || reinterpret_cast<uintptr_t>(y) % (2 * sizeof(T)) != 0) {
+      if (column < n) store(m, column, a);
+      if (column + 1 < n) store(m, column + 1, b);
+    } else if (column < n) {
+      Vec<T, 2> both;
+      both.v[0] = from_float<T>(a);
+      both.v[1] = from_float<T>(b);
+      *reinterpret_cast<Vec<T, 2>*>(y + m * n + column) = both;
+    }
+  }
 };
 
 template <typename T>

@@ -29,6 +29,26 @@ describe.each(devices())('linear on %s', (on) => {
     })
   })
 
+  // with a bias no library is asked
+  it.each([
+    [9, 16, 64],
+    [17, 33, 8],
+    [130, 260, 72],
+    [300, 515, 328],
+    [1000, 41, 136],
+    [70, 2050, 200],
+    [1700, 2050, 8],
+  ] as const)(
+    '16 bits on tensor cores: %i x %i x %i',
+    async (...shape) => {
+      for (const dtype of ['float16', 'bfloat16'] as const) {
+        await check(on, shape, dtype, dtype, { bias: dtype })
+        await check(on, shape, dtype, dtype, { bias: 'float32', residual: true })
+      }
+    },
+    60_000,
+  )
+
   it.each([1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 48, 63, 65, 100, 256, 257])('%i rows', async (m) => {
     await check(on, [m, 25, 272], 'float32', 'float32')
     await check(on, [m, 49, 129], 'float32', 'bfloat16', { bias: 'float16', residual: true })
