@@ -1,5 +1,5 @@
 // What every .cu file of the CUDA backend uses: element types, conversions, 16-byte vectors, block
-// reductions, the layout of a strided view, and launching with a checked return.
+// reductions, and launching with a checked return.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -56,6 +56,15 @@ struct alignas(sizeof(T) * N) Vec {
   T v[N];
 };
 
+/// A vector written by one instruction: a plain assignment the compiler may take apart into its elements.
+template <typename T, int N>
+__device__ __forceinline__ void store_vector(T* to, const Vec<T, N>& vector) {
+  if constexpr (N * sizeof(T) == 16)
+    __stcg(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&vector));
+  else
+    *reinterpret_cast<Vec<T, N>*>(to) = vector;
+}
+
 __host__ __device__ inline bool is_aligned(const void* p, size_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
@@ -103,43 +112,6 @@ __device__ __forceinline__ float block_max(float x) {
   return most;
 }
 
-/// A view's shape and strides as a kernel parameter, with neighbouring dimensions joined where all views
-/// allow it.
-struct Strides {
-  int64_t s[kMaxDims];
-};
-struct Extent {
-  int ndim;
-  int64_t size;
-  int64_t shape[kMaxDims];
-};
-
-/// Joins dimensions that are contiguous to each other in every one of the views; returns what is left.
-template <int N>
-Extent join_dims(const View (&views)[N], Strides (&strides)[N]) {
-  Extent e{0, views[0].size(), {}};
-  for (int d = 0; d < views[0].ndim; ++d) {
-    const int64_t length = views[0].shape[d];
-    if (length == 1) continue;
-    bool joins = e.ndim > 0;
-    for (int i = 0; i < N && joins; ++i) joins = strides[i].s[e.ndim - 1] == views[i].strides[d] * length;
-    if (joins) {
-      e.shape[e.ndim - 1] *= length;
-      for (int i = 0; i < N; ++i) strides[i].s[e.ndim - 1] = views[i].strides[d];
-    } else {
-      e.shape[e.ndim] = length;
-      for (int i = 0; i < N; ++i) strides[i].s[e.ndim] = views[i].strides[d];
-      ++e.ndim;
-    }
-  }
-  if (e.ndim == 0) {
-    e.ndim = 1;
-    e.shape[0] = e.size;
-    for (int i = 0; i < N; ++i) strides[i].s[0] = 1;
-  }
-  return e;
-}
-
 inline unsigned blocks_for(int64_t work, int64_t per_block, int64_t most = 1 << 20) {
   const int64_t blocks = (work + per_block - 1) / per_block;
   return static_cast<unsigned>(blocks < most ? blocks : most);
@@ -147,6 +119,14 @@ inline unsigned blocks_for(int64_t work, int64_t per_block, int64_t most = 1 << 
 
 /// Parts of a workspace start where any access is aligned.
 inline size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+inline bool same_shape(const View& a, const View& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.shape[i] != b.shape[i]) return false;
+  }
+  return true;
+}
 
 inline Status refuse(const char* op, const std::string& what) {
   return Status::error(Code::shape, std::string(op) + ": " + what);

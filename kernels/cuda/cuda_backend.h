@@ -53,9 +53,10 @@ class CudaBackend final : public Backend {
   Status end_capture(Graph* out) override;
   Status launch(const Graph&) override;
 
-  // elementwise.cu
+  // copy.cu
   Status fill(Queue, View y, double value) override;
   Status copy(Queue, View y, View x) override;
+  // elementwise.cu
   Status binary(Queue, View y, View a, View b, Binary op) override;
   Status activation(Queue, View y, View x, Activation act) override;
   Status gated_activation(Queue, View y, View gate, View up, Activation act) override;

@@ -1,143 +1,15 @@
-// fill, copy, binary, activation, gated_activation.
+// binary, activation, gated_activation.
 //
-// Views are reduced to as few dimensions as their strides allow. One dimension of stride 1 on every side (the
-// usual case) runs in 16-byte vectors when addresses and length allow; all else runs an element a thread,
-// with the index taken apart by division.
+// Operands of binary are reduced to as few dimensions as their strides allow. Where the last one has stride
+// 1, or 0 for an operand that is repeated along it, 16 bytes are taken at a time; all else runs an element at
+// a time. Activations run on rows in 16-byte vectors.
 #include "activation.cuh"
+#include "strided.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-template <int N>
-__device__ __forceinline__ void offsets(int64_t index, const Extent& e, const Strides (&strides)[N],
-                                        int64_t (&out)[N]) {
-  for (int i = 0; i < N; ++i) out[i] = 0;
-  for (int d = e.ndim - 1; d >= 0; --d) {
-    const int64_t at = d > 0 ? index % e.shape[d] : index;
-    index /= e.shape[d];
-    for (int i = 0; i < N; ++i) out[i] += at * strides[i].s[d];
-  }
-}
-
-template <int N>
-struct StridesOf {
-  Strides s[N];
-};
-
-// ---- any dtype to any dtype, through the widest type that holds both exactly enough
-// -----------------------------
-
-struct Scalar {
-  bool integer;
-  int64_t i;
-  double f;
-};
-
-__device__ __forceinline__ Scalar load_any(DType dtype, const void* p, int64_t at) {
-  switch (dtype) {
-    case DType::f32:
-      return {false, 0, static_cast<const float*>(p)[at]};
-    case DType::f16:
-      return {false, 0, __half2float(static_cast<const half_t*>(p)[at])};
-    case DType::bf16:
-      return {false, 0, __bfloat162float(static_cast<const bf16_t*>(p)[at])};
-    case DType::i8:
-      return {true, static_cast<const int8_t*>(p)[at], 0};
-    case DType::u8:
-      return {true, static_cast<const uint8_t*>(p)[at], 0};
-    case DType::i32:
-      return {true, static_cast<const int32_t*>(p)[at], 0};
-    default:
-      return {true, static_cast<const int64_t*>(p)[at], 0};
-  }
-}
-
-/// A float truncates towards zero and saturates, NaN gives 0; an integer keeps its low bits.
-template <typename I>
-__device__ __forceinline__ I to_integer(Scalar x, int64_t low, int64_t high) {
-  if (x.integer) return static_cast<I>(x.i);
-  if (isnan(x.f)) return 0;
-  if (x.f <= static_cast<double>(low)) return static_cast<I>(low);
-  if (x.f >= static_cast<double>(high)) return static_cast<I>(high);
-  return static_cast<I>(static_cast<int64_t>(x.f));
-}
-
-__device__ __forceinline__ void store_any(DType dtype, void* p, int64_t at, Scalar x) {
-  const float f = x.integer ? static_cast<float>(x.i) : static_cast<float>(x.f);
-  switch (dtype) {
-    case DType::f32:
-      static_cast<float*>(p)[at] = f;
-      return;
-    case DType::f16:
-      static_cast<half_t*>(p)[at] = __float2half_rn(f);
-      return;
-    case DType::bf16:
-      static_cast<bf16_t*>(p)[at] = __float2bfloat16_rn(f);
-      return;
-    case DType::i8:
-      static_cast<int8_t*>(p)[at] = to_integer<int8_t>(x, -128, 127);
-      return;
-    case DType::u8:
-      static_cast<uint8_t*>(p)[at] = to_integer<uint8_t>(x, 0, 255);
-      return;
-    case DType::i32:
-      static_cast<int32_t*>(p)[at] = to_integer<int32_t>(x, INT32_MIN, INT32_MAX);
-      return;
-    default:
-      static_cast<int64_t*>(p)[at] = to_integer<int64_t>(x, INT64_MIN, INT64_MAX);
-  }
-}
-
-__global__ void fill_kernel(void* y, DType dtype, double value, Extent e, StridesOf<1> strides) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < e.size;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    int64_t at[1];
-    offsets(i, e, strides.s, at);
-    store_any(dtype, y, at[0], {false, 0, value});
-  }
-}
-
-__global__ void convert_kernel(void* y, DType to, const void* x, DType from, Extent e, StridesOf<2> strides) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < e.size;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    int64_t at[2];
-    offsets(i, e, strides.s, at);
-    store_any(to, y, at[0], load_any(from, x, at[1]));
-  }
-}
-
-/// Same-size elements moved as bits: T is an unsigned integer of the element's size.
-template <typename T>
-__global__ void move_kernel(T* y, const T* x, Extent e, StridesOf<2> strides) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < e.size;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    int64_t at[2];
-    offsets(i, e, strides.s, at);
-    y[at[0]] = x[at[1]];
-  }
-}
-
-/// Float to float, contiguous, 4 elements a thread and step.
-template <typename To, typename From>
-__global__ void cast_kernel(To* __restrict__ y, const From* __restrict__ x, int64_t n) {
-  for (int64_t i = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) * 4; i < n;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x * 4) {
-    if (i + 4 <= n) {
-      const auto in = *reinterpret_cast<const Vec<From, 4>*>(x + i);
-      Vec<To, 4> out;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) out.v[j] = from_float<To>(to_float(in.v[j]));
-      *reinterpret_cast<Vec<To, 4>*>(y + i) = out;
-    } else {
-      for (int64_t j = i; j < n; ++j) y[j] = from_float<To>(to_float(x[j]));
-    }
-  }
-}
-
-// ---- arithmetic
-// -------------------------------------------------------------------------------------------------
 
 template <Binary op, typename T>
 __device__ __forceinline__ T apply(T a, T b) {
@@ -162,53 +34,73 @@ __device__ __forceinline__ T apply_as(T a, T b) {
     return from_float<T>(apply<op>(to_float(a), to_float(b)));
 }
 
-template <Binary op, typename T>
-__global__ void binary_vector_kernel(T* y, const T* a, const T* b, int64_t n) {
-  constexpr int N = 16 / sizeof(T);
-  for (int64_t i = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) * N; i < n;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x * N) {
-    if (i + N <= n) {
-      const auto u = *reinterpret_cast<const Vec<T, N>*>(a + i);
-      const auto v = *reinterpret_cast<const Vec<T, N>*>(b + i);
-      Vec<T, N> out;
-#pragma unroll
-      for (int j = 0; j < N; ++j) out.v[j] = apply_as<op>(u.v[j], v.v[j]);
-      *reinterpret_cast<Vec<T, N>*>(y + i) = out;
-    } else {
-      for (int64_t j = i; j < n; ++j) y[j] = apply_as<op>(a[j], b[j]);
-    }
-  }
-}
-
-template <Binary op, typename T>
-__global__ void binary_kernel(T* y, const T* a, const T* b, Extent e, StridesOf<3> strides) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < e.size;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    int64_t at[3];
-    offsets(i, e, strides.s, at);
-    y[at[0]] = apply_as<op>(a[at[1]], b[at[2]]);
-  }
-}
-
-/// y = act(x), or act(x) * up with `up`; rows of x and up may be strided. N elements a thread and step.
 template <typename T, int N>
-__global__ void activation_kernel(T* y, const T* x, const T* up, int64_t rows, int64_t cols, int64_t x_stride,
-                                  int64_t up_stride, Activation act) {
-  const int64_t steps = cols / N, total = rows * steps;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < total;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int64_t row = i / steps, col = i % steps * N;
-    const auto in = *reinterpret_cast<const Vec<T, N>*>(x + row * x_stride + col);
-    Vec<T, N> factor{};
-    if (up) factor = *reinterpret_cast<const Vec<T, N>*>(up + row * up_stride + col);
+__device__ __forceinline__ Vec<T, N> load_group(const T* x, bool repeated) {
+  if (!repeated) return *reinterpret_cast<const Vec<T, N>*>(x);
+  Vec<T, N> all;
+#pragma unroll
+  for (int j = 0; j < N; ++j) all.v[j] = *x;
+  return all;
+}
+
+/// Groups of N elements; `repeated`: one element of the operand is for all of a group.
+template <Binary op, typename T, int N>
+__global__ void __launch_bounds__(kStridedThreads)
+    binary_kernel(T* y, const T* a, const T* b, Extent e, StridesOf<3> strides, bool a_repeated,
+                  bool b_repeated) {
+  int64_t at[kInFlight][3];
+  Vec<T, N> u[kInFlight], v[kInFlight];
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    if (strided_index(i) >= e.size) break;
+    offsets(strided_index(i), e, strides.s, at[i]);
+    u[i] = load_group<T, N>(a + at[i][1], a_repeated);
+    v[i] = load_group<T, N>(b + at[i][2], b_repeated);
+  }
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    if (strided_index(i) >= e.size) break;
+    Vec<T, N> out;
+#pragma unroll
+    for (int j = 0; j < N; ++j) out.v[j] = apply_as<op>(u[i].v[j], v[i].v[j]);
+    *reinterpret_cast<Vec<T, N>*>(y + at[i][0]) = out;
+  }
+}
+
+/// y = act(x), or act(x) * up; rows of x and up may be strided. Groups of N elements, `each` of them a row.
+struct Rows {
+  int64_t count, each;
+  Divisor by_each;
+  int64_t x_stride, up_stride;
+};
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads)
+    activation_kernel(T* y, const T* x, const T* up, Rows rows, Activation act) {
+  constexpr int kGroups = 2;  // in flight
+  Vec<T, N> in[kGroups], factor[kGroups];
+  const int64_t first = blockIdx.x * static_cast<int64_t>(kThreads * kGroups) + threadIdx.x;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int64_t i = first + g * kThreads;
+    if (i >= rows.count) break;
+    const int64_t row = rows.count == rows.each ? 0 : rows.by_each.quotient(static_cast<uint64_t>(i));
+    const int64_t column = (i - row * rows.each) * N;
+    in[g] = *reinterpret_cast<const Vec<T, N>*>(x + row * rows.x_stride + column);
+    if (up) factor[g] = *reinterpret_cast<const Vec<T, N>*>(up + row * rows.up_stride + column);
+  }
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int64_t i = first + g * kThreads;
+    if (i >= rows.count) break;
     Vec<T, N> out;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      float value = activate<sizeof(T) == 2>(act, to_float(in.v[j]));
-      if (up) value *= to_float(factor.v[j]);
+      float value = activate<sizeof(T) == 2>(act, to_float(in[g].v[j]));
+      if (up) value *= to_float(factor[g].v[j]);
       out.v[j] = from_float<T>(value);
     }
-    *reinterpret_cast<Vec<T, N>*>(y + row * cols + col) = out;
+    *reinterpret_cast<Vec<T, N>*>(y + i * N) = out;
   }
 }
 
@@ -218,29 +110,32 @@ void launch_activation(cudaStream_t stream, View y, View x, View up, int64_t row
   constexpr int N = 16 / sizeof(T);
   const bool wide = cols % N == 0 && x_stride % N == 0 && up_stride % N == 0 && is_aligned(x.data, 16) &&
                     is_aligned(y.data, 16) && (!up || is_aligned(up.data, 16));
-  const T* factor = up ? up.as<const T>() : nullptr;
-  if (wide) {
-    activation_kernel<T, N><<<blocks_for(rows * cols, kThreads * N), kThreads, 0, stream>>>(
-        y.as<T>(), x.as<const T>(), factor, rows, cols, x_stride, up_stride, act);
-  } else {
-    activation_kernel<T, 1><<<blocks_for(rows * cols, kThreads), kThreads, 0, stream>>>(
-        y.as<T>(), x.as<const T>(), factor, rows, cols, x_stride, up_stride, act);
-  }
+  const auto run = [&](auto kernel, int64_t each) {
+    kernel<<<blocks_for(rows * each, kThreads * 2, INT32_MAX), kThreads, 0, stream>>>(
+        y.as<T>(), x.as<const T>(), up ? up.as<const T>() : nullptr,
+        Rows{rows * each, each, divisor_of(each), x_stride, up_stride}, act);
+  };
+  if (wide)
+    run(activation_kernel<T, N>, cols / N);
+  else
+    run(activation_kernel<T, 1>, cols);
 }
 
 template <Binary op, typename T>
 void launch_binary(cudaStream_t stream, View y, View a, View b) {
+  constexpr int N = 16 / sizeof(T);
   const View views[3] = {y, a, b};
   StridesOf<3> strides{};
-  const Extent e = join_dims(views, strides.s);
-  const bool flat = e.ndim == 1 && strides.s[0].s[0] == 1 && strides.s[1].s[0] == 1 && strides.s[2].s[0] == 1;
-  if (flat && is_aligned(y.data, 16) && is_aligned(a.data, 16) && is_aligned(b.data, 16)) {
-    binary_vector_kernel<op, T><<<blocks_for(e.size, kThreads * (16 / sizeof(T))), kThreads, 0, stream>>>(
-        y.as<T>(), a.as<const T>(), b.as<const T>(), e.size);
-  } else {
-    binary_kernel<op, T><<<blocks_for(e.size, kThreads), kThreads, 0, stream>>>(y.as<T>(), a.as<const T>(),
-                                                                                b.as<const T>(), e, strides);
-  }
+  Extent e = join_dims(views, strides.s);
+  const auto run = [&](auto kernel) {
+    kernel<<<strided_blocks(e), kStridedThreads, 0, stream>>>(y.as<T>(), a.as<const T>(), b.as<const T>(), e,
+                                                              strides, strides.s[1].s[0] == 0,
+                                                              strides.s[2].s[0] == 0);
+  };
+  if (strides.s[0].s[0] == 1 && group_elements(&e, strides.s, views, N))
+    run(binary_kernel<op, T, N>);
+  else
+    run(binary_kernel<op, T, 1>);
 }
 
 template <typename T>
@@ -261,79 +156,7 @@ void launch_binary(cudaStream_t stream, View y, View a, View b, Binary op) {
   }
 }
 
-bool same_shape(const View& a, const View& b) {
-  if (a.ndim != b.ndim) return false;
-  for (int i = 0; i < a.ndim; ++i) {
-    if (a.shape[i] != b.shape[i]) return false;
-  }
-  return true;
-}
-
 }  // namespace
-
-Status CudaBackend::fill(Queue queue, View y, double value) {
-  if (Status status = enter(); !status.ok()) return status;
-  if (y.size() == 0) return {};
-  if (y.is_contiguous() && (value == 0.0 && !std::signbit(value))) {
-    return check(cudaMemsetAsync(y.data, 0, y.size() * size_of(y.dtype), stream(queue)), "fill");
-  }
-  const View views[1] = {y};
-  StridesOf<1> strides{};
-  const Extent e = join_dims(views, strides.s);
-  fill_kernel<<<blocks_for(e.size, kThreads), kThreads, 0, stream(queue)>>>(y.data, y.dtype, value, e,
-                                                                            strides);
-  return check(cudaGetLastError(), "fill");
-}
-
-Status CudaBackend::copy(Queue queue, View y, View x) {
-  if (Status status = enter(); !status.ok()) return status;
-  if (!same_shape(y, x)) return refuse("copy", "the shapes differ");
-  if (y.size() == 0) return {};
-  const View views[2] = {y, x};
-  StridesOf<2> strides{};
-  const Extent e = join_dims(views, strides.s);
-  const unsigned blocks = blocks_for(e.size, kThreads);
-  const bool flat = e.ndim == 1 && strides.s[0].s[0] == 1 && strides.s[1].s[0] == 1;
-  if (y.dtype == x.dtype) {
-    if (flat) {
-      return check(
-          cudaMemcpyAsync(y.data, x.data, e.size * size_of(y.dtype), cudaMemcpyDeviceToDevice, stream(queue)),
-          "copy");
-    }
-    switch (size_of(y.dtype)) {
-      case 1:
-        move_kernel<<<blocks, kThreads, 0, stream(queue)>>>(y.as<uint8_t>(), x.as<const uint8_t>(), e,
-                                                            strides);
-        break;
-      case 2:
-        move_kernel<<<blocks, kThreads, 0, stream(queue)>>>(y.as<uint16_t>(), x.as<const uint16_t>(), e,
-                                                            strides);
-        break;
-      case 4:
-        move_kernel<<<blocks, kThreads, 0, stream(queue)>>>(y.as<uint32_t>(), x.as<const uint32_t>(), e,
-                                                            strides);
-        break;
-      default:
-        move_kernel<<<blocks, kThreads, 0, stream(queue)>>>(y.as<uint64_t>(), x.as<const uint64_t>(), e,
-                                                            strides);
-    }
-  } else if (flat && is_float(y.dtype) && is_float(x.dtype) && is_aligned(y.data, 16) &&
-             is_aligned(x.data, 16)) {
-    with_float_type(y.dtype, [&](auto* to) {
-      with_float_type(x.dtype, [&](auto* from) {
-        using To = std::remove_pointer_t<decltype(to)>;
-        using From = std::remove_pointer_t<decltype(from)>;
-        if constexpr (!std::is_same_v<To, From>) {
-          cast_kernel<<<blocks_for(e.size, kThreads * 4), kThreads, 0, stream(queue)>>>(
-              y.as<To>(), x.as<const From>(), e.size);
-        }
-      });
-    });
-  } else {
-    convert_kernel<<<blocks, kThreads, 0, stream(queue)>>>(y.data, y.dtype, x.data, x.dtype, e, strides);
-  }
-  return check(cudaGetLastError(), "copy");
-}
 
 Status CudaBackend::binary(Queue queue, View y, View a, View b, Binary op) {
   if (Status status = enter(); !status.ok()) return status;
