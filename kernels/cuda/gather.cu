@@ -1,77 +1,110 @@
-// Rows of a table by id: float tables, 4-bit tables and int8 tables. A block a row; ids outside the table
-// give NaN.
+// Rows of a table by id: float tables, 4-bit tables and int8 tables. Ids outside the table give NaN.
+//
+// A result is gone over in pieces of a row, up to 16 bytes, whose place follows from their number alone: any
+// length of a row keeps all lanes busy. A thread takes kInFlight of them, loaded before one is stored.
+#include "strided.cuh"
 #include "weight4.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
-struct Ids {
-  const void* data;
-  bool wide;
+/// The pieces of the result, and which row of the table each comes from.
+struct Pieces {
+  const void* ids;
+  bool wide_ids;
+  int64_t count;  // of all rows
+  int64_t each;   // of a row
+  int64_t rows;   // of the table
+  Divisor by_each;
+  bool narrow;
 
-  __device__ __forceinline__ int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  struct Place {
+    int64_t id;  // -1: not in the table
+    int64_t in_row;
+  };
+  __device__ __forceinline__ Place operator[](int64_t i) const {
+    const int64_t row = narrow ? static_cast<int64_t>(by_each.quotient(static_cast<uint32_t>(i)))
+                               : static_cast<int64_t>(by_each.quotient(static_cast<uint64_t>(i)));
+    const int64_t id =
+        wide_ids ? static_cast<const int64_t*>(ids)[row] : static_cast<const int32_t*>(ids)[row];
+    return {id >= 0 && id < rows ? id : -1, i - row * each};
   }
 };
 
-Ids ids_of(const View& ids) { return {ids.data, ids.dtype == DType::i64}; }
+Pieces pieces_of(const View& ids, int64_t each, int64_t rows) {
+  const int64_t count = ids.size() * each;
+  return {ids.data, ids.dtype == DType::i64, count, each, rows, divisor_of(each), count <= INT32_MAX};
+}
+
+/// y[i] = the piece that load() finds at a place, or NaN.
+template <typename T, int N, typename Load>
+__device__ __forceinline__ void gather(T* y, const Pieces& pieces, const Load& load) {
+  Vec<T, N> piece[kInFlight];
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    if (strided_index(i) >= pieces.count) break;
+    const auto place = pieces[strided_index(i)];
+    if (place.id >= 0) {
+      piece[i] = load(place.id * pieces.each + place.in_row, place.id);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) piece[i].v[j] = from_float<T>(NAN);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) {
+    if (strided_index(i) >= pieces.count) break;
+    *reinterpret_cast<Vec<T, N>*>(y + strided_index(i) * N) = piece[i];
+  }
+}
 
 template <typename T, int N>
-__global__ void gather_kernel(T* __restrict__ y, const T* __restrict__ table, Ids ids, int64_t count,
-                              int64_t rows, int64_t cols) {
-  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
-    const int64_t id = ids[i];
-    const bool known = id >= 0 && id < rows;
-    for (int64_t at = threadIdx.x * N; at < cols; at += blockDim.x * N) {
-      Vec<T, N> value;
-      if (known) {
-        value = *reinterpret_cast<const Vec<T, N>*>(table + id * cols + at);
-      } else {
+__global__ void __launch_bounds__(kStridedThreads)
+    gather_kernel(T* __restrict__ y, const T* __restrict__ table, Pieces pieces) {
+  gather<T, N>(y, pieces,
+               [&](int64_t at, int64_t) { return *reinterpret_cast<const Vec<T, N>*>(table + at * N); });
+}
+
+/// N elements are N / 2 bytes of codes and of one block, or one element.
+template <typename T, int N>
+__global__ void __launch_bounds__(kStridedThreads)
+    gather_4bit_kernel(T* __restrict__ y, const uint8_t* __restrict__ codes, Absmax absmax, QuantType type,
+                       int log_blocksize, Pieces pieces) {
+  __shared__ float book[16];
+  if (threadIdx.x < 16) book[threadIdx.x] = kCodebooks[static_cast<int>(type)][threadIdx.x];
+  __syncthreads();
+  gather<T, N>(y, pieces, [&](int64_t at, int64_t) {
+    const float scale = absmax[at * N >> log_blocksize];
+    Vec<T, N> out;
+    if constexpr (N == 1) {
+      const uint32_t byte = codes[at / 2];
+      out.v[0] = from_float<T>(book[at % 2 ? byte & 15 : byte >> 4] * scale);
+    } else {
+      const auto bytes = *reinterpret_cast<const Vec<uint8_t, N / 2>*>(codes + at * (N / 2));
 #pragma unroll
-        for (int j = 0; j < N; ++j) value.v[j] = from_float<T>(NAN);
-      }
-      *reinterpret_cast<Vec<T, N>*>(y + i * cols + at) = value;
+      for (int j = 0; j < N; ++j)
+        out.v[j] = from_float<T>(book[j % 2 ? bytes.v[j / 2] & 15 : bytes.v[j / 2] >> 4] * scale);
     }
-  }
+    return out;
+  });
 }
 
-template <typename T>
-__global__ void gather_4bit_kernel(T* __restrict__ y, const uint8_t* __restrict__ codes, Absmax absmax,
-                                   QuantType type, Ids ids, int64_t count, int64_t rows, int64_t cols,
-                                   int64_t blocksize) {
-  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
-    const int64_t id = ids[i];
-    for (int64_t at = threadIdx.x; at < cols; at += blockDim.x) {
-      if (id < 0 || id >= rows) {
-        y[i * cols + at] = from_float<T>(NAN);
-        continue;
-      }
-      const int64_t element = id * cols + at;
-      const uint32_t byte = codes[element / 2];
-      const uint32_t code = element % 2 ? byte & 15 : byte >> 4;
-      y[i * cols + at] =
-          from_float<T>(kCodebooks[static_cast<int>(type)][code] * absmax[element / blocksize]);
-    }
-  }
+template <typename T, int N>
+__global__ void __launch_bounds__(kStridedThreads)
+    gather_8bit_kernel(T* __restrict__ y, const int8_t* __restrict__ codes, const float* __restrict__ scb,
+                       Pieces pieces) {
+  gather<T, N>(y, pieces, [&](int64_t at, int64_t id) {
+    const float scale = scb[id];
+    const auto bytes = *reinterpret_cast<const Vec<int8_t, N>*>(codes + at * N);
+    Vec<T, N> out;
+#pragma unroll
+    for (int j = 0; j < N; ++j) out.v[j] = from_float<T>(bytes.v[j] * scale * kInt8Scale);
+    return out;
+  });
 }
 
-template <typename T>
-__global__ void gather_8bit_kernel(T* __restrict__ y, const int8_t* __restrict__ codes,
-                                   const float* __restrict__ scb, Ids ids, int64_t count, int64_t rows,
-                                   int64_t cols) {
-  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
-    const int64_t id = ids[i];
-    const bool known = id >= 0 && id < rows;
-    const float scale = known ? scb[id] : 0.0f;
-    for (int64_t at = threadIdx.x; at < cols; at += blockDim.x) {
-      y[i * cols + at] = from_float<T>(known ? codes[id * cols + at] * scale * kInt8Scale : NAN);
-    }
-  }
-}
-
-unsigned threads_for(int64_t cols) {
-  const int64_t wanted = (cols + 31) / 32 * 32;
-  return static_cast<unsigned>(wanted > 256 ? 256 : wanted < 32 ? 32 : wanted);
+unsigned gather_blocks(const Pieces& pieces) {
+  return blocks_for(pieces.count, kStridedThreads * kInFlight, INT32_MAX);
 }
 
 Status check_gather(const char* op, View y, View ids, int64_t cols) {
@@ -94,19 +127,24 @@ Status CudaBackend::gather_rows(Queue queue, View y, View table, View ids) {
   if (Status status = check_gather("gather_rows", y, ids, cols); !status.ok()) return status;
   if (y.dtype != table.dtype) return refuse_dtype("gather_rows", "y and the table must be of one dtype");
   if (y.size() == 0) return {};
-  const unsigned blocks = blocks_for(ids.size(), 1, 1 << 20);
   with_float_type(y.dtype, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;
     constexpr int N = 16 / sizeof(T);
-    const bool wide = cols % N == 0 && is_aligned(y.data, 16) && is_aligned(table.data, 16);
-    const auto run = [&](auto kernel, int64_t steps) {
-      kernel<<<blocks, threads_for(steps), 0, stream(queue)>>>(y.as<T>(), table.as<const T>(), ids_of(ids),
-                                                               ids.size(), table.shape[0], cols);
+    const auto fits = [&](int count) {
+      return cols % count == 0 && is_aligned(y.data, count * sizeof(T)) &&
+             is_aligned(table.data, count * sizeof(T));
     };
-    if (wide)
-      run(gather_kernel<T, N>, cols / N);
+    const auto run = [&](auto kernel, int count) {
+      const Pieces pieces = pieces_of(ids, cols / count, table.shape[0]);
+      kernel<<<gather_blocks(pieces), kStridedThreads, 0, stream(queue)>>>(y.as<T>(), table.as<const T>(),
+                                                                           pieces);
+    };
+    if (fits(N))
+      run(gather_kernel<T, N>, N);
+    else if (fits(N / 2))
+      run(gather_kernel<T, N / 2>, N / 2);
     else
-      run(gather_kernel<T, 1>, cols);
+      run(gather_kernel<T, 1>, 1);
   });
   return check(cudaGetLastError(), "gather_rows");
 }
@@ -119,9 +157,16 @@ Status CudaBackend::gather_rows_4bit(Queue queue, View y, const Weight4& w, View
   if (y.size() == 0) return {};
   with_float_type(y.dtype, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;
-    gather_4bit_kernel<T><<<blocks_for(ids.size(), 1, 1 << 20), threads_for(w.k), 0, stream(queue)>>>(
-        y.as<T>(), w.codes.as<const uint8_t>(), absmax_of(w), w.type, ids_of(ids), ids.size(), w.n, w.k,
-        w.blocksize);
+    constexpr int N = 16 / sizeof(T);
+    const auto run = [&](auto kernel, int count) {
+      const Pieces pieces = pieces_of(ids, w.k / count, w.n);
+      kernel<<<gather_blocks(pieces), kStridedThreads, 0, stream(queue)>>>(
+          y.as<T>(), w.codes.as<const uint8_t>(), absmax_of(w), w.type, log2_of(w.blocksize), pieces);
+    };
+    if (w.k % N == 0 && is_aligned(y.data, 16) && is_aligned(w.codes.data, N / 2))
+      run(gather_4bit_kernel<T, N>, N);
+    else
+      run(gather_4bit_kernel<T, 1>, 1);
   });
   return check(cudaGetLastError(), "gather_rows_4bit");
 }
@@ -136,10 +181,17 @@ Status CudaBackend::gather_rows_8bit(Queue queue, View y, View codes, View scb, 
   if (y.size() == 0) return {};
   with_float_type(y.dtype, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;
-    gather_8bit_kernel<T>
-        <<<blocks_for(ids.size(), 1, 1 << 20), threads_for(codes.shape[1]), 0, stream(queue)>>>(
-            y.as<T>(), codes.as<const int8_t>(), scb.as<const float>(), ids_of(ids), ids.size(),
-            codes.shape[0], codes.shape[1]);
+    constexpr int N = 16 / sizeof(T);
+    const int64_t cols = codes.shape[1];
+    const auto run = [&](auto kernel, int count) {
+      const Pieces pieces = pieces_of(ids, cols / count, codes.shape[0]);
+      kernel<<<gather_blocks(pieces), kStridedThreads, 0, stream(queue)>>>(
+          y.as<T>(), codes.as<const int8_t>(), scb.as<const float>(), pieces);
+    };
+    if (cols % N == 0 && is_aligned(y.data, 16) && is_aligned(codes.data, N))
+      run(gather_8bit_kernel<T, N>, N);
+    else
+      run(gather_8bit_kernel<T, 1>, 1);
   });
   return check(cudaGetLastError(), "gather_rows_8bit");
 }

@@ -1,8 +1,9 @@
 // rms_norm and layer_norm over the last dimension, with the residual added first.
 //
-// A block a row. The row is kept in registers between the two passes up to kKept vectors a thread (32768
-// elements of 16 bits); longer rows, and rows whose length or addresses forbid 16-byte vectors, are read
-// again.
+// A block a row. A thread keeps kKept vectors of 16 bytes of it in registers between the passes, 32768
+// elements of 16 bits in all; what is beyond, in a longer row, is read again. Blocks are as small as that
+// allows, so that some rows load while others sum. Rows whose length or addresses forbid vectors go an
+// element at a time.
 #include "common.cuh"
 
 namespace halfbyte::cuda {
@@ -14,127 +15,162 @@ struct Row {
   float weight_offset;
 };
 
-/// Loads N elements of x (+ residual, rounded to T and written to sum) as float.
-template <typename T, int N>
-__device__ __forceinline__ void load_stream(const T* x, const T* residual, T* sum, int64_t at,
-                                            float (&out)[N]) {
-  const auto a = *reinterpret_cast<const Vec<T, N>*>(x + at);
-  if (!residual) {
+/// Weight or bias of any float dtype; the same for every thread, so that the branch costs nothing.
+struct Parameter {
+  const void* data;  // null: there is none
+  DType dtype;
+
+  template <typename W, int N>
+  __device__ __forceinline__ void load_as(int64_t at, float (&out)[N]) const {
+    constexpr int kStep = N * sizeof(W) > 16 ? 16 / sizeof(W) : N;
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = to_float(a.v[j]);
-    return;
-  }
-  const auto b = *reinterpret_cast<const Vec<T, N>*>(residual + at);
-  Vec<T, N> total;
+    for (int i = 0; i < N; i += kStep) {
+      const auto some = *reinterpret_cast<const Vec<W, kStep>*>(static_cast<const W*>(data) + at + i);
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    total.v[j] = from_float<T>(to_float(a.v[j]) + to_float(b.v[j]));
-    out[j] = to_float(total.v[j]);
+      for (int j = 0; j < kStep; ++j) out[i + j] = to_float(some.v[j]);
+    }
   }
-  *reinterpret_cast<Vec<T, N>*>(sum + at) = total;
+  template <int N>
+  __device__ __forceinline__ void load(int64_t at, float (&out)[N]) const {
+    switch (dtype) {
+      case DType::f16:
+        return load_as<half_t>(at, out);
+      case DType::bf16:
+        return load_as<bf16_t>(at, out);
+      default:
+        return load_as<float>(at, out);
+    }
+  }
+};
+
+/// Sum over the block, in every thread; `partial` [32] of shared memory is not used again.
+__device__ __forceinline__ float row_sum(float x, float* partial) {
+  x = warp_sum(x);
+  if (blockDim.x == 32) return x;
+  const int lane = threadIdx.x % 32, warps = static_cast<int>(blockDim.x) / 32;
+  if (lane == 0) partial[threadIdx.x / 32] = x;
+  __syncthreads();
+  return warp_sum(lane < warps ? partial[lane] : 0.0f);
 }
 
-template <bool layer, typename T, typename W, int N>
-__global__ void norm_kernel(T* y, T* sum, const T* x, const T* residual, const W* weight, const W* bias,
-                            Row row) {
-  constexpr int kKept = 4;
+template <bool layer, typename T, int N, int kKept, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(T* y, T* sum, const T* x, const T* residual, Parameter weight, Parameter bias, Row row) {
+  using V = Vec<T, N>;
+  __shared__ float partial[2][32];
   const int64_t base = blockIdx.x * row.cols;
   x += base;
   y += base;
-  if (residual) residual += base;
-  if (sum) sum += base;
+  if (residual) {
+    residual += base;
+    sum += base;
+  }
   const int step = blockDim.x * N;
-  float kept[kKept][N];
-  float total = 0.0f, squares = 0.0f;
+  const int64_t own = threadIdx.x * N;
+  V kept[kKept];
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
-    const int64_t at = static_cast<int64_t>(i) * step + threadIdx.x * N;
-    if (at >= row.cols) continue;
-    load_stream<T, N>(x, residual, sum, at, kept[i]);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      total += kept[i][j];
-      squares += kept[i][j] * kept[i][j];
-    }
+    if (own + i * step < row.cols) kept[i] = *reinterpret_cast<const V*>(x + own + i * step);
   }
-  for (int64_t at = static_cast<int64_t>(kKept) * step + threadIdx.x * N; at < row.cols; at += step) {
-    float v[N];
-    load_stream<T, N>(x, residual, sum, at, v);
+  /// x + residual, rounded to T, also into sum
+  const auto add_residual = [&](int64_t at, V value) {
+    const V other = *reinterpret_cast<const V*>(residual + at);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      total += v[j];
-      squares += v[j] * v[j];
-    }
-  }
-  const T* stream = residual ? sum : x;  // what the later reads of long rows see: this thread wrote it
-  float mean = 0.0f, variance;
-  if constexpr (layer) {
-    mean = block_sum(total) / row.cols;
-    // the squares of the differences, not the difference of the squares: no cancellation
-    float spread = 0.0f;
+    for (int j = 0; j < N; ++j) value.v[j] = from_float<T>(to_float(value.v[j]) + to_float(other.v[j]));
+    store_vector(sum + at, value);
+    return value;
+  };
+  if (residual) {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      if (static_cast<int64_t>(i) * step + threadIdx.x * N >= row.cols) continue;
-#pragma unroll
-      for (int j = 0; j < N; ++j) spread += (kept[i][j] - mean) * (kept[i][j] - mean);
+      if (own + i * step < row.cols) kept[i] = add_residual(own + i * step, kept[i]);
     }
-    for (int64_t at = static_cast<int64_t>(kKept) * step + threadIdx.x * N; at < row.cols; at += step) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const float d = to_float(stream[at + j]) - mean;
-        spread += d * d;
-      }
-    }
-    variance = block_sum(spread) / row.cols;
-  } else {
-    variance = block_sum(squares) / row.cols;
   }
-  const float scale = rsqrtf(variance + row.eps);
-  const auto finish = [&](int64_t at, const float(&v)[N]) {
-    Vec<T, N> out;
+  const int64_t beyond = own + static_cast<int64_t>(kKept) * step;
+  const T* stream = residual ? sum : x;  // what the later reads of long rows see: this thread wrote it
+  float total = 0.0f;                    // of the squares, or of the values for a layer norm
+  const auto count = [&](const V& value) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      float value = (v[j] - mean) * scale;
-      if (weight) value *= to_float(weight[at + j]) + row.weight_offset;
-      if (layer && bias) value += to_float(bias[at + j]);
-      out.v[j] = from_float<T>(value);
+      const float v = to_float(value.v[j]);
+      total += layer ? v : v * v;
     }
-    *reinterpret_cast<Vec<T, N>*>(y + at) = out;
   };
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
-    const int64_t at = static_cast<int64_t>(i) * step + threadIdx.x * N;
-    if (at < row.cols) finish(at, kept[i]);
+    if (own + i * step < row.cols) count(kept[i]);
   }
-  for (int64_t at = static_cast<int64_t>(kKept) * step + threadIdx.x * N; at < row.cols; at += step) {
-    float v[N];
+  for (int64_t at = beyond; at < row.cols; at += step) {
+    const V value = *reinterpret_cast<const V*>(x + at);
+    count(residual ? add_residual(at, value) : value);
+  }
+  total = row_sum(total, partial[0]) / row.cols;
+  const float mean = layer ? total : 0.0f;
+  float variance = total;
+  if constexpr (layer) {
+    // the squares of the differences, not the difference of the squares: no cancellation
+    float spread = 0.0f;
+    const auto spread_of = [&](const V& value) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) v[j] = to_float(stream[at + j]);
-    finish(at, v);
+      for (int j = 0; j < N; ++j) {
+        const float d = to_float(value.v[j]) - mean;
+        spread += d * d;
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      if (own + i * step < row.cols) spread_of(kept[i]);
+    }
+    for (int64_t at = beyond; at < row.cols; at += step) spread_of(*reinterpret_cast<const V*>(stream + at));
+    variance = row_sum(spread, partial[1]) / row.cols;
   }
+  const float scale = rsqrtf(variance + row.eps);
+  const auto finish = [&](int64_t at, const V& value) {
+    V out;
+    float w[N], b[N];
+    if (weight.data) weight.load(at, w);
+    if (layer && bias.data) bias.load(at, b);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      float v = (to_float(value.v[j]) - mean) * scale;
+      if (weight.data) v *= w[j] + row.weight_offset;
+      if (layer && bias.data) v += b[j];
+      out.v[j] = from_float<T>(v);
+    }
+    store_vector(y + at, out);
+  };
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    if (own + i * step < row.cols) finish(own + i * step, kept[i]);
+  }
+  for (int64_t at = beyond; at < row.cols; at += step) finish(at, *reinterpret_cast<const V*>(stream + at));
 }
 
-template <bool layer, typename T, typename W>
+template <bool layer, typename T>
 void launch(cudaStream_t stream, View y, View sum, View x, View residual, View weight, View bias,
             const Row& row) {
-  const auto rows = static_cast<unsigned>(y.rows());
   constexpr int N = 16 / sizeof(T);
-  const bool wide = row.cols % N == 0 && is_aligned(x.data, 16) && is_aligned(y.data, 16) &&
-                    (!residual || (is_aligned(residual.data, 16) && is_aligned(sum.data, 16)));
-  // threads that hold about half of what they can keep: more rows in flight on a multiprocessor, shorter
-  // reductions
-  const int64_t wanted = (row.cols / (wide ? N * 2 : 2) + 31) / 32 * 32;
-  const int threads = static_cast<int>(wanted < 32 ? 32 : wanted > 1024 ? 1024 : wanted);
-  const auto run = [&](auto kernel) {
-    kernel<<<rows, threads, 0, stream>>>(y.as<T>(), residual ? sum.as<T>() : nullptr, x.as<const T>(),
-                                         residual ? residual.as<const T>() : nullptr,
-                                         weight ? weight.as<const W>() : nullptr,
-                                         bias ? bias.as<const W>() : nullptr, row);
+  bool wide = row.cols % N == 0 && is_aligned(x.data, 16) && is_aligned(y.data, 16) &&
+              (!residual || (is_aligned(residual.data, 16) && is_aligned(sum.data, 16)));
+  for (const View& p : {weight, bias}) wide = wide && (!p || is_aligned(p.data, 16));
+  const auto parameter = [](const View& p) {
+    return p ? Parameter{p.data, p.dtype} : Parameter{nullptr, DType::f32};
   };
-  if (wide)
-    run(norm_kernel<layer, T, W, N>);
+  const auto run = [&](auto kernel, int64_t vectors) {
+    const int64_t threads = (vectors + 31) / 32 * 32;
+    kernel<<<static_cast<unsigned>(y.rows()), static_cast<unsigned>(threads < 1024 ? threads : 1024), 0,
+             stream>>>(y.as<T>(), residual ? sum.as<T>() : nullptr, x.as<const T>(),
+                       residual ? residual.as<const T>() : nullptr, parameter(weight), parameter(bias), row);
+  };
+  const int64_t vectors = row.cols / N;
+  if (!wide)
+    run(norm_kernel<layer, T, 1, 8, 1024>, (row.cols + 7) / 8);
+  else if (vectors <= 512)
+    run(norm_kernel<layer, T, N, 2, 256>, (vectors + 1) / 2);
+  else if (vectors <= 2048)
+    run(norm_kernel<layer, T, N, 4, 512>, (vectors + 3) / 4);
   else
-    run(norm_kernel<layer, T, W, 1>);
+    run(norm_kernel<layer, T, N, 4, 1024>, (vectors + 3) / 4);
 }
 
 Status check_norm(const char* op, View y, View sum, View x, View residual, View weight, View bias) {
@@ -159,16 +195,8 @@ Status check_norm(const char* op, View y, View sum, View x, View residual, View 
 template <bool layer>
 void dispatch(cudaStream_t stream, View y, View sum, View x, View residual, View weight, View bias,
               const Row& row) {
-  const DType w = weight ? weight.dtype : bias ? bias.dtype : x.dtype;
-  with_float_type(x.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    // a norm's parameters are of the stream's dtype or fp32
-    if (w == x.dtype)
-      launch<layer, T, T>(stream, y, sum, x, residual, weight, bias, row);
-    else
-      with_float_type(w, [&](auto* p) {
-        launch<layer, T, std::remove_pointer_t<decltype(p)>>(stream, y, sum, x, residual, weight, bias, row);
-      });
+  with_float_type(x.dtype, [&](auto* p) {
+    launch<layer, std::remove_pointer_t<decltype(p)>>(stream, y, sum, x, residual, weight, bias, row);
   });
 }
 

@@ -1,9 +1,12 @@
 // Rotary embeddings and the positions of a ragged batch. Angles are made as transformers makes them: inv_freq
 // times position in fp32, then fp32 cosine and sine.
 #include "ragged.cuh"
+#include "strided.cuh"
 
 namespace halfbyte::cuda {
 namespace {
+
+constexpr int kThreads = 256;
 
 __global__ void tables_kernel(float* cos_table, float* sin_table, const float* inv_freq, int64_t half,
                               int64_t n, float scale) {
@@ -20,30 +23,69 @@ __global__ void positions_kernel(int32_t* positions, Ragged batch, int64_t token
   if (token < tokens) positions[token] = batch.locate(token).position;
 }
 
-/// A block a token; a thread a pair.
-template <typename T>
-__global__ void rope_kernel(T* y, const T* x, const float* cos_table, const float* sin_table,
-                            const int32_t* positions, int64_t x_stride, int heads, int dim, int half,
-                            int64_t table_rows, bool interleaved) {
-  const int64_t token = blockIdx.x;
+/// What a thread rotates: N pairs of a head of a token, or (numbers behind those) copies N elements that are
+/// not rotated. The positions of a token's pieces are neighbours, so that its angles come from the cache.
+struct Turns {
+  int64_t x_stride, table_rows, count;
+  int heads, dim, half;
+  int pairs, rest;  // pieces of a head: with pairs, and without
+  Divisor by_head, by_token;
+  bool narrow;
+};
+
+template <typename T, int N, bool interleaved>
+__global__ void __launch_bounds__(kThreads)
+    rope_kernel(T* y, const T* x, const float* __restrict__ cos_table, const float* __restrict__ sin_table,
+                const int32_t* __restrict__ positions, Turns turns) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (i >= turns.count) return;
+  const int each = turns.pairs + turns.rest;
+  const int64_t row = turns.narrow ? static_cast<int64_t>(turns.by_head.quotient(static_cast<uint32_t>(i)))
+                                   : static_cast<int64_t>(turns.by_head.quotient(static_cast<uint64_t>(i)));
+  const int64_t token = turns.narrow
+                            ? static_cast<int64_t>(turns.by_token.quotient(static_cast<uint32_t>(row)))
+                            : static_cast<int64_t>(turns.by_token.quotient(static_cast<uint64_t>(row)));
+  const int at = static_cast<int>(i - row * each), head = static_cast<int>(row - token * turns.heads);
+  const T* in = x + token * turns.x_stride + static_cast<int64_t>(head) * turns.dim;
+  T* out = y + row * turns.dim;
+  using V = Vec<T, N>;
+  if (at >= turns.pairs) {
+    const int from = 2 * turns.half + (at - turns.pairs) * N;
+    *reinterpret_cast<V*>(out + from) = *reinterpret_cast<const V*>(in + from);
+    return;
+  }
+  const int pair = at * N;
+  const int first = interleaved ? 2 * pair : pair, second = interleaved ? 2 * pair + N : pair + turns.half;
+  union {
+    V vectors[2];
+    T values[2 * N];
+  } x2;
+  x2.vectors[0] = *reinterpret_cast<const V*>(in + first);
+  x2.vectors[1] = *reinterpret_cast<const V*>(in + second);
   const int64_t position = positions[token];
-  const bool known = position >= 0 && position < table_rows;
-  const int rest = dim - 2 * half;
-  for (int i = threadIdx.x; i < heads * half; i += blockDim.x) {
-    const int head = i / half, pair = i % half;
-    const int first = interleaved ? 2 * pair : pair, second = interleaved ? 2 * pair + 1 : pair + half;
-    const T* in = x + token * x_stride + head * dim;
-    T* out = y + (token * heads + head) * dim;
-    const float c = known ? cos_table[position * half + pair] : NAN;
-    const float s = known ? sin_table[position * half + pair] : NAN;
-    const float a = to_float(in[first]), b = to_float(in[second]);
-    out[first] = from_float<T>(a * c - b * s);
-    out[second] = from_float<T>(b * c + a * s);
+  const bool known = position >= 0 && position < turns.table_rows;
+  constexpr int kStep = N < 4 ? N : 4;
+#pragma unroll
+  for (int k = 0; k < N; k += kStep) {
+    Vec<float, kStep> c, s;
+    if (known) {
+      c = *reinterpret_cast<const Vec<float, kStep>*>(cos_table + position * turns.half + pair + k);
+      s = *reinterpret_cast<const Vec<float, kStep>*>(sin_table + position * turns.half + pair + k);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) c.v[j] = s.v[j] = NAN;
+    }
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) {
+      T& left = x2.values[interleaved ? 2 * (k + j) : k + j];
+      T& right = x2.values[interleaved ? 2 * (k + j) + 1 : N + k + j];
+      const float l = to_float(left), r = to_float(right);
+      left = from_float<T>(l * c.v[j] - r * s.v[j]);
+      right = from_float<T>(r * c.v[j] + l * s.v[j]);
+    }
   }
-  for (int i = threadIdx.x; i < heads * rest; i += blockDim.x) {
-    const int head = i / rest, at = 2 * half + i % rest;
-    y[(token * heads + head) * dim + at] = x[token * x_stride + head * dim + at];
-  }
+  *reinterpret_cast<V*>(out + first) = x2.vectors[0];
+  *reinterpret_cast<V*>(out + second) = x2.vectors[1];
 }
 
 }  // namespace
@@ -90,16 +132,33 @@ Status CudaBackend::rope(Queue queue, View y, View x, View cos, View sin, View p
   if ((dim > 1 && x.strides[2] != 1) || (heads > 1 && x.strides[1] != dim)) {
     return refuse("rope", "the heads of x must be contiguous");
   }
-  const int64_t pairs = heads * dim / 2;
-  const unsigned threads = static_cast<unsigned>(pairs >= 256 ? 256
-                                                 : pairs < 32 ? 32
-                                                              : (pairs + 31) / 32 * 32);
   with_float_type(x.dtype, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;
-    rope_kernel<T><<<static_cast<unsigned>(tokens), threads, 0, stream(queue)>>>(
-        y.as<T>(), x.as<const T>(), cos.as<const float>(), sin.as<const float>(),
-        positions.as<const int32_t>(), x.strides[0], static_cast<int>(heads), static_cast<int>(dim),
-        static_cast<int>(cos.shape[1]), cos.shape[0], interleaved);
+    constexpr int N = 16 / sizeof(T);
+    const int64_t half = cos.shape[1], rest = dim - 2 * half;
+    const bool wide = half % N == 0 && rest % N == 0 && x.strides[0] % N == 0 && is_aligned(x.data, 16) &&
+                      is_aligned(y.data, 16) && is_aligned(cos.data, 16) && is_aligned(sin.data, 16);
+    const auto run = [&](auto kernel, int64_t count) {
+      const int64_t each = half / count + rest / count;
+      const Turns turns{x.strides[0],
+                        cos.shape[0],
+                        tokens * heads * each,
+                        static_cast<int>(heads),
+                        static_cast<int>(dim),
+                        static_cast<int>(half),
+                        static_cast<int>(half / count),
+                        static_cast<int>(rest / count),
+                        divisor_of(each),
+                        divisor_of(heads),
+                        tokens * heads * each <= INT32_MAX};
+      kernel<<<blocks_for(turns.count, kThreads, INT32_MAX), kThreads, 0, stream(queue)>>>(
+          y.as<T>(), x.as<const T>(), cos.as<const float>(), sin.as<const float>(),
+          positions.as<const int32_t>(), turns);
+    };
+    if (interleaved)
+      wide ? run(rope_kernel<T, N, true>, N) : run(rope_kernel<T, 1, true>, 1);
+    else
+      wide ? run(rope_kernel<T, N, false>, N) : run(rope_kernel<T, 1, false>, 1);
   });
   return check(cudaGetLastError(), "rope");
 }
