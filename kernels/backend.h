@@ -228,7 +228,8 @@ class Backend {
   /// y[i, :] = table[ids[i], :]; ids int32 or int64. An id outside 0 .. V-1 gives a row of NaN.
   virtual Status gather_rows(Queue queue, View y, View table, View ids) = 0;
   /// y[0] = mean of x (float32), summed in double.
-  virtual Status mean(Queue queue, View y, View x) = 0;
+  virtual size_t mean_workspace(const View& x) const = 0;
+  virtual Status mean(Queue queue, View y, View x, View workspace) = 0;
   /// y[0] (int32) = number of NaN and infinite elements of x (float).
   virtual Status count_nonfinite(Queue queue, View y, View x) = 0;
 

@@ -82,7 +82,8 @@ Status gated_activation(Backend& b, Queue q, A a, View) {
               [&](Activation act) { return b.gated_activation(q, a.out[0], a.in[0], a.in[1], act); });
 }
 Status gather_rows(Backend& b, Queue q, A a, View) { return b.gather_rows(q, a.out[0], a.in[0], a.in[1]); }
-Status mean(Backend& b, Queue q, A a, View) { return b.mean(q, a.out[0], a.in[0]); }
+Status mean(Backend& b, Queue q, A a, View workspace) { return b.mean(q, a.out[0], a.in[0], workspace); }
+size_t mean_space(const Backend& b, A a) { return b.mean_workspace(a.in[0]); }
 Status count_nonfinite(Backend& b, Queue q, A a, View) { return b.count_nonfinite(q, a.out[0], a.in[0]); }
 
 // ---- norms
@@ -278,7 +279,7 @@ const Op kOps[] = {
     {"activation", "r", "r", 1, activation, nullptr},
     {"gated_activation", "r", "rr", 1, gated_activation, nullptr},
     {"gather_rows", "r", "rr", 0, gather_rows, nullptr},
-    {"mean", "r", "r", 0, mean, nullptr},
+    {"mean", "r", "r", 0, mean, mean_space},
     {"count_nonfinite", "r", "r", 0, count_nonfinite, nullptr},
     {"rms_norm", "ro", "ror", 2, rms_norm, nullptr},
     {"layer_norm", "ro", "rooo", 1, layer_norm, nullptr},

@@ -47,7 +47,8 @@ class CpuBackend final : public Backend {
   Status gather_rows_4bit(Queue, View y, const Weight4& w, View ids) override;
   Status gather_rows_8bit(Queue, View y, View codes, View scb, View ids) override;
   // reduce.cc
-  Status mean(Queue, View y, View x) override;
+  size_t mean_workspace(const View&) const override { return 0; }
+  Status mean(Queue, View y, View x, View workspace) override;
   Status count_nonfinite(Queue, View y, View x) override;
   // norms.cc
   Status rms_norm(Queue, View y, View sum, View x, View residual, View weight, float eps,

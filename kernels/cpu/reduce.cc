@@ -35,7 +35,7 @@ Sum sum_pieces(int64_t n, const Body& body) {
 
 }  // namespace
 
-Status CpuBackend::mean(Queue, View y, View x) {
+Status CpuBackend::mean(Queue, View y, View x, View) {
   if (x.dtype != DType::f32 || y.dtype != DType::f32) return refuse_dtype("mean", "operands must be float32");
   if (y.size() != 1 || !x.is_contiguous()) return refuse("mean", "y must have one element, x be contiguous");
   const float* p = x.as<float>();

@@ -65,7 +65,8 @@ class CudaBackend final : public Backend {
   Status gather_rows_4bit(Queue, View y, const Weight4& w, View ids) override;
   Status gather_rows_8bit(Queue, View y, View codes, View scb, View ids) override;
   // reduce.cu
-  Status mean(Queue, View y, View x) override;
+  size_t mean_workspace(const View& x) const override;
+  Status mean(Queue, View y, View x, View workspace) override;
   Status count_nonfinite(Queue, View y, View x) override;
   // norms.cu
   Status rms_norm(Queue, View y, View sum, View x, View residual, View weight, float eps,
@@ -119,9 +120,10 @@ class CudaBackend final : public Backend {
                                    const RaggedBatch&) const override;
   Status paged_attention(Queue, View y, View q, View key_cache, View value_cache, const RaggedBatch&,
                          const AttentionOptions&, View workspace) override;
-  // sampling.cu
+  // logits.cu
   Status cross_entropy(Queue, View out, View logits, View targets) override;
   Status argmax(Queue, View y, View x) override;
+  // sampling.cu
   size_t sample_workspace(const View& logits) const override;
   Status sample(Queue, View tokens, View logits, View params, View rng, View seen, View workspace) override;
 

@@ -1,9 +1,11 @@
-// cross_entropy, argmax and sample over rows of logits. The rules of sample are backend.h's and those of the
-// CPU backend, draw for draw: ../random.h.
+// sample, over rows of logits. Its rules are backend.h's and those of the CPU backend, draw for draw:
+// ../random.h.
 //
 // A block of 1024 threads a row. Nothing is sorted: top-k and top-p are both the smallest key that has less
 // than a given weight above it, found by a radix search over histograms of the keys' bits in shared memory.
-// Weights are added as integers of 2^-40, so that sums do not depend on the order in which threads come.
+// For top-k only keys count that are not below the k-th largest of the threads' own maxima: few. Weights are
+// added as integers of 2^-40, so that sums do not depend on the order in which threads come. A greedy row is
+// read once and nothing else.
 #include "../random.h"
 #include "common.cuh"
 
@@ -35,53 +37,6 @@ __device__ Best block_best(Best best) {
   return best;
 }
 
-template <typename T>
-__device__ Best row_best(const T* x, int64_t n) {
-  Best best{-INFINITY, 0};
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const float value = to_float(x[i]);
-    if (value > best.value) best = {value, i};
-  }
-  // a thread that saw nothing above -inf offers index 0, which is the answer when no thread did
-  return block_best(best);
-}
-
-template <typename T>
-__global__ void argmax_kernel(int32_t* y, const T* x, int64_t n) {
-  const Best best = row_best(x + blockIdx.x * n, n);
-  if (threadIdx.x == 0) y[blockIdx.x] = best.value == -INFINITY ? 0 : static_cast<int32_t>(best.index);
-}
-
-__device__ double block_sum_double(double x) {
-  __shared__ double partial[32];
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0.0;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) x += partial[w];
-  __syncthreads();
-  return x;
-}
-
-template <typename T>
-__global__ void cross_entropy_kernel(float* out, const T* logits, const void* targets, bool wide, int64_t n) {
-  const T* x = logits + blockIdx.x * n;
-  const int64_t target = wide ? static_cast<const int64_t*>(targets)[blockIdx.x]
-                              : static_cast<const int32_t*>(targets)[blockIdx.x];
-  if (target < 0 || target >= n) {
-    if (threadIdx.x == 0) out[blockIdx.x] = target < 0 ? 0.0f : NAN;
-    return;
-  }
-  const float top = row_best(x, n).value;
-  double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += expf(to_float(x[i]) - top);
-  sum = block_sum_double(sum);
-  if (threadIdx.x == 0) {
-    out[blockIdx.x] =
-        static_cast<float>(log(sum) + (static_cast<double>(top) - static_cast<double>(to_float(x[target]))));
-  }
-}
-
 /// Unsigned keys in the order of the floats (no NaN; -0 and 0 are one).
 __device__ __forceinline__ uint32_t key_of(float x) {
   const uint32_t bits = __float_as_uint(x + 0.0f);
@@ -100,6 +55,29 @@ struct Histogram {
   int chosen;
   Weight above;
 };
+
+/// The sum over the threads before this one, and over all. Every thread of the block calls it.
+struct Prefix {
+  Weight before, total;
+};
+__device__ Prefix block_prefix(Weight own) {
+  __shared__ Weight warps[kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Weight sum = own;
+  for (int step = 1; step < 32; step *= 2) {
+    const Weight other = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) warps[warp] = sum;
+  __syncthreads();
+  Prefix prefix{sum - own, 0};
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w < warp) prefix.before += warps[w];
+    prefix.total += warps[w];
+  }
+  __syncthreads();
+  return prefix;
+}
 
 /// The smallest key K among those >= floor such that the weights of all keys above K sum to less than
 /// `target`. Weights of 1 when `weights` is null. As in the CPU backend.
@@ -126,115 +104,140 @@ __device__ uint32_t threshold(Histogram& h, const float* l, const float* weights
       h.present[bucket] = 1;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      int chosen = -1;
-      Weight before = h.above;
-      for (int b = buckets - 1; b >= 0; --b) {
-        if (!h.present[b]) continue;
-        if (chosen >= 0 && !(before < target)) break;
-        chosen = b;
-        h.above = before;
-        before += h.sums[b];
-      }
-      h.chosen = chosen;
-      if (chosen >= 0) h.prefix = (prefix << width) | static_cast<uint32_t>(chosen);
+    // from the highest bucket downwards, two a thread: the lowest one with less than the target above it
+    const int high = buckets - 1 - 2 * static_cast<int>(threadIdx.x);
+    const Weight upper = high > 0 ? h.sums[high] : 0, lower = high > 0 ? h.sums[high - 1] : 0;
+    if (threadIdx.x == 0) h.chosen = INT_MAX;
+    const Weight above = h.above + block_prefix(upper + lower).before;
+    if (high > 0) {
+      if (h.present[high] && above < target) atomicMin(&h.chosen, high);
+      if (h.present[high - 1] && above + upper < target) atomicMin(&h.chosen, high - 1);
     }
     __syncthreads();
-    if (h.chosen < 0) return floor;
+    const int chosen = h.chosen;
+    if (chosen == INT_MAX) return floor;
+    __syncthreads();
+    if (chosen == high || chosen == high - 1) {
+      h.above = chosen == high ? above : above + upper;
+      h.prefix = (prefix << width) | static_cast<uint32_t>(chosen);
+    }
+    __syncthreads();
   }
   const uint32_t key = h.prefix;
   __syncthreads();
   return key;
 }
 
-__device__ Weight block_sum_weight(Weight x) {
-  __shared__ Weight partial[32];
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = 0;
-  for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) x += partial[w];
-  __syncthreads();
-  return x;
-}
-
 template <typename T>
 __device__ int64_t choose(Histogram& h, const T* logits, int64_t n, const float* params, double u,
                           const uint8_t* seen, float* l, float* weights) {
-  const float penalty = params[kRepetitionPenalty];
+  const float penalty = params[kRepetitionPenalty], temperature = params[kTemperature], top_p = params[kTopP];
   const bool penalise = seen && penalty > 0.0f && penalty != 1.0f;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+  const bool greedy = !(temperature > 0.0f) || top_p <= 0.0f;
+  // a thread that sees nothing above -infinity offers index 0, which is the answer when no thread does
+  Best best{-INFINITY, 0};
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
     float x = to_float(logits[i]);
     x = isnan(x) ? -INFINITY : fminf(x, kLargest);
     if (penalise && seen[i]) x = fminf(kLargest, x < 0.0f ? x * penalty : __fdiv_rn(x, penalty));
-    l[i] = x;
+    if (!greedy) l[i] = x;
+    if (x > best.value) best = {x, i};
   }
-  __syncthreads();
-  const Best best = row_best(l, n);
+  best = block_best(best);
   if (best.value == -INFINITY) return 0;
-  const float temperature = params[kTemperature], top_p = params[kTopP];
-  if (!(temperature > 0.0f) || top_p <= 0.0f) return best.index;
-  if (temperature != 1.0f) {
-    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
-      // -infinity stays: what a caller has masked is never chosen
-      if (l[i] >= -kLargest) l[i] = fmaxf(-kLargest, fminf(kLargest, __fdiv_rn(l[i], temperature)));
-    }
-    __syncthreads();
+  if (greedy) return best.index;
+  const auto warm = [&](float x) {
+    // -infinity stays: what a caller has masked is never chosen
+    if (temperature == 1.0f || !(x >= -kLargest)) return x;
+    return fmaxf(-kLargest, fminf(kLargest, __fdiv_rn(x, temperature)));
+  };
+  const float most = warm(best.value);
+  float own_most = -INFINITY;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+    const float x = warm(l[i]);
+    l[i] = x;
+    weights[i] = expf(x - most);
+    own_most = fmaxf(own_most, x);
   }
-  const float most = row_best(l, n).value;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) weights[i] = expf(l[i] - most);
   __syncthreads();
   uint32_t floor = key_of(-kLargest);
   const float k = params[kTopK];
   if (k >= 1.0f && k < static_cast<float>(n)) {
-    floor = max(floor, threshold(h, l, nullptr, n, floor, static_cast<Weight>(k)));
+    const Weight count = static_cast<Weight>(k);
+    uint32_t least = floor;
+    if (count <= kThreads) {
+      // so many of the threads' maxima are at least that large
+      __shared__ float maxima[kThreads];
+      maxima[threadIdx.x] = own_most;
+      __syncthreads();
+      least = max(least, threshold(h, maxima, nullptr, kThreads, floor, count));
+    }
+    floor = max(floor, threshold(h, l, nullptr, n, least, count));
   }
   if (top_p < 1.0f) {
     Weight total = 0;
-    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) {
       if (key_of(l[i]) >= floor) total += weight_of(weights[i]);
     }
-    total = block_sum_weight(total);
+    total = block_prefix(total).total;
     // the target is above 0: something is always kept
     const Weight target = static_cast<Weight>(ceil(static_cast<double>(top_p) * static_cast<double>(total)));
     floor = max(floor, threshold(h, l, weights, n, floor, target > 0 ? target : Weight{1}));
   }
   const float min_p = fminf(params[kMinP], 1.0f);
   const bool use_min_p = params[kMinP] > 0.0f;
-  const auto kept = [&](int64_t i) {
-    return key_of(l[i]) >= floor && !(use_min_p && weights[i] < min_p && l[i] < most);
+  const auto weight_at = [&](int64_t i) -> Weight {
+    const bool kept = key_of(l[i]) >= floor && !(use_min_p && weights[i] < min_p && l[i] < most);
+    return kept ? weight_of(weights[i]) : 0;
   };
-  // each thread a run of tokens, so that the running sum goes in the order of the indices
-  const int64_t run = (n + blockDim.x - 1) / blockDim.x, begin = threadIdx.x * run, end = min(n, begin + run);
+  // each warp a run of tokens; the running sum goes in the order of the indices
+  const int lane = threadIdx.x % 32;
+  const int64_t run = (n + kThreads / 32 - 1) / (kThreads / 32), begin = threadIdx.x / 32 * run;
+  const int64_t end = min(n, begin + run);
   Weight own = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    if (kept(i)) own += weight_of(weights[i]);
-  }
-  __shared__ Weight before[kThreads];
+#pragma unroll 4
+  for (int64_t i = begin + lane; i < end; i += 32) own += weight_at(i);
+  for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(0xffffffffu, own, step);
+  const Prefix prefix = block_prefix(lane == 0 ? own : 0);
+  Weight sum = __shfl_sync(0xffffffffu, prefix.before, 0);
+  const Weight target = static_cast<Weight>(u * static_cast<double>(prefix.total));
   __shared__ int64_t chosen;
-  before[threadIdx.x] = own;
   if (threadIdx.x == 0) chosen = -1;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    Weight sum = 0;
-    for (int t = 0; t < static_cast<int>(blockDim.x); ++t) {
-      const Weight mine = before[t];
-      before[t] = sum;
-      sum += mine;
-    }
-    h.above = sum;
-  }
-  __syncthreads();
-  const Weight target = static_cast<Weight>(u * static_cast<double>(h.above));
-  if (own > 0 && before[threadIdx.x] <= target && target < before[threadIdx.x] + own) {
-    Weight sum = before[threadIdx.x];
-    for (int64_t i = begin; i < end; ++i) {
-      if (!kept(i)) continue;
-      sum += weight_of(weights[i]);
-      if (sum > target) {
-        chosen = i;
+  if (own > 0 && sum <= target && target < sum + own) {
+    // this warp's run: eight tokens a lane at a time
+    constexpr int kEach = 8;
+    for (int64_t first = begin; first < end; first += 32 * kEach) {
+      Weight some[kEach], mine = 0;
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        const int64_t i = first + lane * kEach + j;
+        some[j] = i < end ? weight_at(i) : 0;
+        mine += some[j];
+      }
+      Weight upto = mine;
+      for (int step = 1; step < 32; step *= 2) {
+        const Weight other = __shfl_up_sync(0xffffffffu, upto, step);
+        if (lane >= step) upto += other;
+      }
+      const unsigned passed = __ballot_sync(0xffffffffu, sum + upto > target);
+      if (passed != 0) {
+        if (lane == __ffs(static_cast<int>(passed)) - 1) {
+          Weight running = sum + upto - mine;
+          for (int j = 0; j < kEach; ++j) {
+            running += some[j];
+            if (running > target) {
+              chosen = first + lane * kEach + j;
+              break;
+            }
+          }
+        }
         break;
       }
+      sum += __shfl_sync(0xffffffffu, upto, 31);
     }
   }
   __syncthreads();
@@ -261,42 +264,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 }  // namespace
-
-Status CudaBackend::cross_entropy(Queue queue, View out, View logits, View targets) {
-  if (Status status = enter(); !status.ok()) return status;
-  if (logits.ndim != 2 || !logits.is_contiguous() || !out.is_contiguous() || !targets.is_contiguous() ||
-      out.size() != logits.shape[0] || targets.size() != logits.shape[0]) {
-    return refuse("cross_entropy", "logits must be [R, V], targets and the result [R], all contiguous");
-  }
-  if (!is_float(logits.dtype) || out.dtype != DType::f32 ||
-      (targets.dtype != DType::i32 && targets.dtype != DType::i64)) {
-    return refuse_dtype("cross_entropy", "logits must be float, targets int32 or int64, the result float32");
-  }
-  if (out.size() == 0) return {};
-  with_float_type(logits.dtype, [&](auto* p) {
-    using T = std::remove_pointer_t<decltype(p)>;
-    cross_entropy_kernel<T><<<static_cast<unsigned>(out.size()), kThreads, 0, stream(queue)>>>(
-        out.as<float>(), logits.as<const T>(), targets.data, targets.dtype == DType::i64, logits.shape[1]);
-  });
-  return check(cudaGetLastError(), "cross_entropy");
-}
-
-Status CudaBackend::argmax(Queue queue, View y, View x) {
-  if (Status status = enter(); !status.ok()) return status;
-  if (x.ndim < 1 || !x.is_contiguous() || !y.is_contiguous() || y.size() != x.rows()) {
-    return refuse("argmax", "x must be [..., V] and the result [...], contiguous");
-  }
-  if (!is_float(x.dtype) || y.dtype != DType::i32)
-    return refuse_dtype("argmax", "x must be float and the result int32");
-  if (y.size() == 0) return {};
-  if (x.cols() == 0) return refuse("argmax", "rows of nothing");
-  with_float_type(x.dtype, [&](auto* p) {
-    using T = std::remove_pointer_t<decltype(p)>;
-    argmax_kernel<T><<<static_cast<unsigned>(y.size()), kThreads, 0, stream(queue)>>>(
-        y.as<int32_t>(), x.as<const T>(), x.cols());
-  });
-  return check(cudaGetLastError(), "argmax");
-}
 
 size_t CudaBackend::sample_workspace(const View& logits) const {
   return static_cast<size_t>(logits.size()) * 2 * 4;
