@@ -1,7 +1,9 @@
 // Between the flat and the tiled layout of a 4-bit weight (formats.h), and the values of a tiled one.
 //
-// A warp takes a tile of 16 rows x 64 k through shared memory: rows are read and written in whole 32-byte
-// sectors (codes) or 128-byte lines (16-bit values), the tile as 16 bytes a lane.
+// A tile is 16 rows x 64 k. Into the tiled layout a lane reads the two rows that its 16 bytes come from,
+// whole (the lanes of a group of four read the same), and picks its byte of every word. Back, and for values,
+// a warp takes a tile through shared memory. Rows are read and written in whole 32-byte sectors (codes) or
+// 128-byte lines (16-bit values), tiles as 16 bytes a lane; absmax go 16 rows x 64 tiles at a time.
 #include "tiled4.cuh"
 
 namespace halfbyte::cuda {
@@ -13,44 +15,92 @@ constexpr int kWarps = 8;
 __device__ __forceinline__ int row_of(int lane, int i) { return lane / 4 + i % 2 * 8; }
 __device__ __forceinline__ int byte_of(int lane, int i) { return i / 4 * 8 + i % 4 / 2 * 4 + lane % 4; }
 
-template <bool to_tiled>
+/// Where the flat codes of row `row` of a tile begin.
+__device__ __forceinline__ int64_t flat_row(int64_t tile, int row, int64_t k) {
+  const int64_t across = k / kTileK;
+  return (tile / across * kTileRows + row) * (k / 2) + tile % across * (kTileK / 2);
+}
+
+constexpr int kTiles = 2;  // of a warp
+
 __global__ void __launch_bounds__(kWarps * 32)
-    codes_kernel(uint8_t* __restrict__ to, const uint8_t* __restrict__ from, int64_t tiles, int64_t k) {
+    to_tiled_kernel(uint8_t* __restrict__ to, const uint8_t* __restrict__ from, int64_t tiles, int64_t k) {
+  const int lane = threadIdx.x % 32;
+  const int64_t first = (blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / 32) * kTiles;
+  uint32_t rows[kTiles][2][8];
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    if (first + tile >= tiles) break;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const auto* row = reinterpret_cast<const uint4*>(from + flat_row(first + tile, lane / 4 + 8 * h, k));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 four = row[i];
+        rows[tile][h][4 * i] = four.x;
+        rows[tile][h][4 * i + 1] = four.y;
+        rows[tile][h][4 * i + 2] = four.z;
+        rows[tile][h][4 * i + 3] = four.w;
+      }
+    }
+  }
+  const uint32_t pick = (lane % 4) | (lane % 4 + 4) << 4;  // this lane's byte of two words
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    if (first + tile >= tiles) break;
+    uint32_t piece[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t low = __byte_perm(rows[tile][0][2 * j], rows[tile][1][2 * j], pick);
+      const uint32_t high = __byte_perm(rows[tile][0][2 * j + 1], rows[tile][1][2 * j + 1], pick);
+      piece[j] = __byte_perm(low, high, 0x5410);
+    }
+    *reinterpret_cast<uint4*>(to + (first + tile) * 512 + lane * 16) =
+        make_uint4(piece[0], piece[1], piece[2], piece[3]);
+  }
+}
+
+__global__ void __launch_bounds__(kWarps * 32)
+    to_flat_kernel(uint8_t* __restrict__ to, const uint8_t* __restrict__ from, int64_t tiles, int64_t k) {
   __shared__ __align__(16) uint8_t shared[kWarps][kTileRows][kTileK / 2];
   auto& rows = shared[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
   const int64_t tile = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.x / 32;
   if (tile >= tiles) return;
-  const int64_t across = k / kTileK;
-  const int64_t flat =
-      (tile / across * kTileRows + lane / 2) * (k / 2) + tile % across * (kTileK / 2) + lane % 2 * 16;
   using Piece = Vec<uint8_t, 16>;
-  Piece& in_row = *reinterpret_cast<Piece*>(&rows[lane / 2][lane % 2 * 16]);
-  const int64_t tiled = tile * 512 + lane * 16;
-  Piece piece;
-  if (to_tiled) {
-    in_row = *reinterpret_cast<const Piece*>(from + flat);
-    __syncwarp();
+  const Piece piece = *reinterpret_cast<const Piece*>(from + tile * 512 + lane * 16);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) piece.v[i] = rows[row_of(lane, i)][byte_of(lane, i)];
-    *reinterpret_cast<Piece*>(to + tiled) = piece;
-  } else {
-    piece = *reinterpret_cast<const Piece*>(from + tiled);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) rows[row_of(lane, i)][byte_of(lane, i)] = piece.v[i];
-    __syncwarp();
-    *reinterpret_cast<Piece*>(to + flat) = in_row;
-  }
+  for (int i = 0; i < 16; ++i) rows[row_of(lane, i)][byte_of(lane, i)] = piece.v[i];
+  __syncwarp();
+  *reinterpret_cast<Piece*>(to + flat_row(tile, lane / 2, k) + lane % 2 * 16) =
+      *reinterpret_cast<const Piece*>(&rows[lane / 2][lane % 2 * 16]);
 }
 
+constexpr int kRun = 64;  // tiles across of which a block takes the absmax
+
 template <typename S>
-__global__ void absmax_kernel(S* __restrict__ to, const S* __restrict__ from, int64_t n, int64_t k,
-                              bool to_tiled) {
-  const int64_t across = k / kTileK;
-  for (int64_t flat = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; flat < n * across;
-       flat += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int64_t tiled = tiled_block(flat / across, flat % across, k);
-    to[to_tiled ? tiled : flat] = from[to_tiled ? flat : tiled];
+__global__ void __launch_bounds__(256) absmax_kernel(S* __restrict__ to, const S* __restrict__ from,
+                                                     int64_t across, int64_t runs, bool to_tiled) {
+  __shared__ S some[kTileRows][kRun + 4 / sizeof(S)];
+  const int64_t rows = blockIdx.x / runs, begin = blockIdx.x % runs * kRun;
+  const int length = static_cast<int>(min(int64_t{kRun}, across - begin));
+  const int64_t flat = rows * kTileRows * across + begin, tiled = (rows * across + begin) * kTileRows;
+  for (int i = threadIdx.x; i < kTileRows * kRun; i += blockDim.x) {
+    if (to_tiled) {
+      const int row = i / kRun, tile = i % kRun;
+      if (tile < length) some[row][tile] = from[flat + row * across + tile];
+    } else if (i < length * kTileRows) {
+      some[i % kTileRows / 2 + i % 2 * 8][i / kTileRows] = from[tiled + i];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTileRows * kRun; i += blockDim.x) {
+    if (!to_tiled) {
+      const int row = i / kRun, tile = i % kRun;
+      if (tile < length) to[flat + row * across + tile] = some[row][tile];
+    } else if (i < length * kTileRows) {
+      to[tiled + i] = some[i % kTileRows / 2 + i % 2 * 8][i / kTileRows];
+    }
   }
 }
 
@@ -111,17 +161,22 @@ Status CudaBackend::tile_4bit(Queue queue, View codes, View absmax, View from_co
   if (!is_aligned(codes.data, 16) || !is_aligned(from_codes.data, 16))
     return refuse("tile_4bit", "the codes are not 16-byte aligned");
   const bool to_tiled = to == Layout4::tiled;
-  const auto kernel = to_tiled ? codes_kernel<true> : codes_kernel<false>;
-  kernel<<<blocks_for(tiles, kWarps, INT32_MAX), kWarps * 32, 0, stream(queue)>>>(
-      codes.as<uint8_t>(), from_codes.as<const uint8_t>(), tiles, k);
-  const unsigned blocks = blocks_for(tiles * 16, 256);
-  if (absmax.dtype == DType::f32) {
-    absmax_kernel<<<blocks, 256, 0, stream(queue)>>>(absmax.as<float>(), from_absmax.as<const float>(), n, k,
-                                                     to_tiled);
-  } else {
-    absmax_kernel<<<blocks, 256, 0, stream(queue)>>>(absmax.as<uint8_t>(), from_absmax.as<const uint8_t>(), n,
-                                                     k, to_tiled);
-  }
+  if (to_tiled)
+    to_tiled_kernel<<<blocks_for(tiles, kWarps * kTiles, INT32_MAX), kWarps * 32, 0, stream(queue)>>>(
+        codes.as<uint8_t>(), from_codes.as<const uint8_t>(), tiles, k);
+  else
+    to_flat_kernel<<<blocks_for(tiles, kWarps, INT32_MAX), kWarps * 32, 0, stream(queue)>>>(
+        codes.as<uint8_t>(), from_codes.as<const uint8_t>(), tiles, k);
+  const int64_t across = k / kTileK, runs = (across + kRun - 1) / kRun;
+  const auto move_absmax = [&](auto* p) {
+    using S = std::remove_pointer_t<decltype(p)>;
+    absmax_kernel<S><<<static_cast<unsigned>(n / kTileRows * runs), 256, 0, stream(queue)>>>(
+        absmax.as<S>(), from_absmax.as<const S>(), across, runs, to_tiled);
+  };
+  if (absmax.dtype == DType::f32)
+    move_absmax(static_cast<float*>(nullptr));
+  else
+    move_absmax(static_cast<uint8_t*>(nullptr));
   return check(cudaGetLastError(), "tile_4bit");
 }
 
