@@ -1,148 +1,173 @@
-/** Every kind of op on the shapes of an 8-billion-parameter Llama, beside a copy that moves the same bytes. */
-import { ops, Tensor, type Device } from 'halfbyte'
-import { runAsProgram, type Benchmark, type Row } from './support/benchmark.js'
+/**
+ * Every kind of op beside a copy of as many bytes, on the shapes of an 8-billion-parameter Llama. On a GPU the operands
+ * have 64 MB and more and are taken, as the results are, in turn from more memory than the caches hold, by replays of
+ * graphs; on the CPU they are those of a step of 64 tokens.
+ */
+import { HalfbyteError, ops, Tensor, type Device } from 'halfbyte'
+import { runAsProgram, type Benchmark, type Context, type Report, type Row } from './support/benchmark.js'
 import { compare, type Contender } from './support/measure.js'
+import { LARGE, opCases, SMALL, type OpCase, type Results } from './support/op_cases.js'
 import { normalTensor } from './support/random.js'
+import { coldCopiesOnGpu, copyBandwidth, timeReplays } from './support/replays.js'
 
-const HIDDEN = 4096
-const INNER = 14336
-const ROWS = 64
-const VOCABULARY = 128256
 const HEADS = 32
 const KV_HEADS = 8
 const HEAD = 128
 const CONTEXT = 2048
 const BLOCK = 16
 
-interface Case extends Contender {
-  shape: string
-  /** Read and written. */
-  bytes: number
-}
-
 /** One sequence that has CONTEXT tokens in the cache and asks about one more. */
-function attention(device: Device): Case {
+function attention(device: Device): OpCase {
   const blocks = CONTEXT / BLOCK
-  const cache = [1, 2].map((seed) => normalTensor([blocks, BLOCK, KV_HEADS, HEAD], 1, device, seed))
   const integers = (values: number[], shape: number[]) =>
     Tensor.from(Int32Array.from(values), { shape, device })
-  const batch = {
-    queryStarts: integers([0, 1], [2]),
-    lengths: integers([CONTEXT], [1]),
-    blockTable: integers(
-      Array.from({ length: blocks }, (_, i) => i),
-      [1, blocks],
-    ),
-  }
-  const q = normalTensor([1, HEADS, HEAD], 1, device)
   return {
-    name: 'pagedAttention',
+    op: 'pagedAttention',
+    dtype: 'float32',
     shape: `1 x ${HEADS} x ${HEAD} on ${CONTEXT}`,
     bytes: 2 * CONTEXT * KV_HEADS * HEAD * 4,
-    call: () => ops.pagedAttention(q, cache[0]!, cache[1]!, batch, { scale: 1 / Math.sqrt(HEAD) }),
+    operands: () => [
+      normalTensor([1, HEADS, HEAD], 1, device),
+      ...[1, 2].map((seed) => normalTensor([blocks, BLOCK, KV_HEADS, HEAD], 1, device, seed)),
+      integers([0, 1], [2]),
+      integers([CONTEXT], [1]),
+      integers(
+        Array.from({ length: blocks }, (_, i) => i),
+        [1, blocks],
+      ),
+    ],
+    call: ([q, keys, values, queryStarts, lengths, blockTable]) => [
+      ops.pagedAttention(
+        q!,
+        keys!,
+        values!,
+        { queryStarts: queryStarts!, lengths: lengths!, blockTable: blockTable! },
+        { scale: 1 / Math.sqrt(HEAD) },
+      ),
+    ],
   }
 }
 
-function cases(device: Device): Case[] {
-  const x = normalTensor([ROWS, HIDDEN], 1, device)
-  const y = normalTensor([ROWS, HIDDEN], 1, device, 2)
-  const gate = normalTensor([ROWS, INNER], 1, device)
-  const norm = normalTensor([HIDDEN], 1, device, 3)
-  const table = normalTensor([VOCABULARY / 8, HIDDEN], 1, device)
-  const ids = Tensor.from(
-    Int32Array.from({ length: ROWS }, (_, i) => (i * 7919) % (VOCABULARY / 8)),
-    { device },
-  )
-  const logits = normalTensor([1, VOCABULARY], 1, device)
-  const weight = normalTensor([HIDDEN, HIDDEN], 0.02, device)
-  const { codes, absmax } = ops.quantizeBlocks4(weight, 'nf4', 64)
-  const packed: ops.Packed4 = { codes, absmax, quantType: 'nf4', blocksize: 64, n: HIDDEN, k: HIDDEN }
-  const small = ROWS * HIDDEN * 4
-  const large = HIDDEN * HIDDEN * 4
-  const rows = `${ROWS} x ${HIDDEN}`
-  const square = `${HIDDEN} x ${HIDDEN}`
-  return [
-    { name: 'add', shape: rows, bytes: 3 * small, call: () => ops.add(x, y) },
-    { name: 'rmsNorm', shape: rows, bytes: 2 * small, call: () => ops.rmsNorm(x, norm, 1e-5) },
-    { name: 'layerNorm', shape: rows, bytes: 2 * small, call: () => ops.layerNorm(x, norm, norm, 1e-5) },
-    {
-      name: 'gatedActivation',
-      shape: `${ROWS} x ${INNER}`,
-      bytes: 3 * ROWS * INNER * 4,
-      call: () => ops.gatedActivation(gate, gate, 'silu'),
-    },
-    { name: 'gatherRows', shape: rows, bytes: 2 * small, call: () => ops.gatherRows(table, ids) },
-    { name: 'to float16', shape: square, bytes: 1.5 * large, call: () => weight.to('float16') },
-    {
-      name: 'quantizeBlocks4',
-      shape: square,
-      bytes: large * (1 + 1 / 8 + 1 / 64),
-      call: () => {
-        const made = ops.quantizeBlocks4(weight, 'nf4', 64)
-        made.codes.dispose()
-        return made.absmax
-      },
-    },
-    {
-      name: 'dequantizeBlocks4',
-      shape: square,
-      bytes: large * (1 + 1 / 8 + 1 / 64),
-      call: () => ops.dequantizeBlocks4(packed, 'float32'),
-    },
-    {
-      name: 'int8QuantizeRows',
-      shape: square,
-      bytes: large * 1.25,
-      call: () => {
-        const made = ops.int8QuantizeRows(weight)
-        made.codes.dispose()
-        return made.rowAbsmax
-      },
-    },
+const dispose = (tensors: Results) => tensors.forEach((tensor) => tensor.dispose())
+const nbytes = (tensors: Results) => tensors.reduce((sum, tensor) => sum + tensor.nbytes, 0)
+
+async function onCpu({ device, rounds }: Context): Promise<Report> {
+  const rows: Row[] = []
+  for (const { op, shape, operands, call, bytes } of [
+    ...opCases(device, 'float32', SMALL),
     attention(device),
-    { name: 'argmax', shape: `1 x ${VOCABULARY}`, bytes: VOCABULARY * 4, call: () => ops.argmax(logits) },
-  ]
+  ]) {
+    const set = operands()
+    const contender: Contender = {
+      name: op,
+      call: () => {
+        const [first, ...others] = call(set)
+        dispose(others)
+        return first!
+      },
+    }
+    const results = call(set)
+    const moved = bytes ?? nbytes(set) + nbytes(results)
+    dispose(results)
+    const source = normalTensor([Math.ceil(moved / 8)], 1, device)
+    const target = Tensor.empty(source.shape, 'float32', device)
+    const copy: Contender = { name: 'copy', call: () => ops.copyInto(target, source).share() }
+    const times = await compare(device, [contender, copy], { rounds })
+    const { min, median } = times.get(op)!
+    const baseline = times.get('copy')!.min
+    rows.push({
+      op,
+      shape,
+      us: min * 1e6,
+      median_us: median * 1e6,
+      gb_per_s: moved / min / 1e9,
+      copy_us: baseline * 1e6,
+      share: baseline / min,
+    })
+    dispose([...set, source, target])
+  }
+  return {
+    columns: {
+      op: 'op',
+      shape: 'shape',
+      us: 'us',
+      median_us: 'median us',
+      gb_per_s: 'GB/s',
+      copy_us: 'copy us',
+      share: "of the copy's speed",
+    },
+    rows,
+    baseline: 'copy_us',
+    notes: [],
+  }
+}
+
+/** A time without a result is worth nothing. */
+async function checkFinite(op: string, results: Results): Promise<void> {
+  for (const result of results) {
+    if (!['float32', 'float16', 'bfloat16'].includes(result.dtype)) continue
+    using count = ops.countNonfinite(result)
+    if ((await count.item()) !== 0)
+      throw new HalfbyteError('ERR_HALFBYTE_INTERNAL', `${op} gave numbers that are not finite`)
+  }
+}
+
+async function timeOnGpu(device: Device, { op, operands, call, bytes }: OpCase, rounds: number) {
+  const sets = [operands()]
+  const results = call(sets[0]!)
+  await checkFinite(op, results)
+  const moved = bytes ?? nbytes(sets[0]!) + nbytes(results)
+  dispose(results)
+  const copies = coldCopiesOnGpu(moved)
+  while (sets.length < copies) sets.push(sets[0]!.map((tensor) => tensor.clone()))
+  const queue = (i: number) => {
+    const made = call(sets[i]!)
+    return { dispose: () => dispose(made) }
+  }
+  try {
+    return { moved, seconds: await timeReplays(device, copies, queue, rounds, copies) }
+  } finally {
+    sets.forEach(dispose)
+  }
+}
+
+async function onGpu({ device, rounds }: Context): Promise<Report> {
+  const copy = await copyBandwidth(device, rounds)
+  const rows: Row[] = []
+  const cases = (['bfloat16', 'float32'] as const).flatMap((dtype) => opCases(device, dtype, LARGE))
+  for (const one of [...cases, attention(device)]) {
+    const { moved, seconds } = await timeOnGpu(device, one, rounds)
+    rows.push({
+      op: one.op,
+      dtype: one.dtype,
+      shape: one.shape,
+      mb: moved / 1e6,
+      us: seconds * 1e6,
+      tb_per_s: moved / seconds / 1e12,
+      copy_us: (moved / copy) * 1e6,
+      share: moved / seconds / copy,
+    })
+  }
+  return {
+    columns: {
+      op: 'op',
+      dtype: 'dtype',
+      shape: 'shape',
+      mb: 'MB',
+      us: 'us',
+      tb_per_s: 'TB/s',
+      share: "of the copy's speed",
+    },
+    rows,
+    baseline: 'copy_us',
+    notes: [`copy in this run: ${(copy / 1e12).toFixed(2)} TB/s, read and written`],
+  }
 }
 
 export const benchmark: Benchmark = {
   name: 'ops',
-  summary: 'single ops on float32, beside a copy that moves as many bytes',
-  async run({ device, rounds }) {
-    const rows: Row[] = []
-    for (const { shape, bytes, ...contender } of cases(device)) {
-      const source = normalTensor([Math.ceil(bytes / 8)], 1, device)
-      const target = Tensor.empty(source.shape, 'float32', device)
-      const copy: Contender = { name: 'copy', call: () => ops.copyInto(target, source).share() }
-      const times = await compare(device, [contender, copy], { rounds })
-      const { min, median } = times.get(contender.name)!
-      const baseline = times.get('copy')!.min
-      rows.push({
-        op: contender.name,
-        shape,
-        us: min * 1e6,
-        median_us: median * 1e6,
-        gb_per_s: bytes / min / 1e9,
-        copy_us: baseline * 1e6,
-        share: baseline / min,
-      })
-      source.dispose()
-      target.dispose()
-    }
-    return {
-      columns: {
-        op: 'op',
-        shape: 'shape',
-        us: 'us',
-        median_us: 'median us',
-        gb_per_s: 'GB/s',
-        copy_us: 'copy us',
-        share: "of the copy's speed",
-      },
-      rows,
-      baseline: 'copy_us',
-      notes: [],
-    }
-  },
+  summary: 'single ops, beside a copy that moves as many bytes',
+  run: (context) => (context.device.type === 'cuda' ? onGpu(context) : onCpu(context)),
 }
 
 export { benchmark as ops }

@@ -15,16 +15,25 @@ export function coldCopiesOnGpu(bytes: number): number {
   return Math.max(2, Math.ceil(COLD_BYTES / bytes))
 }
 
-/** Median seconds per call over `rounds` samples; `call(i)` queues one and gives its result. */
+/**
+ * Median seconds per call over `rounds` samples; `call(i)` queues one and gives its result. So many results are there at
+ * once as `live` says, and are written to in turn: as many as `copies` where results are as large as operands.
+ */
 export async function timeReplays(
   device: Device,
   copies: number,
-  call: (i: number) => Tensor,
+  call: (i: number) => { dispose(): void },
   rounds: number,
+  live = 1,
 ): Promise<number> {
   const once = async (calls: number, replays: number): Promise<number> => {
     using graph = device.capture(() => {
-      for (let i = 0; i < calls; i++) call(i % copies).dispose()
+      const results: { dispose(): void }[] = []
+      for (let i = 0; i < calls; i++) {
+        results.push(call(i % copies))
+        if (results.length >= live) results.shift()!.dispose()
+      }
+      for (const result of results) result.dispose()
     })
     graph.replay()
     await device.synchronize()
