@@ -136,6 +136,73 @@ describe.each(devices())('layout on %s', (device) => {
     )
   })
 
+  describe.each(DTYPES)('copies of %s', (dtype) => {
+    it.each([
+      [
+        [65, 100],
+        [1, 0],
+      ],
+      [
+        [3, 70, 129],
+        [0, 2, 1],
+      ],
+      [
+        [70, 3, 33],
+        [2, 1, 0],
+      ],
+      [
+        [5, 40, 64],
+        [1, 0, 2],
+      ],
+      [
+        [20, 7, 18],
+        [1, 2, 0],
+      ],
+    ])('%j permuted by %j, into a permuted view too', async (shape, order) => {
+      const n = shape.reduce((a, b) => a * b, 1)
+      const values = Float32Array.from({ length: n }, (_, i) => (i * 37) % 101)
+      const x = from(values, shape, dtype)
+      const permuted = x.permute(...order)
+      const strides = permuted.strides
+      const expected: number[] = []
+      const walk = (d: number, at: number) => {
+        if (d === permuted.ndim) expected.push(values[at]!)
+        else for (let i = 0; i < permuted.shape[d]!; i++) walk(d + 1, at + i * strides[d]!)
+      }
+      walk(0, 0)
+      expect(await numbers(permuted.clone())).toEqual(expected)
+      const back = Tensor.zeros(shape, dtype, device)
+      back.permute(...order).copyFrom(permuted.clone())
+      expect(await numbers(back)).toEqual([...values])
+    })
+
+    it('columns of a matrix, at any offset and of any width', async () => {
+      const values = Float32Array.from({ length: 40 * 200 }, (_, i) => (i * 37) % 101)
+      const x = from(values, [40, 200], dtype)
+      for (const [begin, end] of [
+        [0, 128],
+        [8, 136],
+        [16, 200],
+        [4, 68],
+        [1, 65],
+        [3, 36],
+      ] as const) {
+        const expected = Array.from({ length: 40 }, (_, r) => [
+          ...values.subarray(200 * r + begin, 200 * r + end),
+        ]).flat()
+        const part = x.slice(1, begin, end)
+        expect(await numbers(part.clone())).toEqual(expected)
+        const wide = part.to(dtype === 'float32' ? 'bfloat16' : 'float32')
+        expect(await numbers(wide)).toEqual(expected)
+        expect(await numbers(part.to(dtype === 'int64' ? 'int32' : 'int64'))).toEqual(expected)
+        const y = Tensor.zeros([40, 200], dtype, device)
+        y.slice(1, begin, end).copyFrom(part.clone())
+        const kept = values.map((v, i) => (i % 200 >= begin && i % 200 < end ? v : 0))
+        expect(await numbers(y)).toEqual([...kept])
+      }
+    })
+  })
+
   it('reads elements at odd byte offsets of a parent and broadcasts in copies', async () => {
     const x = from([1, 2, 3, 4, 5], [5], 'bfloat16').slice(0, 1, 4)
     expect(await numbers(x.to('float32'))).toEqual([2, 3, 4])
@@ -315,6 +382,14 @@ describe.each(devices())('layout on %s', (device) => {
   })
 
   describe.each(FLOATS)('gatherRows of %s', (dtype) => {
+    it.each([1, 4, 33, 64, 100, 1000])('takes rows of %i', async (cols) => {
+      const table = from(randn(50 * cols, 3), [50, cols], dtype)
+      const rows = await numbers(table)
+      const wanted = Array.from({ length: 301 }, (_, i) => (i * 37) % 50)
+      const y = ops.gatherRows(table, Tensor.from(wanted, { dtype: 'int32', device }))
+      expect(await numbers(y)).toEqual(wanted.flatMap((r) => rows.slice(cols * r, cols * r + cols)))
+    })
+
     it.each(['int32', 'int64'] as const)('takes %s ids of any shape', async (ids) => {
       const table = from(randn(7 * 5, 3), [7, 5], dtype)
       const rows = await numbers(table)

@@ -186,8 +186,14 @@ describe.each(devices())('4-bit linear on %s', (on) => {
     }
 
     it.each(['nf4', 'fp4'] as const)('has the values of %s', async (quantType) => {
-      for (const nested of [false, true]) {
-        const { weight } = randomPacked(48, 320, on, { quantType, nested })
+      // the second has more tiles across than are moved at a time
+      for (const [n, k, nested] of [
+        [48, 320, false],
+        [48, 320, true],
+        [32, 64 * 67, false],
+        [32, 64 * 67, true],
+      ] as const) {
+        const { weight } = randomPacked(n, k, on, { quantType, nested })
         const tiled = { ...weight, ...ops.tile4(weight, 'tiled'), layout: 'tiled' as const }
         for (const dtype of FLOATS) {
           const expected = await ops.dequantizeBlocks4(weight, dtype).data()

@@ -38,6 +38,10 @@ const SHAPES = [
   [5, 129],
   [6, 1000],
   [1, 4096],
+  [40, 256],
+  [2, 8200],
+  [1, 20000],
+  [1, 40008],
 ] as const
 
 describe.each(devices())('norms on %s', (device) => {

@@ -80,6 +80,12 @@ describe.each(devices())('choosing tokens on %s', (device) => {
       expect(await of([-Infinity, NaN, -Infinity])).toBe(0)
       expect(await of([1, Infinity, 5])).toBe(1)
       expect(await of([-0, 0])).toBe(0)
+      // parts of a long row that different threads look at
+      const long = gaussian(100003, 9)
+      for (const i of [99990, 70001, 50000, 12345]) {
+        long[i] = 50
+        expect(await of([...long])).toBe(i)
+      }
     })
   })
 
