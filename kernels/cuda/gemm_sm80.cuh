@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(G::kThreads, G::kBlocks)
       if (row >= m) continue;
 #pragma unroll
       for (int j = 0; j < G::kTilesN; ++j)
-        out.store_two(row, first_n + warp_n + j * 8 + lane % 4 * 2, acc[i][j][half * 2],
-                      acc[i][j][half * 2 + 1]);
+        out.store2(row, first_n + warp_n + j * 8 + lane % 4 * 2, acc[i][j][half * 2],
+                   acc[i][j][half * 2 + 1]);
     }
   }
 }

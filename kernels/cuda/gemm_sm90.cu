@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int j = 0; j < kN / 8; ++j) {
           const int64_t n = place.y + j * 8 + lane % 4 * 2;
-          p.out.store_two(m, n, acc[j * 4 + half * 2], acc[j * 4 + half * 2 + 1]);
+          p.out.store2(m, n, acc[j * 4 + half * 2], acc[j * 4 + half * 2 + 1]);
         }
       }
     }

@@ -42,7 +42,7 @@ struct Output {
     *reinterpret_cast<Vec<T, 4>*>(y + m * n + column) = four;
   }
   /// Columns `column`, an even one, and the next, as far as they are there.
-  __device__ __forceinline__ void store_two(int64_t m, int64_t column, float a, float b) const {
+  __device__ __forceinline__ void store2(int64_t m, int64_t column, float a, float b) const {
     if (n % 2 != 0 || bias || residual || reinterpret_cast<uintptr_t>(y) % (2 * sizeof(T)) != 0) {
       if (column < n) store(m, column, a);
       if (column + 1 < n) store(m, column + 1, b);
