@@ -1,43 +1,26 @@
-// Attention over the paged cache, and writing into it.
+// Attention over the paged cache: which kernel takes which tokens, writing into the cache, and the general
+// kernel, which takes every dtype and size.
 //
-// A block makes one query token's outputs for up to kHeads query heads of one key head, over one of `splits`
-// parts of its keys (flash-decoding): partial sums with their maximum and weight go to the workspace and
-// combine_kernel joins them. With one split the block finishes by itself.
+//   16-bit, sizes that are multiples of 8, up to 256   few tokens of a sequence: attention_decode.cu
+//                                                      many: attention_prefill.cu
+//   float32 and everything else                        the general kernel below
+//
+// Only shapes decide. Where there are more tokens than sequences both tensor-core kernels are launched and
+// each leaves the other's sequences alone. Where the tokens alone do not fill the device the keys are cut
+// into parts (flash-decoding), whose sums go to the workspace and are joined by combine_kernel.
+//
+// The general kernel: a block makes one query token's outputs for up to kHeads query heads of one key head,
+// over one part of its keys.
 //   8 lanes share a key, so a warp looks at 4 keys at once and a block of 4 warps at 16: a lane holds every
 //   eighth 16-byte piece of a row, scores need 3 shuffles a head, and each group of 8 lanes keeps its own
 //   running maximum. Rows come through asynchronous copies, several keys ahead.
-// Keys and values are read once for all kHeads heads. Fast for decoding with long caches (memory-bound); a
-// prompt reads its keys again for every token, from L2.
-#include "mma.cuh"
-#include "ragged.cuh"
+// Keys and values are read once for all kHeads heads; a prompt reads its keys again for every token, from L2.
+#include "attention.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
 constexpr int kWarps = 4, kGroups = kWarps * 4;  // groups of 8 lanes in a block
-constexpr int kMaxSplits = 64;
-
-struct Problem {
-  const void* sinks;
-  const float* alibi;
-  DType sinks_dtype;
-  int heads, kv_heads, dim, value_dim, block_len, splits;
-  int64_t tokens, blocks, q_stride, window;
-  float scale, softcap;
-  bool causal;
-};
-
-__device__ __forceinline__ float sink_of(const Problem& p, int head) {
-  switch (p.sinks_dtype) {
-    case DType::f16:
-      return __half2float(static_cast<const half_t*>(p.sinks)[head]);
-    case DType::bf16:
-      return __bfloat162float(static_cast<const bf16_t*>(p.sinks)[head]);
-    default:
-      return static_cast<const float*>(p.sinks)[head];
-  }
-}
-
 /// This lane's part of a row: pieces lane, lane + 8, ... of N elements; zeros behind the end.
 template <typename T, int E, int N>
 struct Slice {
@@ -84,8 +67,10 @@ __device__ __forceinline__ void copy_piece(Vec<T, N>* to, const T* from, bool th
 
 template <typename T, int E, int N, int kHeads>
 __global__ void __launch_bounds__(kWarps * 32)
-    attention_kernel(T* y, float* partial, const T* q, const T* keys, const T* values, Ragged batch,
-                     Problem p) {
+    attention_kernel(T* y, Partial partial, const T* q, const T* keys, const T* values, Ragged batch,
+                     Attention p) {
+  let_next_start();
+  wait_for_results();
   const int share = p.heads / p.kv_heads, head_blocks = (share + kHeads - 1) / kHeads;
   const int64_t token = blockIdx.x / (p.kv_heads * head_blocks);
   const int in_token = blockIdx.x % (p.kv_heads * head_blocks);
@@ -100,7 +85,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (p.window > 0 && end > 0) begin = max(int64_t{0}, static_cast<int64_t>(place.position) - p.window + 1);
   end = min(end, static_cast<int64_t>(batch.max_blocks) * p.block_len);
   begin = min(begin, max(end, int64_t{0}));
-  const int64_t part = (end - begin + p.splits - 1) / p.splits;
+  const int64_t part = (end - begin + partial.splits - 1) / partial.splits;
   begin += blockIdx.y * part;
   end = min(end, begin + part);
 
@@ -222,6 +207,9 @@ __global__ void __launch_bounds__(kWarps * 32)
 
   // join the groups: maxima and weights first, then the sums, head by head through shared memory
   __shared__ float group_most[kGroups], group_weight[kGroups];
+  const auto group_keep = [&](int g, float top) {  // NaN where all its scores are
+    return group_most[g] == -INFINITY ? group_weight[g] : __expf(group_most[g] - top);
+  };
   wait_copies<0>();
   __syncthreads();                                           // the ring's memory is free
   float* const sums = reinterpret_cast<float*>(ring_bytes);  // [kGroups][8 * E]
@@ -245,52 +233,101 @@ __global__ void __launch_bounds__(kWarps * 32)
     float top = -INFINITY, total = 0.0f;
     for (int g = 0; g < kGroups; ++g) top = fmaxf(top, group_most[g]);
     for (int g = 0; g < kGroups; ++g) {
-      total += group_most[g] == -INFINITY ? 0.0f : group_weight[g] * __expf(group_most[g] - top);
+      if (group_weight[g] != 0.0f) total += group_weight[g] * group_keep(g, top);
     }
     const int head = first_head + h;
-    float divisor = total;
-    if (p.splits == 1 && p.sinks) {
-      const float sink = sink_of(p, head);
-      divisor = top == -INFINITY ? 0.0f : total + __expf(sink - top);
-    }
-    float* to = partial + ((token * p.heads + head) * p.splits + blockIdx.y) * (p.value_dim + 2);
+    const int64_t row = token * p.heads + head, part_row = row * partial.splits + blockIdx.y;
+    const float by = partial.splits > 1 ? 1.0f : reciprocal_weight(p, head, top * kLog2e, total);
+    if (partial.splits > 1 && threadIdx.x == 0) partial.state[part_row] = make_float2(top * kLog2e, total);
     for (int d = threadIdx.x; d < p.value_dim; d += blockDim.x) {
       float sum = 0.0f;
       for (int g = 0; g < kGroups; ++g) {
-        if (group_most[g] != -INFINITY) sum += sums[g * 8 * E + d] * __expf(group_most[g] - top);
+        if (group_weight[g] != 0.0f) sum += sums[g * 8 * E + d] * group_keep(g, top);
       }
-      if (p.splits == 1)
-        y[(token * p.heads + head) * p.value_dim + d] = from_float<T>(divisor == 0.0f ? 0.0f : sum / divisor);
-      else
-        to[2 + d] = sum;
-    }
-    if (p.splits > 1 && threadIdx.x == 0) {
-      to[0] = total == total ? top : total;  // NaN is not "no key"
-      to[1] = total;
+      if (partial.splits == 1)
+        y[row * p.value_dim + d] = from_float<T>(total == 0.0f ? 0.0f : sum * by);
+      else if (total != 0.0f)
+        partial.sums[part_row * p.value_dim + d] = sum;
     }
     __syncthreads();
   }
 }
 
-/// A block a token and head.
+/// Joins the parts of a row. A block a row; its warps share the parts. The sums of the first parts are asked
+/// for together with the states, whether or not they turn out to be there.
 template <typename T>
-__global__ void combine_kernel(T* y, const float* partial, Problem p) {
+__global__ void __launch_bounds__(128)
+    combine_kernel(T* y, Partial partial, Ragged batch, Tiles tiles, Attention p) {
+  constexpr int kAhead = 8, kPerLane = kMaxSplits / 32;
+  __shared__ float weights[kMaxSplits], sums[4][128];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  let_next_start();
+  wait_for_results();
   const int64_t row = blockIdx.x;
-  const int step = p.value_dim + 2;
-  const float* from = partial + row * p.splits * step;
-  float top = -INFINITY;
-  for (int s = 0; s < p.splits; ++s) top = fmaxf(top, from[s * step]);
-  float total = 0.0f;
-  for (int s = 0; s < p.splits; ++s) {
-    if (from[s * step] != -INFINITY) total += from[s * step + 1] * __expf(from[s * step] - top);
-  }
-  if (p.sinks && top != -INFINITY) total += __expf(sink_of(p, static_cast<int>(row % p.heads)) - top);
-  for (int d = threadIdx.x; d < p.value_dim; d += blockDim.x) {
-    float sum = 0.0f;
-    for (int s = 0; s < p.splits; ++s) {
-      if (from[s * step] != -INFINITY) sum += from[s * step + 2 + d] * __expf(from[s * step] - top);
+  const int head = static_cast<int>(row % p.heads);
+  int64_t token = row / p.heads;
+  float own[kAhead][4];
+  const auto read = [&](int part, int column) {  // kAhead of this warp's parts from `part` on
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const float* from = partial.sums + (row * partial.splits + part + j * 4) * p.value_dim;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int d = column + i * 32 + lane;
+        own[j][i] = part + j * 4 < partial.splits && d < p.value_dim ? from[d] : 0.0f;
+      }
     }
-    y[row * p.value_dim + d] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
+  };
+  read(warp, 0);
+  float2 state[kPerLane];
+  float top = -INFINITY, total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int s = i * 32 + lane;
+    state[i] = s < partial.splits ? partial.state[row * partial.splits + s] : make_float2(-INFINITY, 0.0f);
+    top = fmaxf(top, state[i].x);
+  }
+  if (tiles.by_sequence) {
+    const int64_t sequence = token / tiles.tokens, start = batch.query_starts[sequence],
+                  next = batch.query_starts[sequence + 1];
+    token = start + token % tiles.tokens;
+    if (start < 0 || next > p.tokens || token >= next || next - start > tiles.tokens) return;
+  } else if (tiles.more_than >= 0) {
+    const int sequence = batch.locate(token).sequence;
+    if (sequence < 0) return;
+    if (batch.query_starts[sequence + 1] - batch.query_starts[sequence] <= tiles.more_than) return;
+  }
+  top = warp_max(top);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const float2 part = state[i];
+    const float keep = part.y == 0.0f ? 0.0f : part.x == -INFINITY ? part.y : power_of_2(part.x - top);
+    total += part.y * keep;
+    if (warp == 0) weights[i * 32 + lane] = keep;
+  }
+  total = warp_sum(total);
+  __syncthreads();
+  const float by = reciprocal_weight(p, head, top, total);
+  for (int first = 0; first < p.value_dim; first += 128) {
+    float joined[4] = {};
+    for (int part = warp; part < partial.splits; part += 4 * kAhead) {
+      if (first > 0 || part != warp) read(part, first);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const float keep = part + j * 4 < partial.splits ? weights[part + j * 4] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) joined[i] = keep != 0.0f ? fmaf(own[j][i], keep, joined[i]) : joined[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[warp][i * 32 + lane] = joined[i];
+    __syncthreads();
+    const int d = threadIdx.x;
+    if (first + d < p.value_dim) {
+      const float sum = sums[0][d] + sums[1][d] + sums[2][d] + sums[3][d];
+      y[(token * p.heads + head) * p.value_dim + first + d] = from_float<T>(total == 0.0f ? 0.0f : sum * by);
+    }
+    __syncthreads();
   }
 }
 
@@ -299,6 +336,8 @@ template <typename T>
 __global__ void write_kernel(T* keys, T* values, const T* k, const T* v, Ragged batch, int kv_heads, int dim,
                              int value_dim, int block_len, int64_t blocks, int64_t k_stride,
                              int64_t v_stride) {
+  let_next_start();
+  wait_for_results();
   const int64_t token = blockIdx.x;
   const Ragged::Place place = batch.locate(token);
   if (place.sequence < 0) return;
@@ -313,14 +352,81 @@ __global__ void write_kernel(T* keys, T* values, const T* k, const T* v, Ragged 
 
 int heads_at_once(int64_t share) { return share >= 4 ? 4 : share >= 2 ? 2 : 1; }
 
-int splits_for(const View& q, const View& key_cache, const RaggedBatch& batch, int multiprocessors) {
+/// The parts into which the keys are cut so that `blocks` blocks become about `wanted`, each with `least`
+/// keys at least where the caches are full.
+int parts_for(int64_t blocks, int64_t wanted, int64_t capacity, int64_t least) {
+  const int64_t parts = blocks > 0 ? wanted / blocks : 1, most = (capacity + least - 1) / least;
+  const int64_t n = parts < most ? parts : most;
+  return static_cast<int>(n < 1 ? 1 : n > kMaxSplits ? kMaxSplits : n);
+}
+
+/// Who does what; a launch of no tiles is none.
+struct Plan {
+  Tiles decode, prefill, general;
+  int decode_splits = 1, prefill_splits = 1, general_splits = 1;
+  int64_t decode_rows = 0, prefill_rows = 0, general_rows = 0;  // with partial sums
+
+  size_t bytes(int64_t value_dim) const {
+    return static_cast<size_t>(partial_bytes(decode_rows, decode_splits, value_dim) +
+                               partial_bytes(prefill_rows, prefill_splits, value_dim) +
+                               partial_bytes(general_rows, general_splits, value_dim));
+  }
+};
+
+Plan plan_general(const View& q, const View& key_cache, const RaggedBatch& batch, int multiprocessors) {
   const int64_t kv_heads = key_cache.shape[2], share = q.shape[1] / (kv_heads > 0 ? kv_heads : 1);
-  const int64_t at_once = heads_at_once(share);
-  const int64_t blocks = q.shape[0] * kv_heads * ((share + at_once - 1) / at_once);
+  const int64_t at_once = heads_at_once(share), tokens = q.shape[0];
+  const int64_t blocks = tokens * kv_heads * ((share + at_once - 1) / at_once);
+  Plan plan;
+  plan.general.count = tokens;
+  plan.general_splits =
+      parts_for(blocks, multiprocessors * 4 + blocks - 1, batch.block_table.cols() * key_cache.shape[1], 256);
+  plan.general_rows = tokens * q.shape[1];
+  return plan;
+}
+
+/// Whether the tensor-core kernels take it, addresses aside.
+bool fits_tensor(const Launch& on, const View& q, const View& key_cache, const View& value_cache,
+                 const RaggedBatch& batch) {
+  const int64_t dim = key_cache.shape[3], value_dim = value_cache.shape[3], kv_heads = key_cache.shape[2];
+  const int64_t widest = dim > value_dim ? dim : value_dim;
+  return on.arch >= 80 && size_of(q.dtype) == 2 && dim % 8 == 0 && value_dim % 8 == 0 && widest > 0 &&
+         widest <= 256 && (widest <= 128 || on.shared >= (132 << 10)) && kv_heads > 0 && q.shape[1] > 0 &&
+         batch.lengths.size() > 0 && key_cache.shape[0] * key_cache.shape[1] <= INT32_MAX &&
+         kv_heads * widest <= INT32_MAX;
+}
+
+/// For what attention_decode.cu and attention_prefill.cu take.
+Plan plan_tensor(const Launch& on, const View& q, const View& key_cache, const View& value_cache,
+                 const RaggedBatch& batch) {
+  const int64_t widest =
+      key_cache.shape[3] > value_cache.shape[3] ? key_cache.shape[3] : value_cache.shape[3];
+  const int64_t tokens = q.shape[0], sequences = batch.lengths.size(), heads = q.shape[1];
+  const int64_t kv_heads = key_cache.shape[2], share = heads / kv_heads;
   const int64_t capacity = batch.block_table.cols() * key_cache.shape[1];
-  int64_t splits = blocks > 0 ? (multiprocessors * 4 + blocks - 1) / blocks : 1;
-  if (splits > (capacity + 255) / 256) splits = (capacity + 255) / 256;
-  return static_cast<int>(splits < 1 ? 1 : splits > kMaxSplits ? kMaxSplits : splits);
+  const int64_t blocks_at_once = on.multiprocessors * (widest <= 64 ? 3 : widest <= 128 ? 2 : 1);
+  const int64_t few = share < 16 ? 16 / share : 1;  // tokens that a tile of the decode kernel holds
+  Plan plan;
+  const bool by_token = tokens <= sequences || share > 128, only_few = by_token || tokens <= few;
+  if (only_few || sequences > 1) {
+    plan.decode.by_sequence = !by_token;
+    plan.decode.tokens = by_token ? 1 : static_cast<int>(few);
+    plan.decode.count = by_token ? tokens : sequences;
+    plan.decode.fill_rest = only_few;
+    plan.decode_rows = plan.decode.count * plan.decode.tokens * heads;
+    plan.decode_splits =
+        parts_for(plan.decode.count * kv_heads * ((share + 15) / 16), blocks_at_once, capacity, 128);
+  }
+  if (!only_few) {
+    plan.prefill.tokens = static_cast<int>(128 / share);
+    plan.prefill.count = tokens / plan.prefill.tokens + sequences + 1;
+    plan.prefill.more_than = sequences > 1 ? few : 0;
+    plan.prefill_rows = tokens * heads;
+    const int64_t tiles = (tokens + plan.prefill.tokens - 1) / plan.prefill.tokens;
+    plan.prefill_splits =
+        parts_for(tiles * kv_heads, on.wgmma ? on.multiprocessors : blocks_at_once, capacity, 256);
+  }
+  return plan;
 }
 
 Status check_caches(const char* op, const View& key_cache, const View& value_cache) {
@@ -335,31 +441,85 @@ Status check_caches(const char* op, const View& key_cache, const View& value_cac
 }
 
 template <typename T, int E, int N, int kHeads>
-cudaError_t launch_attention(cudaStream_t stream, View y, View partial, View q, View keys, View values,
-                             const Ragged& batch, const Problem& p) {
+cudaError_t launch_general(const Launch& on, const AttentionLaunch& a) {
   constexpr int kRing = Ring<T, E>::kBytes;
   constexpr int kSums = kGroups * 8 * E * 4;
-  constexpr int shared = kRing > kSums ? kRing : kSums;
-  const auto kernel = attention_kernel<T, E, N, kHeads>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
+  const Attention& p = a.problem;
   const int share = p.heads / p.kv_heads;
-  const dim3 grid(static_cast<unsigned>(p.tokens * p.kv_heads * ((share + kHeads - 1) / kHeads)), p.splits);
-  kernel<<<grid, kWarps * 32, shared, stream>>>(y.as<T>(), p.splits > 1 ? partial.as<float>() : nullptr,
-                                                q.as<const T>(), keys.as<const T>(), values.as<const T>(),
-                                                batch, p);
-  if (p.splits > 1) {
-    combine_kernel<T><<<static_cast<unsigned>(p.tokens * p.heads), 128, 0, stream>>>(
-        y.as<T>(), partial.as<const float>(), p);
+  LaunchShape shape;
+  shape.grid =
+      dim3(static_cast<unsigned>(p.tokens * p.kv_heads * ((share + kHeads - 1) / kHeads)), a.partial.splits);
+  shape.block = dim3(kWarps * 32);
+  shape.shared = kRing > kSums ? kRing : kSums;
+  return launch_kernel(on, shape, attention_kernel<T, E, N, kHeads>, static_cast<T*>(a.y), a.partial,
+                       static_cast<const T*>(a.q), static_cast<const T*>(a.keys),
+                       static_cast<const T*>(a.values), a.batch, p);
+}
+
+template <typename T>
+cudaError_t launch_general(const Launch& on, const AttentionLaunch& a, bool wide) {
+  constexpr int N = 16 / sizeof(T);
+  const Attention& p = a.problem;
+  const int at_once = heads_at_once(p.heads / p.kv_heads), widest = p.dim > p.value_dim ? p.dim : p.value_dim;
+  const auto run = [&](auto heads, auto elements) {
+    constexpr int H = decltype(heads)::value, E = decltype(elements)::value;
+    if constexpr (E % N == 0) {
+      if (wide) return launch_general<T, E, N, H>(on, a);
+    }
+    return launch_general<T, E, 1, H>(on, a);
+  };
+  const auto by_heads = [&](auto elements) {
+    return at_once == 4   ? run(std::integral_constant<int, 4>{}, elements)
+           : at_once == 2 ? run(std::integral_constant<int, 2>{}, elements)
+                          : run(std::integral_constant<int, 1>{}, elements);
+  };
+  if (widest <= 64) return by_heads(std::integral_constant<int, 8>{});
+  if (widest <= 128) return by_heads(std::integral_constant<int, 16>{});
+  if (widest <= 256) return run(std::integral_constant<int, 1>{}, std::integral_constant<int, 32>{});
+  return run(std::integral_constant<int, 1>{}, std::integral_constant<int, 64>{});
+}
+
+template <typename T>
+cudaError_t launch_combine(const Launch& on, const AttentionLaunch& a, int64_t rows) {
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(rows));
+  shape.block = dim3(128);
+  return launch_kernel(on, shape, combine_kernel<T>, static_cast<T*>(a.y), a.partial, a.batch, a.tiles,
+                       a.problem);
+}
+
+/// The launches of a plan, one after the other.
+template <typename T>
+cudaError_t launch_plan(Launch on, AttentionLaunch a, const Plan& plan, bool wide, char* workspace) {
+  const auto run = [&](const Tiles& tiles, int splits, int64_t rows, const auto& kernel) {
+    if (tiles.count == 0) return cudaSuccess;
+    a.tiles = tiles;
+    a.partial = {reinterpret_cast<float*>(workspace) + 2 * rows * splits,
+                 reinterpret_cast<float2*>(workspace), splits};
+    if (splits > 1) workspace += partial_bytes(rows, splits, a.problem.value_dim);
+    cudaError_t error = kernel(a);
+    on.early = on.arch >= 90;  // all of them wait for the one in front
+    if (error == cudaSuccess && splits > 1) error = launch_combine<T>(on, a, rows);
+    return error;
+  };
+  cudaError_t error = cudaSuccess;
+  if constexpr (sizeof(T) == 2) {
+    error = run(plan.decode, plan.decode_splits, plan.decode_rows,
+                [&](const AttentionLaunch& l) { return launch_decode(on, l, T{}); });
+    if (error != cudaSuccess) return error;
+    error = run(plan.prefill, plan.prefill_splits, plan.prefill_rows, [&](const AttentionLaunch& l) {
+      return on.wgmma ? launch_prefill_sm90(on, l, T{}) : launch_prefill(on, l, T{});
+    });
+    if (error != cudaSuccess) return error;
   }
-  return cudaGetLastError();
+  return run(plan.general, plan.general_splits, plan.general_rows,
+             [&](const AttentionLaunch& l) { return launch_general<T>(on, l, wide); });
 }
 
 }  // namespace
 
 Status CudaBackend::paged_write(Queue queue, View key_cache, View value_cache, View k, View v,
                                 const RaggedBatch& batch) {
-  if (Status status = enter(); !status.ok()) return status;
   if (Status status = check_ragged("paged_write", batch); !status.ok()) return status;
   if (Status status = check_caches("paged_write", key_cache, value_cache); !status.ok()) return status;
   if (k.ndim != 3 || v.ndim != 3 || k.shape[0] != v.shape[0] || k.shape[1] != key_cache.shape[2] ||
@@ -378,28 +538,36 @@ Status CudaBackend::paged_write(Queue queue, View key_cache, View value_cache, V
     }
   }
   if (k.shape[0] == 0 || key_cache.size() == 0) return {};
-  with_float_type(k.dtype, [&](auto* p) {
+  Launch on;
+  if (Status status = enter_early(queue, &on); !status.ok()) return status;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(k.shape[0]));
+  shape.block = dim3(256);
+  const cudaError_t error = with_float_type(k.dtype, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;
-    write_kernel<T><<<static_cast<unsigned>(k.shape[0]), 256, 0, stream(queue)>>>(
-        key_cache.as<T>(), value_cache.as<T>(), k.as<const T>(), v.as<const T>(), ragged_of(batch),
-        static_cast<int>(k.shape[1]), static_cast<int>(k.shape[2]), static_cast<int>(v.shape[2]),
-        static_cast<int>(key_cache.shape[1]), key_cache.shape[0], k.strides[0], v.strides[0]);
+    return launch_kernel(on, shape, write_kernel<T>, key_cache.as<T>(), value_cache.as<T>(), k.as<const T>(),
+                         v.as<const T>(), ragged_of(batch), static_cast<int>(k.shape[1]),
+                         static_cast<int>(k.shape[2]), static_cast<int>(v.shape[2]),
+                         static_cast<int>(key_cache.shape[1]), key_cache.shape[0], k.strides[0],
+                         v.strides[0]);
   });
-  return check(cudaGetLastError(), "paged_write");
+  return check(error, "paged_write");
 }
 
 size_t CudaBackend::paged_attention_workspace(const View& q, const View& key_cache, const View& value_cache,
                                               const RaggedBatch& batch) const {
   if (q.ndim != 3 || key_cache.ndim != 4 || value_cache.ndim != 4 || batch.block_table.ndim != 2) return 0;
-  const int splits = splits_for(q, key_cache, batch, launch_.multiprocessors);
-  return splits == 1 ? 0
-                     : static_cast<size_t>(q.shape[0] * q.shape[1] * splits * (value_cache.shape[3] + 2)) * 4;
+  const int64_t value_dim = value_cache.shape[3];
+  const size_t general = plan_general(q, key_cache, batch, launch_.multiprocessors).bytes(value_dim);
+  // which of the two it will be depends on addresses too
+  if (!fits_tensor(launch_, q, key_cache, value_cache, batch)) return general;
+  const size_t tensor = plan_tensor(launch_, q, key_cache, value_cache, batch).bytes(value_dim);
+  return general > tensor ? general : tensor;
 }
 
 Status CudaBackend::paged_attention(Queue queue, View y, View q, View key_cache, View value_cache,
                                     const RaggedBatch& batch, const AttentionOptions& options,
                                     View workspace) {
-  if (Status status = enter(); !status.ok()) return status;
   if (Status status = check_ragged("paged_attention", batch); !status.ok()) return status;
   if (Status status = check_caches("paged_attention", key_cache, value_cache); !status.ok()) return status;
   if (q.ndim != 3 || y.ndim != 3 || !y.is_contiguous() || q.shape[2] != key_cache.shape[3] ||
@@ -415,10 +583,11 @@ Status CudaBackend::paged_attention(Queue queue, View y, View q, View key_cache,
   if ((q.shape[2] > 1 && q.strides[2] != 1) || (q.shape[1] > 1 && q.strides[1] != q.shape[2])) {
     return refuse("paged_attention", "the heads of q must be contiguous");
   }
-  const int64_t dim = q.shape[2], value_dim = value_cache.shape[3],
-                widest = dim > value_dim ? dim : value_dim;
-  if (widest > 512) return Status::error(Code::unsupported, "paged_attention: head_dim above 512");
-  Problem p{};
+  const int64_t dim = q.shape[2], value_dim = value_cache.shape[3];
+  if (dim > 512 || value_dim > 512)
+    return Status::error(Code::unsupported, "paged_attention: head_dim above 512");
+  AttentionLaunch a{};
+  Attention& p = a.problem;
   p.sinks = options.sinks ? options.sinks.data : nullptr;
   p.sinks_dtype = options.sinks ? options.sinks.dtype : DType::f32;
   p.alibi = options.alibi_slopes ? options.alibi_slopes.as<const float>() : nullptr;
@@ -427,7 +596,6 @@ Status CudaBackend::paged_attention(Queue queue, View y, View q, View key_cache,
   p.dim = static_cast<int>(dim);
   p.value_dim = static_cast<int>(value_dim);
   p.block_len = static_cast<int>(key_cache.shape[1]);
-  p.splits = workspace ? splits_for(q, key_cache, batch, launch_.multiprocessors) : 1;
   p.tokens = q.shape[0];
   p.blocks = key_cache.shape[0];
   p.q_stride = q.strides[0];
@@ -435,44 +603,24 @@ Status CudaBackend::paged_attention(Queue queue, View y, View q, View key_cache,
   p.scale = options.scale;
   p.softcap = options.softcap;
   p.causal = options.causal;
-  if (p.splits > 1 && workspace.size() < p.tokens * p.heads * p.splits * (p.value_dim + 2) * 4) {
+  a.batch = ragged_of(batch);
+  a.y = y.data;
+  a.q = q.data;
+  a.keys = key_cache.data;
+  a.values = value_cache.data;
+  const int64_t piece = 16 / size_of(q.dtype);
+  const bool wide = dim % piece == 0 && value_dim % piece == 0 && p.q_stride % piece == 0 &&
+                    is_aligned(q.data, 16) && is_aligned(y.data, 16) && is_aligned(key_cache.data, 16) &&
+                    is_aligned(value_cache.data, 16);
+  const Plan plan = wide && fits_tensor(launch_, q, key_cache, value_cache, batch)
+                        ? plan_tensor(launch_, q, key_cache, value_cache, batch)
+                        : plan_general(q, key_cache, batch, launch_.multiprocessors);
+  if (static_cast<size_t>(workspace.size()) < plan.bytes(value_dim))
     return refuse("paged_attention", "the workspace is too small");
-  }
-  const int at_once = heads_at_once(p.heads / p.kv_heads);
-  cudaError_t error = cudaSuccess;
-  with_float_type(q.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    constexpr int N = 16 / sizeof(T);
-    const bool wide = dim % N == 0 && value_dim % N == 0 && p.q_stride % N == 0 && is_aligned(q.data, 16) &&
-                      is_aligned(key_cache.data, 16) && is_aligned(value_cache.data, 16);
-    const auto run = [&](auto heads, auto elements) {
-      constexpr int H = decltype(heads)::value, E = decltype(elements)::value;
-      if constexpr (E % N == 0) {
-        if (wide) {
-          error = launch_attention<T, E, N, H>(stream(queue), y, workspace, q, key_cache, value_cache,
-                                               ragged_of(batch), p);
-          return;
-        }
-      }
-      error = launch_attention<T, E, 1, H>(stream(queue), y, workspace, q, key_cache, value_cache,
-                                           ragged_of(batch), p);
-    };
-    const auto by_heads = [&](auto elements) {
-      if (at_once == 4)
-        run(std::integral_constant<int, 4>{}, elements);
-      else if (at_once == 2)
-        run(std::integral_constant<int, 2>{}, elements);
-      else
-        run(std::integral_constant<int, 1>{}, elements);
-    };
-    if (widest <= 64)
-      by_heads(std::integral_constant<int, 8>{});
-    else if (widest <= 128)
-      by_heads(std::integral_constant<int, 16>{});
-    else if (widest <= 256)
-      run(std::integral_constant<int, 1>{}, std::integral_constant<int, 32>{});
-    else
-      run(std::integral_constant<int, 1>{}, std::integral_constant<int, 64>{});
+  Launch on;
+  if (Status status = enter_early(queue, &on); !status.ok()) return status;
+  const cudaError_t error = with_float_type(q.dtype, [&](auto* t) {
+    return launch_plan<std::remove_pointer_t<decltype(t)>>(on, a, plan, wide, workspace.as<char>());
   });
   return check(error, "paged_attention");
 }

@@ -87,12 +87,6 @@ __device__ __forceinline__ void store_transposed(uint32_t shared, const uint32_t
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
-__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared)
-               : "memory");
-}
 
 __device__ __forceinline__ float2 floats_of(uint32_t pair, half_t) {
   return __half22float2(*reinterpret_cast<__half2*>(&pair));

@@ -53,7 +53,7 @@ struct LaunchShape {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(const Launch& on, const LaunchShape& shape, void (*kernel)(Parameters...),
                           Arguments&&... arguments) {
-  if (shape.shared > (48 << 10)) {
+  if (shape.shared > (32 << 10)) {  // the limit of 48 KiB is for what the kernel declares itself too
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shape.shared));
     if (error != cudaSuccess) return error;

@@ -43,6 +43,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t shared)
                : "r"(shared));
 }
 
+/// The same, each of the matrices transposed.
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared));
+}
+
 /// c [16, 8] += a [16, 16] b [16, 8], fp32 accumulation.
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          half_t) {
