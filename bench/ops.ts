@@ -4,48 +4,36 @@
  * graphs; on the CPU they are those of a step of 64 tokens.
  */
 import { HalfbyteError, ops, Tensor, type Device } from 'halfbyte'
+import {
+  attentionBytes,
+  attentionOperands,
+  LONG_CONTEXTS,
+  type AttentionShape,
+} from './support/attention_operands.js'
 import { runAsProgram, type Benchmark, type Context, type Report, type Row } from './support/benchmark.js'
 import { compare, type Contender } from './support/measure.js'
 import { LARGE, opCases, SMALL, type OpCase, type Results } from './support/op_cases.js'
 import { normalTensor } from './support/random.js'
 import { coldCopiesOnGpu, copyBandwidth, timeReplays } from './support/replays.js'
 
-const HEADS = 32
-const KV_HEADS = 8
-const HEAD = 128
-const CONTEXT = 2048
-const BLOCK = 16
-
-/** One sequence that has CONTEXT tokens in the cache and asks about one more. */
-function attention(device: Device): OpCase {
-  const blocks = CONTEXT / BLOCK
-  const integers = (values: number[], shape: number[]) =>
-    Tensor.from(Int32Array.from(values), { shape, device })
-  return {
-    op: 'pagedAttention',
-    dtype: 'float32',
-    shape: `1 x ${HEADS} x ${HEAD} on ${CONTEXT}`,
-    bytes: 2 * CONTEXT * KV_HEADS * HEAD * 4,
-    operands: () => [
-      normalTensor([1, HEADS, HEAD], 1, device),
-      ...[1, 2].map((seed) => normalTensor([blocks, BLOCK, KV_HEADS, HEAD], 1, device, seed)),
-      integers([0, 1], [2]),
-      integers([CONTEXT], [1]),
-      integers(
-        Array.from({ length: blocks }, (_, i) => i),
-        [1, blocks],
-      ),
-    ],
-    call: ([q, keys, values, queryStarts, lengths, blockTable]) => [
-      ops.pagedAttention(
-        q!,
-        keys!,
-        values!,
-        { queryStarts: queryStarts!, lengths: lengths!, blockTable: blockTable! },
-        { scale: 1 / Math.sqrt(HEAD) },
-      ),
-    ],
-  }
+/** A decode step after 2048 tokens; on a GPU also steps and a whole prompt with long contexts in 16 bits. */
+function attentions(device: Device): OpCase[] {
+  const short: AttentionShape = { ...LONG_CONTEXTS[0]!, dtype: 'float32', context: 2048 }
+  const shapes = [short, ...(device.type === 'cuda' ? LONG_CONTEXTS : [])]
+  return shapes.map((shape) => ({
+    op: shape.queries > 1 ? 'pagedAttention, prompt' : 'pagedAttention',
+    dtype: shape.dtype,
+    shape: `${shape.sequences * shape.queries} x ${shape.heads} x ${shape.headDim} on ${shape.context}`,
+    bytes: attentionBytes(shape),
+    operands: () => {
+      const { q, keys, values, batch } = attentionOperands(shape, device)
+      return [q, keys, values, batch.queryStarts, batch.lengths, batch.blockTable]
+    },
+    call: ([q, keys, values, queryStarts, lengths, blockTable]) => {
+      const batch = { queryStarts: queryStarts!, lengths: lengths!, blockTable: blockTable! }
+      return [ops.pagedAttention(q!, keys!, values!, batch, { scale: 1 / Math.sqrt(shape.headDim) })]
+    },
+  }))
 }
 
 const dispose = (tensors: Results) => tensors.forEach((tensor) => tensor.dispose())
@@ -55,7 +43,7 @@ async function onCpu({ device, rounds }: Context): Promise<Report> {
   const rows: Row[] = []
   for (const { op, shape, operands, call, bytes } of [
     ...opCases(device, 'float32', SMALL),
-    attention(device),
+    ...attentions(device),
   ]) {
     const set = operands()
     const contender: Contender = {
@@ -135,7 +123,7 @@ async function onGpu({ device, rounds }: Context): Promise<Report> {
   const copy = await copyBandwidth(device, rounds)
   const rows: Row[] = []
   const cases = (['bfloat16', 'float32'] as const).flatMap((dtype) => opCases(device, dtype, LARGE))
-  for (const one of [...cases, attention(device)]) {
+  for (const one of [...cases, ...attentions(device)]) {
     const { moved, seconds } = await timeOnGpu(device, one, rounds)
     rows.push({
       op: one.op,
