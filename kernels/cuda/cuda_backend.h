@@ -28,6 +28,8 @@ struct Launch {
   }
 };
 
+struct ColumnMarks;
+
 class CudaBackend final : public Backend {
  public:
   static Status create(int index, std::unique_ptr<Backend>* out);
@@ -130,6 +132,7 @@ class CudaBackend final : public Backend {
  private:
   explicit CudaBackend(int index) : index_(index) {}
   cudaStream_t stream(Queue queue) const { return streams_[static_cast<int>(queue)]; }
+  ColumnMarks* marks(Queue queue) const;
   /// What every op begins with: this device is current in the calling thread.
   Status enter() const;
   /// The same for an op whose kernel may start early, if the op queued before was such a one too: its results
@@ -146,6 +149,7 @@ class CudaBackend final : public Backend {
   mutable bool early_ = false;  // the op last queued for computing lets the next one start early
   cudaStream_t streams_[2] = {};
   cudaMemPool_t pool_ = nullptr;
+  void* marks_ = nullptr;  // of outlier columns, a set for each stream
   bool capturing_ = false;
   std::multimap<size_t, void*> arena_;  // released during the capture going on, by size
   std::atomic<bool> lost_{false};

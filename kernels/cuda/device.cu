@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cublaslt.h"
-#include "cuda_backend.h"
+#include "int8_rows.cuh"
 
 namespace halfbyte {
 
@@ -179,6 +179,10 @@ Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
   status = backend->check(cudaMalloc(&arrivals, bytes), "allocating counters");
   if (status.ok()) status = backend->check(cudaMemset(arrivals, 0, bytes), "clearing counters");
   if (!status.ok()) return status;
+  status = backend->check(cudaMalloc(&backend->marks_, 2 * sizeof(ColumnMarks)), "allocating");
+  if (!status.ok()) return status;
+  status = backend->check(cudaMemset(backend->marks_, 0, 2 * sizeof(ColumnMarks)), "allocating");
+  if (!status.ok()) return status;
   *out = std::move(backend);
   return {};
 }
@@ -189,7 +193,12 @@ CudaBackend::~CudaBackend() {
     if (stream) cudaStreamDestroy(stream);
   }
   cudaFree(launch_.arrivals);
+  cudaFree(marks_);
   if (pool_) cudaMemPoolDestroy(pool_);
+}
+
+ColumnMarks* CudaBackend::marks(Queue queue) const {
+  return static_cast<ColumnMarks*>(marks_) + static_cast<int>(queue);
 }
 
 std::string CudaBackend::name() const { return "cuda:" + std::to_string(index_); }

@@ -1,92 +1,238 @@
 // LLM.int8() row quantisation and its inverse.
 //
-// A block a row: absmax over the elements below the threshold, then the codes, from registers where the row
-// fits (kKept vectors a thread), else from cache. Elements at or above the threshold mark their column in a
-// byte mask (plain stores of 1: the order does not matter) and have code 0. With a threshold a second launch
-// zeroes the marked columns in every row; it reads little else than the mask when there are none. Rules to
-// the letter (bitsandbytes): codes = rint(x * (127 / absmax)); an all-zero row gives zeros; a NaN gives 0.
-#include "common.cuh"
+// A group of threads of a block takes a row: absmax over the elements below the threshold, then the codes,
+// from registers where the row fits (kKept pieces a thread), else read again from cache. A block has as many
+// groups as fit 512 threads, and there are as many blocks as run at once.
+//
+// With a threshold an element at or above it has code 0 and marks its column: in the bits of the block first,
+// in those of all blocks when it is new there, so that few blocks meet at one word of memory. A second launch
+// reads the bits: its last block makes the list of columns, the others zero the columns' codes in all rows;
+// where there are none it ends at once. Who comes last leaves all bits zero.
+//
+// Rules to the letter (bitsandbytes): codes = rint(x * (127 / absmax)); an all-zero row gives zeros; a NaN
+// gives 0.
+#include "int8_rows.cuh"
+
+#include <algorithm>
 
 namespace halfbyte::cuda {
 namespace {
 
-__device__ __forceinline__ int8_t encode(float x, float scale) {
-  const float q = rintf(x * scale);
-  // NaN (0 * inf, or a NaN element) fails every comparison
-  return q >= -127.0f && q <= 127.0f ? static_cast<int8_t>(q)
-         : q > 127.0f                ? int8_t{127}
-         : q < -127.0f               ? int8_t{-127}
-                                     : int8_t{0};
+constexpr int kThreads = 512, kKept = 8;
+constexpr int64_t kBlockColumns = 1 << 17;  // more columns have no bits of their own in a block
+
+/// The threads of a row meet.
+__device__ __forceinline__ void group_barrier(int group, int threads) {
+  if (threads == 32)
+    __syncwarp();
+  else
+    asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "r"(threads) : "memory");
 }
 
-template <typename T, int N>
-__device__ __forceinline__ void read(const T* x, bool fp16_input, float (&out)[N]) {
-  const auto in = *reinterpret_cast<const Vec<T, N>*>(x);
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    out[j] = to_float(in.v[j]);
-    if (fp16_input) out[j] = __half2float(__float2half_rn(out[j]));
+/// N: elements of a piece; kHalf: rounded to float16 first.
+template <typename T, int N, bool kHalf, bool kThreshold>
+__global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant__ Int8Rows p, int threads) {
+  using W = std::conditional_t<kHalf, half_t, T>;
+  using Part = Piece<W, N>;
+  extern __shared__ uint32_t own_bits[];
+  __shared__ float most_of[2][kThreads / 32];
+  let_next_start();
+  const int group = threadIdx.x / threads, at = threadIdx.x % threads;
+  const int groups = blockDim.x / threads, first_warp = group * threads / 32, warps = threads / 32;
+  const bool own = p.cols <= kBlockColumns;
+  if (kThreshold && own) {
+    for (int i = threadIdx.x; i < (p.cols + 31) / 32; i += blockDim.x) own_bits[i] = 0;
+    __syncthreads();
   }
-}
+  wait_for_results();
 
-template <typename T, int N>
-__global__ void quantize_kernel(int8_t* codes, float* row_absmax, uint8_t* mask, const T* x, int64_t rows,
-                                int64_t cols, float threshold, bool fp16_input) {
-  constexpr int kKept = 2;
-  const int64_t step = static_cast<int64_t>(blockDim.x) * N, first = threadIdx.x * N;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const T* in = x + row * cols;
-    int8_t* to = codes + row * cols;
-    float kept[kKept][N];
-    float most = 0.0f;
-    const auto look = [&](int64_t at, float(&v)[N]) {
-      read(in + at, fp16_input, v);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        if (threshold > 0.0f && fabsf(v[j]) >= threshold) {
-          mask[at + j] = 1;
-          v[j] = 0.0f;
-        }
-        most = fmaxf(most, fabsf(v[j]));
+  const Threshold<W> threshold(p.threshold);
+  const int64_t step = static_cast<int64_t>(threads) * N, first = int64_t{at} * N;
+  const int mine = static_cast<int>(first < p.cols ? (p.cols - first + step - 1) / step : 0);  // pieces
+  int turn = 0;
+  for (int64_t row = blockIdx.x * int64_t{groups} + group; row < p.rows; row += gridDim.x * int64_t{groups}) {
+    const T* const in = static_cast<const T*>(p.x) + row * p.cols + first;
+    int8_t* const to = p.codes + row * p.cols + first;
+    const auto fetch = [&](int i) {
+      const auto part = Piece<T, N>::load(in + i * step);
+      if constexpr (kHalf)
+        return part.halves();
+      else
+        return part;
+    };
+    const auto mark = [&](int i, unsigned outliers) {
+      // a piece is in one word
+      const int64_t column = first + i * step, word = column / 32;
+      const uint32_t marks = outliers << (column % 32);
+      if (!own) {
+        atomicOr(p.marks->bits + word, marks);
+      } else if (marks & ~*static_cast<volatile uint32_t*>(own_bits + word)) {
+        const uint32_t known = atomicOr(own_bits + word, marks);
+        if (marks & ~known) atomicOr(p.marks->bits + word, marks & ~known);
       }
     };
+    Part kept[kKept];
+    float most = 0.0f;
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      if (first + i * step < cols) look(first + i * step, kept[i]);
+      if (i < mine) kept[i] = fetch(i);
     }
-    for (int64_t at = first + kKept * step; at < cols; at += step) {
-      float v[N];
-      look(at, v);
-    }
-    most = block_max(most);
-    if (threadIdx.x == 0) row_absmax[row] = most;
-    // 127 / absmax overflows for the smallest numbers: there both sides are scaled up, elsewhere by one
-    const float lift = most < 1e-35f ? 1.2676506e30f : 1.0f;
-    const float scale = 127.0f * reciprocal(most * lift);
-    const auto finish = [&](int64_t at, const float(&v)[N]) {
-      Vec<int8_t, N> out;
+    uint32_t found[2] = {};  // a byte for each of those kept
 #pragma unroll
-      for (int j = 0; j < N; ++j) out.v[j] = encode(v[j] * lift, scale);
-      *reinterpret_cast<Vec<int8_t, N>*>(to + at) = out;
+    for (int i = 0; i < kKept; ++i) {
+      if (i >= mine) continue;
+      float here = kept[i].most();
+      if (kThreshold && here >= p.threshold) {
+        found[i / 4] |= kept[i].take_outliers(threshold) << (i % 4 * 8);
+        here = kept[i].most();
+      }
+      most = fmaxf(most, here);
+    }
+    if (kThreshold && (found[0] | found[1])) {
+#pragma unroll 1
+      for (int i = 0; i < kKept; ++i) {
+        const unsigned outliers = (i < 4 ? found[0] : found[1]) >> (i % 4 * 8) & 255;
+        if (outliers) mark(i, outliers);
+      }
+    }
+#pragma unroll 1
+    for (int i = kKept; i < mine; ++i) {
+      Part part = fetch(i);
+      float here = part.most();
+      if (kThreshold && here >= p.threshold) {
+        mark(i, part.take_outliers(threshold));
+        here = part.most();
+      }
+      most = fmaxf(most, here);
+    }
+
+    most = warp_max(most);
+    if (warps > 1) {
+      float* const shared = most_of[turn] + first_warp;
+      turn ^= 1;
+      if (at % 32 == 0) shared[at / 32] = most;
+      group_barrier(group, threads);
+      for (int w = 0; w < warps; ++w) most = fmaxf(most, shared[w]);
+    }
+    if (at == 0) p.absmax[row] = most;
+
+    const RowScale scale(most);
+    const auto finish = [&](int i, Part& part) {
+      part.forget();
+      uint32_t codes[(N + 3) / 4];
+      part.encode(scale, codes);
+      if constexpr (N == 1)
+        to[i * step] = static_cast<int8_t>(codes[0]);
+      else
+        *reinterpret_cast<Vec<uint32_t, N / 4>*>(to + i * step) =
+            *reinterpret_cast<const Vec<uint32_t, N / 4>*>(codes);
     };
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      if (first + i * step < cols) finish(first + i * step, kept[i]);
+      if (i < mine) finish(i, kept[i]);
     }
-    for (int64_t at = first + kKept * step; at < cols; at += step) {
-      float v[N];
-      look(at, v);
-      finish(at, v);
+#pragma unroll 1
+    for (int i = kKept; i < mine; ++i) {
+      Part part = fetch(i);
+      if (kThreshold) part.take_outliers(threshold);
+      finish(i, part);
     }
   }
 }
 
-/// Codes of marked columns become 0. A block looks at 256 columns and, where any is marked, goes down its
-/// share of rows.
-__global__ void zero_columns_kernel(int8_t* codes, const uint8_t* mask, int64_t rows, int64_t cols) {
-  const int64_t column = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (column >= cols || !mask[column]) return;
-  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) codes[row * cols + column] = 0;
+/// The bits become list and mask. All threads of one block.
+__device__ void write_columns(const Int8Rows& p, const uint32_t* bits) {
+  __shared__ int counts[kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int64_t words = (p.cols + 31) / 32, each = (words + warps - 1) / warps;
+  const int64_t begin = warp * each, end = begin + each < words ? begin + each : words;
+  const auto sum_of_warp = [](int x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+  };
+  int mine = 0;
+  for (int64_t w = begin + lane; w < end; w += 32) mine += __popc(bits[w]);
+  mine = sum_of_warp(mine);
+  if (lane == 0) counts[warp] = mine;
+  __syncthreads();
+  int before = sum_of_warp(lane < warp ? counts[lane] : 0);
+  if (p.list && threadIdx.x == blockDim.x - 1) p.list[0] = before + mine;
+  for (int64_t w = begin; w < end; ++w) {
+    const uint32_t word = bits[w];
+    const bool marked = word >> lane & 1;
+    const int64_t column = w * 32 + lane;
+    if (p.mask && column < p.cols) p.mask[column] = marked;
+    if (p.list && marked) p.list[1 + before + __popc(word & ((1u << lane) - 1))] = static_cast<int>(column);
+    before += __popc(word);
+  }
+}
+
+/// Lists outlier columns (the last block) and sets their codes to 0 (the others, a warp a row).
+__global__ void __launch_bounds__(kThreads) columns_kernel(const __grid_constant__ Int8Rows p) {
+  extern __shared__ uint32_t own_bits[];
+  let_next_start();
+  wait_for_results();
+  const int64_t words = (p.cols + 31) / 32;
+  const bool own = p.cols <= kBlockColumns;
+  const uint32_t* const bits = own ? own_bits : p.marks->bits;
+  uint32_t mine = 0;
+  for (int64_t w = threadIdx.x; w < words; w += blockDim.x) {
+    const uint32_t word = __ldcg(p.marks->bits + w);
+    if (own) own_bits[w] = word;
+    mine |= word;
+  }
+  const bool any = __syncthreads_or(mine != 0);
+  __shared__ bool last;
+  // with bits of its own a block is done with those of all
+  if (any && own && threadIdx.x == 0) last = atomicAdd(&p.marks->done, 1u) == gridDim.x - 1;
+  if (blockIdx.x == gridDim.x - 1) {
+    if (any || p.mask)
+      write_columns(p, bits);
+    else if (p.list && threadIdx.x == 0)
+      p.list[0] = 0;
+  } else if (any) {
+    const int lane = threadIdx.x % 32;
+    const int64_t warps = (gridDim.x - 1) * int64_t{blockDim.x / 32};
+    for (int64_t row = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32; row < p.rows; row += warps) {
+      for (int64_t w = lane; w < words; w += 32) {
+        for (uint32_t word = bits[w]; word; word &= word - 1)
+          p.codes[row * p.cols + w * 32 + __ffs(static_cast<int>(word)) - 1] = 0;
+      }
+    }
+  }
+  if (!any) return;
+  __syncthreads();
+  if (!own && threadIdx.x == 0) last = atomicAdd(&p.marks->done, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  for (int64_t w = threadIdx.x; w < words; w += blockDim.x) p.marks->bits[w] = 0;
+  if (threadIdx.x == 0) p.marks->done = 0;
+}
+
+template <typename T, int N, bool kHalf>
+cudaError_t launch(const Launch& on, const Int8Rows& p) {
+  const int64_t pieces = (p.cols + N - 1) / N;
+  // as many pieces a thread as it can keep; fewer where there are not enough rows for all multiprocessors
+  const int64_t each = p.rows >= 2 * on.multiprocessors ? kKept : 2;
+  const int64_t wanted = ((pieces + each - 1) / each + 31) / 32 * 32;
+  const int threads = static_cast<int>(std::max<int64_t>(std::min<int64_t>(wanted, kThreads), 32));
+  const int64_t share = (p.rows + on.multiprocessors - 1) / on.multiprocessors;
+  const int groups = static_cast<int>(std::min<int64_t>(share, kThreads / threads));
+  LaunchShape shape;
+  shape.grid = dim3(blocks_for(p.rows, groups, on.multiprocessors * int64_t{2}));
+  shape.block = dim3(threads * groups);
+  if (!(p.threshold > 0.0f)) return launch_kernel(on, shape, rows_kernel<T, N, kHalf, false>, p, threads);
+  if (p.cols <= kBlockColumns) shape.shared = static_cast<size_t>((p.cols + 31) / 32 * 4);
+  const cudaError_t error = launch_kernel(on, shape, rows_kernel<T, N, kHalf, true>, p, threads);
+  if (error != cudaSuccess) return error;
+  Launch next = on;
+  next.early = on.arch >= 90;
+  LaunchShape columns;
+  columns.grid = dim3(blocks_for(p.rows, kThreads / 32, on.multiprocessors) + 1);
+  columns.block = dim3(kThreads);
+  columns.shared = shape.shared;
+  return launch_kernel(next, columns, columns_kernel, p);
 }
 
 template <typename T, int N>
@@ -110,9 +256,22 @@ unsigned threads_for(int64_t steps) {
 
 }  // namespace
 
+cudaError_t int8_rows(const Launch& on, const Int8Rows& p) {
+  return with_float_type(p.dtype, [&](auto* pointer) {
+    using T = std::remove_pointer_t<decltype(pointer)>;
+    constexpr int N = 16 / sizeof(T);
+    constexpr bool is_half = std::is_same_v<T, half_t>;
+    if (p.cols % N == 0 && is_aligned(p.x, 16) && is_aligned(p.codes, N))
+      return p.fp16_input && !is_half ? launch<T, N, !is_half>(on, p) : launch<T, N, false>(on, p);
+    return p.fp16_input && !is_half ? launch<T, 1, !is_half>(on, p) : launch<T, 1, false>(on, p);
+  });
+}
+
 Status CudaBackend::int8_quantize_rows(Queue queue, View codes, View row_absmax, View outlier_mask, View x,
                                        float threshold, bool fp16_input) {
   if (Status status = enter(); !status.ok()) return status;
+  Launch on = launch_;  // not early: the next op may take the codes for a weight, and read it at once
+  on.stream = stream(queue);
   const int64_t rows = x.rows(), cols = x.cols();
   if (!is_float(x.dtype) || codes.dtype != DType::i8 || row_absmax.dtype != DType::f32) {
     return refuse_dtype("int8_quantize_rows", "x must be float, codes int8, row_absmax float32");
@@ -120,40 +279,32 @@ Status CudaBackend::int8_quantize_rows(Queue queue, View codes, View row_absmax,
   if (codes.size() != x.size() || row_absmax.size() < rows || !x.is_contiguous() || !codes.is_contiguous()) {
     return refuse("int8_quantize_rows", "codes or row_absmax do not fit x");
   }
-  if (threshold > 0.0f && (!outlier_mask || outlier_mask.dtype != DType::u8 || outlier_mask.size() != cols)) {
+  if (threshold > 0.0f && (!outlier_mask || outlier_mask.dtype != DType::u8 || outlier_mask.size() != cols ||
+                           !outlier_mask.is_contiguous())) {
     return refuse("int8_quantize_rows", "a threshold needs an outlier mask uint8 [K]");
   }
-  const cudaStream_t on = stream(queue);
-  if (threshold > 0.0f && cols > 0) {
-    Status status = check(cudaMemsetAsync(outlier_mask.data, 0, cols, on), "int8_quantize_rows");
-    if (!status.ok()) return status;
+  if (threshold > 0.0f && cols > ColumnMarks::kMostColumns) {
+    return refuse("int8_quantize_rows", "with a threshold x may have at most " +
+                                            std::to_string(ColumnMarks::kMostColumns) + " columns, not " +
+                                            std::to_string(cols));
   }
-  if (x.size() == 0) {
-    return rows == 0 ? Status{}
-                     : check(cudaMemsetAsync(row_absmax.data, 0, rows * 4, on), "int8_quantize_rows");
+  if (rows == 0) {
+    return threshold > 0.0f && cols > 0
+               ? check(cudaMemsetAsync(outlier_mask.data, 0, cols, on.stream), "int8_quantize_rows")
+               : Status{};
   }
-  with_float_type(x.dtype, [&](auto* p) {
-    using T = std::remove_pointer_t<decltype(p)>;
-    const auto run = [&](auto width) {
-      constexpr int N = decltype(width)::value;
-      const unsigned blocks = blocks_for(rows, 1, 1 << 16), threads = threads_for(cols / N);
-      uint8_t* mask = threshold > 0.0f ? outlier_mask.as<uint8_t>() : nullptr;
-      quantize_kernel<T, N><<<blocks, threads, 0, on>>>(codes.as<int8_t>(), row_absmax.as<float>(), mask,
-                                                        x.as<const T>(), rows, cols, threshold, fp16_input);
-      if (mask) {
-        const dim3 grid(blocks_for(cols, 256, INT32_MAX), blocks_for(rows, 16, 64));
-        zero_columns_kernel<<<grid, 256, 0, on>>>(codes.as<int8_t>(), mask, rows, cols);
-      }
-    };
-    constexpr int N = 16 / sizeof(T);
-    const bool wide = cols % N == 0 && is_aligned(x.data, 16) && is_aligned(codes.data, N) &&
-                      (threshold <= 0.0f || is_aligned(outlier_mask.data, N));
-    if (wide)
-      run(std::integral_constant<int, N>{});
-    else
-      run(std::integral_constant<int, 1>{});
-  });
-  return check(cudaGetLastError(), "int8_quantize_rows");
+  const Int8Rows work{x.data,
+                      x.dtype,
+                      rows,
+                      cols,
+                      fp16_input,
+                      codes.as<int8_t>(),
+                      row_absmax.as<float>(),
+                      threshold,
+                      marks(queue),
+                      nullptr,
+                      threshold > 0.0f ? outlier_mask.as<uint8_t>() : nullptr};
+  return check(int8_rows(on, work), "int8_quantize_rows");
 }
 
 Status CudaBackend::int8_dequantize_rows(Queue queue, View y, View codes, View scb) {

@@ -1,21 +1,21 @@
 // The LLM.int8() forward: y = int8 product of the quantised rows of x and the weight, scaled, plus the
 // outlier columns in x's precision, bias and residual.
 //
-// Launches: row quantisation (int8_rows.cu), compaction of the outlier mask into a list and a count, the
-// int32 product, and finish_kernel, which scales the sums and adds the outlier stream. The count is read on
-// the device only, so a threshold does not change the sequence of launches; the list holds up to K columns,
-// so any count is right. finish_kernel: 64 columns x 16 rows of y a block; outlier columns pass through
-// shared memory 32 at a time.
+// Launches: row quantisation, which also lists the outlier columns (int8_rows.cu), the int32 product, and
+// finish_kernel, which scales the sums and adds the outlier stream. The count of columns is read on the
+// device only, so a threshold does not change the sequence of launches; the list holds up to K columns, so
+// any count is right. finish_kernel: 64 columns x 16 rows of y a block; outlier columns pass through shared
+// memory 32 at a time.
 #include "cublaslt.h"
 #include "int8_product.cuh"
-#include "output.cuh"
+#include "int8_rows.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
 /// Where the parts of the workspace start.
 struct Parts {
-  size_t codes, row_absmax, mask, list, acc, product, total;
+  size_t codes, row_absmax, list, acc, product, total;
 };
 
 Parts parts_of(int64_t m, int64_t n, int64_t k, bool threshold) {
@@ -28,35 +28,11 @@ Parts parts_of(int64_t m, int64_t n, int64_t k, bool threshold) {
   };
   p.codes = take(m * k);
   p.row_absmax = take(m * 4);
-  p.mask = take(threshold ? k : 0);
   p.list = take(threshold ? (k + 1) * 4 : 0);
   p.acc = take(m * n * 4);
   p.product = take(m > 8 && has_cublaslt() ? static_cast<int64_t>(kCublasWorkspace) : 0);
   p.total = at;
   return p;
-}
-
-/// list[0] = number of marked columns, list[1 ...] = their indices, ascending. One block of 1024.
-__global__ void compact_kernel(int32_t* list, const uint8_t* mask, int64_t k) {
-  __shared__ int counts[32];
-  __shared__ int before;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (threadIdx.x == 0) before = 0;
-  __syncthreads();
-  for (int64_t start = 0; start < k; start += blockDim.x) {
-    const int64_t i = start + threadIdx.x;
-    const bool marked = i < k && mask[i];
-    const unsigned vote = __ballot_sync(0xffffffffu, marked);
-    if (lane == 0) counts[warp] = __popc(vote);
-    __syncthreads();
-    int base = before;
-    for (int w = 0; w < warp; ++w) base += counts[w];
-    if (marked) list[1 + base + __popc(vote & ((1u << lane) - 1))] = static_cast<int32_t>(i);
-    __syncthreads();
-    if (threadIdx.x == blockDim.x - 1) before = base + __popc(vote);
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) list[0] = before;
 }
 
 __device__ __forceinline__ float round_half(float x) { return __half2float(__float2half_rn(x)); }
@@ -141,7 +117,8 @@ size_t CudaBackend::linear_8bit_workspace(const View& x, const View& weight, flo
 
 Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View scb, const Epilogue& epilogue,
                                 float threshold, bool bnb_exact, View workspace) {
-  if (Status status = enter(); !status.ok()) return status;
+  Launch launch;
+  if (Status status = enter_early(queue, &launch); !status.ok()) return status;
   if (weight.ndim != 2 || weight.dtype != DType::i8 || !weight.is_contiguous() || scb.dtype != DType::f32 ||
       scb.size() != weight.shape[0] || !scb.is_contiguous()) {
     return refuse("linear_8bit", "the weight must be int8 [N, K] with scb float32 [N]");
@@ -149,21 +126,24 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   const int64_t m = x.rows(), n = weight.shape[0], k = weight.shape[1];
   if (Status status = check_linear("linear_8bit", y, x, n, k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
+  if (threshold > 0.0f && k > ColumnMarks::kMostColumns) {
+    return refuse("linear_8bit", "with a threshold x may have at most " +
+                                     std::to_string(ColumnMarks::kMostColumns) + " columns, not " +
+                                     std::to_string(k));
+  }
   const Parts parts = parts_of(m, n, k, threshold > 0.0f);
   if (static_cast<size_t>(workspace.size()) < parts.total)
     return refuse("linear_8bit", "the workspace is too small");
-  const cudaStream_t on = stream(queue);
+  const cudaStream_t on = launch.stream;
 
-  View codes = part(workspace, parts.codes, DType::i8, m * k);
+  const View codes = part(workspace, parts.codes, DType::i8, m * k);
   const View row_absmax = part(workspace, parts.row_absmax, DType::f32, m);
-  const View mask = threshold > 0.0f ? part(workspace, parts.mask, DType::u8, k) : View{};
   int32_t* list = threshold > 0.0f ? part(workspace, parts.list, DType::i32, k + 1).as<int32_t>() : nullptr;
   int32_t* acc = part(workspace, parts.acc, DType::i32, m * n).as<int32_t>();
-  if (Status status = int8_quantize_rows(queue, codes, row_absmax, mask, x, threshold, bnb_exact);
-      !status.ok()) {
-    return status;
-  }
-  if (list) compact_kernel<<<1, 1024, 0, on>>>(list, mask.as<const uint8_t>(), k);
+  const Int8Rows rows{
+      x.data,    x.dtype,      m,    k,      bnb_exact, codes.as<int8_t>(), row_absmax.as<float>(),
+      threshold, marks(queue), list, nullptr};
+  if (Status status = check(int8_rows(launch, rows), "linear_8bit"); !status.ok()) return status;
   const cudaError_t error =
       int8_product(index_, on, acc, codes.as<const int8_t>(), weight.as<const int8_t>(), m, n, k,
                    part(workspace, parts.product, DType::u8, 0).data, parts.total - parts.product);
