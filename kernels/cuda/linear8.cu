@@ -1,12 +1,13 @@
 // The LLM.int8() forward: y = int8 product of the quantised rows of x and the weight, scaled, plus the
 // outlier columns in x's precision, bias and residual.
 //
-// Launches: row quantisation, which also lists the outlier columns (int8_rows.cu), the int32 product, and
-// finish_kernel, which scales the sums and adds the outlier stream. The count of columns is read on the
-// device only, so a threshold does not change the sequence of launches; the list holds up to K columns, so
-// any count is right. finish_kernel: 64 columns x 16 rows of y a block; outlier columns pass through shared
-// memory 32 at a time.
+// Up to 16 rows of x are one launch (int8_gemv.cu), but for bnb_exact and odd K. Otherwise: row quantisation,
+// which also lists the outlier columns (int8_rows.cu), the int32 product, and finish_kernel, which scales the
+// sums and adds the outlier stream. The count of columns is read on the device only, so a threshold does not
+// change the sequence of launches; the list holds up to K columns, so any count is right. finish_kernel: 64
+// columns x 16 rows of y a block; outlier columns pass through shared memory 32 at a time.
 #include "cublaslt.h"
+#include "int8_gemv.cuh"
 #include "int8_product.cuh"
 #include "int8_rows.cuh"
 
@@ -126,6 +127,19 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   const int64_t m = x.rows(), n = weight.shape[0], k = weight.shape[1];
   if (Status status = check_linear("linear_8bit", y, x, n, k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
+  if (!bnb_exact && int8_gemv_takes(launch, m, k) && is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
+    return with_float_type(x.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      const Linear8<T> layer{output_of<T>(y, epilogue),
+                             x.as<const T>(),
+                             weight.as<const int8_t>(),
+                             scb.as<const float>(),
+                             m,
+                             k,
+                             threshold};
+      return check(int8_gemv(launch, layer), "linear_8bit");
+    });
+  }
   if (threshold > 0.0f && k > ColumnMarks::kMostColumns) {
     return refuse("linear_8bit", "with a threshold x may have at most " +
                                      std::to_string(ColumnMarks::kMostColumns) + " columns, not " +
