@@ -37,6 +37,15 @@ const SHAPES: [number, number, number][] = [
   [7, 18, 1030],
   [64, 33, 100],
   [67, 3, 257],
+  // K % 16 = 0: one launch for up to 16 rows, whose blocks share long K among them
+  [1, 35, 1040],
+  [2, 16, 16],
+  [8, 51, 2064],
+  [9, 20, 528],
+  [13, 1, 3088],
+  [16, 19, 4176],
+  // more rows than a GPU has multiprocessors, several pieces of a row a thread
+  [270, 2, 264],
 ]
 
 describe.each(devices())('int8 on %s', (device) => {
@@ -186,6 +195,72 @@ describe.each(devices())('int8 on %s', (device) => {
     const apart = await ops.linear8bit(x, weight, scb, { threshold: 6 }).floats()
     expect(Array.from(apart.subarray(4, 6))).toEqual([Infinity, Infinity])
     expect(Array.from(apart.subarray(0, 2))).toEqual([0, 0])
+  })
+
+  it('the same in rows of any number', async () => {
+    const [k, n] = [64, 3]
+    const weight = Tensor.from(bytes(n * k, 1), { shape: [n, k], device: on })
+    const scb = Tensor.from(Float32Array.of(1, 2, 3), { device: on })
+    for (const m of [1, 3, 16, 40]) {
+      const x = randn(m * k, 2)
+      x.fill(0, 0, k)
+      if (m > 1) x[k + 5] = NaN
+      if (m > 2) x.set([Infinity, -Infinity], 2 * k + 9)
+      const input = Tensor.from(x, { shape: [m, k], device: on })
+      const plain = await ops.linear8bit(input, weight, scb).floats()
+      const apart = await ops.linear8bit(input, weight, scb, { threshold: 6 }).floats()
+      expect(Array.from(plain.subarray(0, n))).toEqual([0, 0, 0])
+      expect(Array.from(apart.subarray(0, n))).toEqual([0, 0, 0])
+      if (m > 1) {
+        // a NaN counts as zero
+        x[k + 5] = 0
+        const without = Tensor.from(x, { shape: [m, k], device: on })
+        const same = await ops.linear8bit(without, weight, scb).floats()
+        expect(Array.from(plain.subarray(n, 2 * n))).toEqual(Array.from(same.subarray(n, 2 * n)))
+      }
+      if (m > 2) {
+        expect(Array.from(plain.subarray(2 * n, 3 * n))).toEqual([NaN, NaN, NaN])
+        expect(Array.from(apart.subarray(2 * n, 3 * n), Number.isFinite)).toEqual([false, false, false])
+        expect(Array.from(apart.subarray(3 * n)).every(Number.isFinite)).toBe(true)
+      }
+    }
+  })
+
+  it.each([
+    [1, 96],
+    [7, 2048],
+    [40, 96],
+  ])('a graph of %i rows, K = %i, finds the outliers that are there when it is replayed', async (m, k) => {
+    const n = 37
+    const weight = Tensor.from(bytes(n * k, 1), { shape: [n, k], device: on })
+    const scb = Tensor.from(randn(n, 2).map(Math.abs), { device: on })
+    using x = Tensor.zeros([m, k], 'float32', on)
+    let y!: Tensor
+    using graph = device.capture(() => {
+      y = ops.linear8bit(x, weight, scb, { threshold: 6 })
+    })
+    for (const columns of [
+      [],
+      [3],
+      [0, 31, 32, 64, k - 1],
+      Array.from({ length: k }, (_, c) => c),
+      [],
+      [90],
+    ]) {
+      const values = randn(m * k, 3 + columns.length).map((v) => Math.max(-5, Math.min(5, v)))
+      for (const column of columns) values[((column * 7) % m) * k + column] = 9 + (column % 5)
+      x.write(values)
+      graph.replay()
+      using direct = ops.linear8bit(x, weight, scb, { threshold: 6 })
+      expect(await y.data()).toEqual(await direct.data())
+      const q = ops.int8QuantizeRows(x, 6)
+      const codes = ops.int8DequantizeRows(q.codes, q.rowAbsmax, 'float32')
+      const seen = await codes.floats()
+      for (const column of columns) for (let r = 0; r < m; r++) seen[r * k + column] = values[r * k + column]!
+      const dense = await ops.int8DequantizeRows(weight, scb, 'float32').floats()
+      expect(relativeError(await y.floats(), product(seen, dense, k))).toBeLessThan(1e-5)
+    }
+    y.dispose()
   })
 
   it('scaled sums take a bias of any float dtype', async () => {
