@@ -3,20 +3,11 @@
  * from more memory than the caches hold, as the layers of a model are. On the CPU one shape with float32 activations; on
  * a GPU the shapes of Llama models, bfloat16, by replays of graphs, with results checked against double precision.
  */
-import { functional, HalfbyteError, ops, type Tensor } from 'halfbyte'
-import { runAsProgram, type Benchmark, type Context, type Report, type Row } from './support/benchmark.js'
+import { functional, ops, type Tensor } from 'halfbyte'
+import { runAsProgram, type Benchmark, type Context, type Report } from './support/benchmark.js'
 import { compareLinear, K, linearColumns, N } from './support/linear.js'
-import {
-  denseLayer,
-  randomWeight,
-  requireDenseLibrary,
-  sampleError,
-  SHAPES,
-  timeLayer,
-  type CheckedLayer,
-} from './support/linear_cuda.js'
-import { normalTensor } from './support/random.js'
-import { coldCopiesOnGpu, copyBandwidth } from './support/replays.js'
+import { compareOnGpu, type Case, type CheckedLayer } from './support/linear_cuda.js'
+import { coldCopiesOnGpu } from './support/replays.js'
 import peers from './peers/h200.json'
 
 const BLOCK = 64
@@ -50,6 +41,7 @@ function packedLayer(dense: Tensor, compressStatistics: boolean): CheckedLayer &
   )
   const values = ops.dequantizeBlocks4(first, 'float32')
   return {
+    n,
     bytes,
     copies,
     forward: (x, copy) => ops.linear4bit(x, weights[copy]!),
@@ -64,72 +56,45 @@ function packedLayer(dense: Tensor, compressStatistics: boolean): CheckedLayer &
   }
 }
 
-async function onGpu({ device, rounds }: Context): Promise<Report> {
-  const library = requireDenseLibrary()
-  const copy = await copyBandwidth(device, rounds)
-  const rows: Row[] = []
-  let worst = 0
-  for (const [n, k] of SHAPES) {
-    using dense = randomWeight(n, k, device, 'bfloat16')
-    using baseline = denseLayer(dense)
-    using plain = packedLayer(dense, false)
-    using nested = packedLayer(dense, true)
-    for (const m of ROWS) {
-      using wide = normalTensor([m, k], 1, device, m)
-      using x = wide.to('bfloat16')
-      const bf16 = await timeLayer(device, baseline, x, rounds)
-      const peer = peers.linear4bit.find((p) => p.N === n && p.K === k && p.M === m)
-      for (const [name, layer, peerTime] of [
-        ['nf4', plain, peer?.nf4_us],
-        ['nf4 dq', nested, (peer as { nf4dq_us?: number } | undefined)?.nf4dq_us],
-      ] as const) {
-        const error = await sampleError(layer, x)
-        worst = Math.max(worst, error)
-        const seconds = await timeLayer(device, layer, x, rounds)
-        rows.push({
-          n,
-          k,
-          m,
-          weight: name,
-          us: seconds * 1e6,
-          tb_per_s: layer.bytes / seconds / 1e12,
-          share: layer.bytes / seconds / copy,
-          tflop_per_s: (2 * m * n * k) / seconds / 1e12,
-          bf16_us: bf16 * 1e6,
-          speedup: bf16 / seconds,
-          peer_us: peerTime ?? '-',
-          error,
-        })
-      }
-    }
-  }
-  if (!(worst < WORST_ERROR)) {
-    const message = `linear4bit: a result is wrong: relative error ${worst}, at most ${WORST_ERROR} was expected`
-    throw new HalfbyteError('ERR_HALFBYTE_INTERNAL', message)
-  }
+interface Weights extends Disposable {
+  plain: CheckedLayer
+  nested: CheckedLayer
+}
+
+function packedLayers(dense: Tensor): Weights {
+  const plain = packedLayer(dense, false)
+  const nested = packedLayer(dense, true)
   return {
-    columns: {
-      n: 'N',
-      k: 'K',
-      m: 'M',
-      weight: 'weight',
-      us: 'us',
-      tb_per_s: 'TB/s',
-      share: 'of copy',
-      tflop_per_s: 'TFLOP/s',
-      bf16_us: 'bf16 us',
-      speedup: 'times faster',
-      peer_us: 'bitsandbytes us',
+    plain,
+    nested,
+    [Symbol.dispose]: () => {
+      plain[Symbol.dispose]()
+      nested[Symbol.dispose]()
     },
-    rows,
-    baseline: 'bf16_us',
-    notes: [
-      `copy in this run: ${(copy / 1e12).toFixed(2)} TB/s`,
-      `bf16: dense product, by this library's own kernel for 1 and 2 rows, by ${library} for more`,
-      `largest relative error of sampled results: ${worst.toExponential(1)}`,
-      `bitsandbytes: ${peers.machine}`,
-    ],
   }
+}
+
+function* cases({ plain, nested }: Weights, wide: Tensor): Iterable<Case> {
+  using x = wide.to('bfloat16')
+  const [m, k] = x.shape as [number, number]
+  const peer = peers.linear4bit.find((p) => p.N === plain.n && p.K === k && p.M === m)
+  yield { layer: plain, x, values: { weight: 'nf4' }, peer: peer?.nf4_us, limit: WORST_ERROR }
+  const nestedPeer = (peer as { nf4dq_us?: number } | undefined)?.nf4dq_us
+  yield { layer: nested, x, values: { weight: 'nf4 dq' }, peer: nestedPeer, limit: WORST_ERROR }
+}
+
+function onGpu(context: Context): Promise<Report> {
+  return compareOnGpu(context, {
+    name: 'linear4bit',
+    dtype: 'bfloat16',
+    baseline: ['bf16_us', 'bf16 us'],
+    rows: ROWS,
+    columns: { weight: 'weight' },
+    rate: ['tflop_per_s', 'TFLOP/s'],
+    peer: peers.machine,
+    make: packedLayers,
+    cases,
+  })
 }
 
 export const linear4bit: Benchmark = {
