@@ -512,8 +512,11 @@ cudaError_t launch(const Launch& on, const Plan& plan, const Linear8<T>& layer) 
 bool int8_gemv_takes(const Launch& on, int64_t m, int64_t k) {
   if (on.arch < 80 || m > kMaxRows || m < 1 || k < 16 || k % 16 != 0 || k > (1 << 24)) return false;
   const Plan plan = plan_for(on, m, k, 4);
-  return plan.share * kUnit <= 65536 &&
-         Room(static_cast<int>(m), plan.share, kScales, 1, plan.warps, true).total <= on.shared - 1024 - 512;
+  const auto room_of = [&](int chunk) {
+    return Room(static_cast<int>(m), plan.share, kScales, chunk, plan.warps, true).total;
+  };
+  const int most = room_of(0) + std::max(kSumBytes, room_of(1) - room_of(0));
+  return plan.share * kUnit <= 65536 && most <= on.shared - 1024 - 512;
 }
 
 template <typename T>
