@@ -65,6 +65,15 @@ __device__ __forceinline__ void store_vector(T* to, const Vec<T, N>& vector) {
     *reinterpret_cast<Vec<T, N>*>(to) = vector;
 }
 
+/// Two values of a 16-bit type in one register.
+template <typename T>
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+  Vec<T, 2> pair;
+  pair.v[0] = from_float<T>(low);
+  pair.v[1] = from_float<T>(high);
+  return *reinterpret_cast<uint32_t*>(&pair);
+}
+
 __host__ __device__ inline bool is_aligned(const void* p, size_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }

@@ -17,18 +17,15 @@
 // through shared memory, in a fixed order.
 #include <algorithm>
 
-#include "cluster.cuh"
 #include "launch.cuh"
+#include "output_sm90.cuh"
 #include "table4.cuh"
 #include "tma_sm90.cuh"
-#include "wgmma_sm90.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
 constexpr int kRows = 128, kThreads = 384;  // of a block: rows of the weight; consumers and the producer
-constexpr int kStaged = 64;                 // tokens whose results are turned round at a time
-constexpr int kStaging = kStaged * 64 * 2;  // bytes of a warpgroup for that
 constexpr int kCodes = kRows / kTileRows * 512, kAbsmax = kRows * 4;  // bytes of a step
 
 /// Shared memory behind the table: a ring of x, of codes, of absmax, then results, then barriers.
@@ -60,48 +57,12 @@ struct Gemm4 {
   int whole, items;  // items of one block each; all of them
   int rounds;        // of whole items before the divided ones
   int splits, part;  // blocks that divide K of an item, and their k tiles
-  bool whole_lines;  // the residual may be read 16 bytes at a time
+  bool whole_lines;  // the residual lies on 16 bytes
 };
 
 #if HALFBYTE_WGMMA
 
-constexpr int kConsumers = 256, kGroup = 128;  // threads
-
-template <int registers>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(registers));
-}
-template <int registers>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(registers));
-}
-/// A barrier of one warpgroup.
-__device__ __forceinline__ void group_barrier(int group) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "n"(kGroup) : "memory");
-}
-
-/// Four 8x8 matrices between the fragments of C, transposed, and rows of 16 bytes; lane l gives the address
-/// of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_transposed(uint32_t shared, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
-__device__ __forceinline__ float2 floats_of(uint32_t pair, half_t) {
-  return __half22float2(*reinterpret_cast<__half2*>(&pair));
-}
-__device__ __forceinline__ float2 floats_of(uint32_t pair, bf16_t) {
-  return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&pair));
-}
-/// To the place of `own` in block `rank` of the cluster.
-__device__ __forceinline__ void store_at(float4* own, int rank, float4 v) {
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(v.x), "f"(v.y), "f"(v.z),
-               "f"(v.w)
-               : "memory");
-}
+constexpr int kConsumers = 256;  // threads
 
 /// What a lane holds of a tile: its codes, and the absmax of rows g and g + 8, or when they are nested that
 /// of row g + 8 (lane % 2).
@@ -158,111 +119,15 @@ __device__ __forceinline__ Place place_of(const Gemm4<T>& p, int item) {
   return {in_band / width, band * p.band + in_band % width};
 }
 
-/// Writes a warpgroup's sums: 64 rows from `first_row`, kTokens tokens from `first_token`.
-template <int kTokens, typename T>
-__device__ __forceinline__ void write_sums(const Gemm4<T>& p, const float (&acc)[kTokens / 2], char* staging,
-                                           int group, int64_t first_row, int64_t first_token) {
-  constexpr int kPass = kTokens < kStaged ? kTokens : kStaged;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, in_group = threadIdx.x % kGroup;
-  float bias[2] = {};
-  if (p.out.bias) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      bias[h] = p.out.bias_at(min(first_row + warp * 16 + lane / 4 + h * 8, p.w.n - 1));
-  }
-  // of the matrices this lane addresses: a token, 8 rows
-  const int token = lane / 16 * 8 + lane % 8, rows8 = warp * 2 + lane / 8 % 2;
-  const uint32_t matrices = shared_address(staging) + token * 128 + ((rows8 ^ (token & 7)) * 16);
-  const int64_t row = first_row + in_group % 8 * 8;  // of the 16 bytes this lane reads and writes
-#pragma unroll
-  for (int part = 0; part < kTokens / kPass; ++part) {
-    const int64_t from = first_token + part * kPass;
-    const auto each_piece = [&](const auto& body) __attribute__((always_inline)) {
-#pragma unroll
-      for (int i = 0; i < kPass * 8 / kGroup; ++i) {
-        const int at = in_group / 8 + i * (kGroup / 8);
-        const int64_t m = from + at;
-        if (m < p.m && row < p.w.n)
-          body(m * p.out.n + row,
-               reinterpret_cast<uint4*>(staging + at * 128 + ((in_group % 8 ^ (at & 7)) * 16)));
-      }
-    };
-    if (p.out.residual) {
-      each_piece([&](int64_t at, uint4* piece) {
-        if (p.whole_lines) {
-          *piece = *reinterpret_cast<const uint4*>(p.out.residual + at);
-        } else {
-          for (int i = 0; i < 8; ++i) reinterpret_cast<T*>(piece)[i] = p.out.residual[at + i];
-        }
-      });
-      group_barrier(group);
-    }
-#pragma unroll
-    for (int j = 0; j < kPass / 16; ++j) {
-      uint32_t r[4] = {};
-      if (p.out.residual) load_transposed(r, matrices + j * 16 * 128);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int e = part * (kPass / 2) + j * 8 + i * 2;
-        float low = acc[e], high = acc[e + 1];
-        if (p.out.bias) low += bias[i % 2], high += bias[i % 2];
-        if (p.out.residual) {
-          const float2 add = floats_of(r[i], T{});
-          low += add.x, high += add.y;
-        }
-        r[i] = pair_of<T>(low, high);
-      }
-      store_transposed(matrices + j * 16 * 128, r);
-    }
-    group_barrier(group);
-    each_piece([&](int64_t at, const uint4* piece) { *reinterpret_cast<uint4*>(p.out.y + at) = *piece; });
-    group_barrier(group);
-  }
-}
-
-/// The end of an item whose K is divided: each block gets a share of the tokens, and of their sums what the
-/// others have made.
+/// The end of an item whose K is divided: each block writes its share of the tokens.
 template <int kSplits, int kTokens, typename T>
-__device__ __forceinline__ void exchange_sums(const Gemm4<T>& p, const float (&acc)[kTokens / 2], char* ring,
+__device__ __forceinline__ void write_divided(const Gemm4<T>& p, const float (&acc)[kTokens / 2], char* ring,
                                               char* staging, int group, int64_t first_row,
                                               int64_t first_token) {
-  constexpr int kShare = kTokens / kSplits / 2, kFours = kShare / 4;  // registers of a block's tokens
-  const int rank = cluster_rank();
-  float4* const received =
-      reinterpret_cast<float4*>(ring) + threadIdx.x;  // [kSplits - 1][kFours][kConsumers]
-  const auto slot = [&](int from, int to) { return (from < to ? from : from - 1) * kFours * kConsumers; };
-  float own[kShare];
-#pragma unroll
-  for (int to = 0; to < kSplits; ++to) {
-    if (to == rank) {
-#pragma unroll
-      for (int i = 0; i < kShare; ++i) own[i] = acc[to * kShare + i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kFours; ++i) {
-        const float* sums = acc + to * kShare + i * 4;
-        store_at(received + slot(rank, to) + i * kConsumers, to,
-                 make_float4(sums[0], sums[1], sums[2], sums[3]));
-      }
-    }
-  }
-  cluster_barrier();
-  float total[kShare] = {};
-#pragma unroll
-  for (int from = 0; from < kSplits; ++from) {
-    if (from == rank) {
-#pragma unroll
-      for (int i = 0; i < kShare; ++i) total[i] += own[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kFours; ++i) {
-        const float4 v = received[slot(from, rank) + i * kConsumers];
-        total[i * 4] += v.x, total[i * 4 + 1] += v.y, total[i * 4 + 2] += v.z, total[i * 4 + 3] += v.w;
-      }
-    }
-  }
-  write_sums<kTokens / kSplits>(p, total, staging, group, first_row,
-                                first_token + rank * (kTokens / kSplits));
+  float total[kTokens / kSplits / 2];
+  exchange_sums<kSplits, kConsumers>(total, acc, ring);
+  write_sums<kTokens / kSplits>(p.out, p.m, p.whole_lines, total, staging, group, first_row,
+                                first_token + cluster_rank() * (kTokens / kSplits));
 }
 
 #endif  // HALFBYTE_WGMMA
@@ -403,17 +268,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       char* const staging = table + S::kStagingAt + group * kStaging;
       const int64_t row = first_row + group * 64;
       if (n != p.rounds) {
-        write_sums<kTokens>(p, acc, staging, group, row, first_token);
+        write_sums<kTokens>(p.out, p.m, p.whole_lines, acc, staging, group, row, first_token);
         continue;
       }
       cluster_meet();  // nothing more comes, the rings of the cluster are free
       char* const free = table + kTable4Bytes;
       if (p.splits == 2)
-        exchange_sums<2, kTokens>(p, acc, free, staging, group, row, first_token);
+        write_divided<2, kTokens>(p, acc, free, staging, group, row, first_token);
       else if (p.splits == 4)
-        exchange_sums<4, kTokens>(p, acc, free, staging, group, row, first_token);
+        write_divided<4, kTokens>(p, acc, free, staging, group, row, first_token);
       else
-        exchange_sums<8, kTokens>(p, acc, free, staging, group, row, first_token);
+        write_divided<8, kTokens>(p, acc, free, staging, group, row, first_token);
     }
   }
 #endif

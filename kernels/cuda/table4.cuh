@@ -79,12 +79,5 @@ __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, bf
       __hmul2(*reinterpret_cast<__nv_bfloat162*>(&pair), *reinterpret_cast<__nv_bfloat162*>(&scale));
   return *reinterpret_cast<const uint32_t*>(&scaled);
 }
-template <typename T>
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  Vec<T, 2> pair;
-  pair.v[0] = from_float<T>(low);
-  pair.v[1] = from_float<T>(high);
-  return *reinterpret_cast<uint32_t*>(&pair);
-}
 
 }  // namespace halfbyte::cuda

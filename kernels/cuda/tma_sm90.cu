@@ -29,12 +29,15 @@ cudaError_t describe_tiles(CUtensorMap* map, DType dtype, const void* x, int64_t
   static const Encode encode = find_encoder();
   if (!encode) return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(cols) * 2};
-  const cuuint32_t tile[2] = {64, static_cast<cuuint32_t>(tile_rows)}, steps[2] = {1, 1};
-  const CUresult result = encode(
-      map, dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-      const_cast<void*>(x), sizes, row_bytes, tile, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const cuuint32_t bytes = static_cast<cuuint32_t>(size_of(dtype));
+  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(cols) * bytes};
+  const cuuint32_t tile[2] = {128 / bytes, static_cast<cuuint32_t>(tile_rows)}, steps[2] = {1, 1};
+  const CUtensorMapDataType type = dtype == DType::i8    ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult result = encode(map, type, 2, const_cast<void*>(x), sizes, row_bytes, tile, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

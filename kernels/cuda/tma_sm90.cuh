@@ -8,9 +8,9 @@
 
 namespace halfbyte::cuda {
 
-/// Describes x [rows, cols] of 16-bit elements, 16-byte aligned, for tiles of `tile_rows` x 64 elements with
-/// the 128-byte swizzle. What a tile has outside of x is zero. libcuda is not linked: the driver is asked
-/// through the runtime.
+/// Describes x [rows, cols] of 16-bit or int8 elements, rows of a multiple of 16 bytes, 16-byte aligned, for
+/// tiles of `tile_rows` x 128 bytes with the 128-byte swizzle. What a tile has outside of x is zero. libcuda
+/// is not linked: the driver is asked through the runtime.
 cudaError_t describe_tiles(CUtensorMap* map, DType dtype, const void* x, int64_t rows, int64_t cols,
                            int tile_rows);
 
@@ -53,6 +53,42 @@ __device__ __forceinline__ void fetch_tile(uint32_t shared, const CUtensorMap& m
       "%3}], "
       "[%4];\n" ::"r"(shared),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+/// The same into every block of the cluster that has its bit in `blocks`, at the same place, counting on its
+/// own barrier at the same place.
+__device__ __forceinline__ void fetch_tile_for(uint32_t shared, const CUtensorMap& map, int row, int column,
+                                               uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+/// The tile in shared memory to (row, column) of the matrix, of which what is outside is not written. The
+/// tile may be written again after wait_stores() by the same thread.
+__device__ __forceinline__ void store_tile(const CUtensorMap& map, uint32_t shared, int row, int column) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];\n"
+      "cp.async.bulk.commit_group;\n" ::"l"(&map),
+      "r"(shared), "r"(column), "r"(row)
+      : "memory");
+}
+/// Until all but the `pending` last stores of this thread have read their tiles.
+template <int pending>
+__device__ __forceinline__ void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(pending) : "memory");
+}
+/// After a thread has written shared memory that the copy engine or wgmma read; a barrier follows.
+__device__ __forceinline__ void publish_shared() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+/// At the barrier at this place in block `rank` of the cluster.
+__device__ __forceinline__ void arrive_at(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
+      "r"(rank)
       : "memory");
 }
 #endif
