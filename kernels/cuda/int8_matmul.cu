@@ -1,7 +1,9 @@
 // int8 x int8 -> int32, exact, and the scaling of such sums as bitsandbytes does it.
 //
 //   M <= 8     stream_kernel: b is read once, 16 codes a lane and step, dp4a; a warp makes 2 columns
-//   larger M   cuBLASLt's int8 product where it is found and the shape suits it, else tile_kernel (dp4a)
+//   larger M   on tensor cores where K is a multiple of 16: int8_gemm_sm90.cu, int8_gemm_sm80.cu, on older
+//   ones
+//              by cuBLASLt where it is found; else tile_kernel (dp4a)
 // K % 4 != 0 or unaligned rows: the same kernels, codes read byte by byte.
 #include "cublaslt.h"
 #include "int8_product.cuh"
@@ -123,10 +125,11 @@ __global__ void dequantize_kernel(T* y, const int32_t* acc, const float* row_abs
 
 }  // namespace
 
-cudaError_t int8_product(int device, cudaStream_t stream, int32_t* acc, const int8_t* a, const int8_t* b,
-                         int64_t m, int64_t n, int64_t k, void* workspace, size_t workspace_bytes) {
+cudaError_t int8_product(const Launch& on, int32_t* acc, const int8_t* a, const int8_t* b, int64_t m,
+                         int64_t n, int64_t k, void* workspace, size_t workspace_bytes) {
+  const cudaStream_t stream = on.stream;
+  const bool wide = k % 16 == 0 && is_aligned(a, 16) && is_aligned(b, 16);
   if (m <= 8) {
-    const bool wide = k % 16 == 0 && is_aligned(a, 16) && is_aligned(b, 16);
     const unsigned blocks = blocks_for(n, kWarps * 2, INT32_MAX);
     if (m == 1)
       stream_kernel<1><<<blocks, kWarps * 32, 0, stream>>>(acc, a, b, m, n, k, wide);
@@ -136,7 +139,19 @@ cudaError_t int8_product(int device, cudaStream_t stream, int32_t* acc, const in
       stream_kernel<8><<<blocks, kWarps * 32, 0, stream>>>(acc, a, b, m, n, k, wide);
     return cudaGetLastError();
   }
-  if (k % 16 == 0 && n % 4 == 0 && k > 0 && is_aligned(a, 16) && is_aligned(b, 16)) {
+  if (wide && k > 0 && on.arch >= 80) {
+    Product8<int32_t> product = {};
+    product.out.y = acc;
+    product.out.n = n;
+    product.a = a;
+    product.b = b;
+    product.m = m;
+    product.k = k;
+    return on.wgmma ? int8_gemm_sm90(on, product) : int8_gemm_sm80(on, product);
+  }
+  if (wide && k > 0 && n % 4 == 0) {
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
     const DenseProduct product{CUDA_R_8I, CUDA_R_32I, m, n, k, a, b, nullptr, acc};
     if (cublaslt_product(device, stream, product, workspace, workspace_bytes)) return cudaSuccess;
   }
@@ -159,8 +174,10 @@ Status CudaBackend::int8_matmul(Queue queue, View acc, View a, View b) {
     return refuse_dtype("int8_matmul", "a and b must be int8, acc int32");
   }
   if (acc.size() == 0) return {};
-  return check(int8_product(index_, stream(queue), acc.as<int32_t>(), a.as<const int8_t>(),
-                            b.as<const int8_t>(), a.shape[0], b.shape[0], a.shape[1], nullptr, 0),
+  Launch on = launch_;
+  on.stream = stream(queue);
+  return check(int8_product(on, acc.as<int32_t>(), a.as<const int8_t>(), b.as<const int8_t>(), a.shape[0],
+                            b.shape[0], a.shape[1], nullptr, 0),
                "int8_matmul");
 }
 

@@ -1,11 +1,19 @@
 // The LLM.int8() forward: y = int8 product of the quantised rows of x and the weight, scaled, plus the
-// outlier columns in x's precision, bias and residual.
+// outlier columns in x's precision, bias and residual. The steps:
 //
-// Up to 16 rows of x are one launch (int8_gemv.cu), but for bnb_exact and odd K. Otherwise: row quantisation,
-// which also lists the outlier columns (int8_rows.cu), the int32 product, and finish_kernel, which scales the
-// sums and adds the outlier stream. The count of columns is read on the device only, so a threshold does not
-// change the sequence of launches; the list holds up to K columns, so any count is right. finish_kernel: 64
-// columns x 16 rows of y a block; outlier columns pass through shared memory 32 at a time.
+//   few rows  one launch that reads the weight at the rate of the memory, int8_gemv.cu; not for bnb_exact and
+//             odd K
+//   quantise  int8_rows.cu: codes, absmax, and a list of the outlier columns, whose codes are 0
+//   multiply  from kFewest rows on, where K and alignment suit the tensor cores: all the rest in one kernel,
+//             int8_gemm_sm90.cu (beside gather_outliers()) or int8_gemm_sm80.cu
+//   else      int32 sums, some rows at a time, and finish_kernel, which scales them and adds the outlier
+//             columns: 64 columns x 16 rows of y a block, outlier columns through shared memory 32 at a time.
+//             It can round as bitsandbytes does
+//
+// The count of outlier columns is read on the device only, so a threshold does not change the sequence of
+// launches; the list holds up to K columns, so any count is right.
+#include <algorithm>
+
 #include "cublaslt.h"
 #include "int8_gemv.cuh"
 #include "int8_product.cuh"
@@ -14,9 +22,28 @@
 namespace halfbyte::cuda {
 namespace {
 
-/// Where the parts of the workspace start.
+constexpr int64_t kFewest = 5;                    // rows of x that the tensor cores are worth
+constexpr int64_t kGemv = 8, kGemvLong = 4;       // rows up to which int8_gemv beats int8_gemm_sm90,
+constexpr int64_t kLongK = 14336;                 // the latter from this K on
+constexpr int64_t kSumBytes = int64_t{64} << 20;  // of int32 sums at a time
+constexpr int kRows = 16, kColumns = 64, kChunk = 32;
+
+bool takes_gemv(const Launch& on, int64_t m, int64_t k) {
+  return int8_gemv_takes(on, m, k) && !(on.wgmma && m > (k < kLongK ? kGemv : kGemvLong));
+}
+
+bool takes_gemm(const Launch& on, int64_t m, int64_t k, const void* weight, bool bnb_exact) {
+  return !bnb_exact && on.arch >= 80 && m >= kFewest && k > 0 && k % 16 == 0 && is_aligned(weight, 16);
+}
+
+/// Rows whose sums are made at a time.
+int64_t sum_rows(int64_t m, int64_t n) {
+  return std::min(m, std::max<int64_t>(kSumBytes / 4 / std::max<int64_t>(n, 1) / 256 * 256, 256));
+}
+
+/// Where the parts of the workspace start. Outlier columns and sums are never needed together.
 struct Parts {
-  size_t codes, row_absmax, list, acc, product, total;
+  size_t codes, row_absmax, list, x_columns, weight_columns, sums, product, total;
 };
 
 Parts parts_of(int64_t m, int64_t n, int64_t k, bool threshold) {
@@ -30,15 +57,18 @@ Parts parts_of(int64_t m, int64_t n, int64_t k, bool threshold) {
   p.codes = take(m * k);
   p.row_absmax = take(m * 4);
   p.list = take(threshold ? (k + 1) * 4 : 0);
-  p.acc = take(m * n * 4);
-  p.product = take(m > 8 && has_cublaslt() ? static_cast<int64_t>(kCublasWorkspace) : 0);
+  const size_t rest = at;
+  p.x_columns = take(threshold ? m * kOutlierSlots * 2 : 0);
+  p.weight_columns = take(threshold ? n * kOutlierSlots * 2 : 0);
   p.total = at;
+  at = rest;
+  p.sums = take(sum_rows(m, n) * n * 4);
+  p.product = take(m > 8 && has_cublaslt() ? static_cast<int64_t>(kCublasWorkspace) : 0);
+  p.total = std::max(p.total, at);
   return p;
 }
 
 __device__ __forceinline__ float round_half(float x) { return __half2float(__float2half_rn(x)); }
-
-constexpr int kRows = 16, kColumns = 64, kChunk = 32;
 
 template <typename T>
 __global__ void __launch_bounds__(256)
@@ -109,6 +139,61 @@ View part(const View& workspace, size_t at, DType dtype, int64_t size) {
   return v;
 }
 
+/// What the second step gets.
+struct Layer {
+  View y, x, weight, scb;
+  Epilogue epilogue;
+  View codes, row_absmax;
+  const int32_t* list;  // null without a threshold
+  int64_t m, n, k;
+  bool bnb_exact;
+};
+
+template <typename T>
+cudaError_t multiply(Launch on, const Layer& layer, const Parts& parts, const View& workspace) {
+  using Half = typename OutlierType<T>::type;
+  Product8<T> product = {};
+  product.out = output_of<T>(layer.y, layer.epilogue);
+  product.a = layer.codes.as<const int8_t>();
+  product.b = layer.weight.as<const int8_t>();
+  product.row_absmax = layer.row_absmax.as<const float>();
+  product.scb = layer.scb.as<const float>();
+  product.x = layer.x.as<const T>();
+  product.m = layer.m;
+  product.k = layer.k;
+  product.outliers = {layer.list, reinterpret_cast<Half*>(workspace.as<char>() + parts.x_columns),
+                      reinterpret_cast<Half*>(workspace.as<char>() + parts.weight_columns)};
+  if (!on.wgmma) return int8_gemm_sm80(on, product);
+  if (layer.list) {
+    if (const cudaError_t error = gather_outliers(on, product); error != cudaSuccess) return error;
+  }
+  return int8_gemm_sm90(on, product);
+}
+
+template <typename T>
+cudaError_t multiply_and_finish(const Launch& on, const Layer& layer, const Parts& parts,
+                                const View& workspace) {
+  const int64_t n = layer.n, k = layer.k, most = sum_rows(layer.m, n);
+  int32_t* const sums = part(workspace, parts.sums, DType::i32, most * n).as<int32_t>();
+  for (int64_t first = 0; first < layer.m; first += most) {
+    const int64_t rows = std::min(most, layer.m - first);
+    const cudaError_t error =
+        int8_product(on, sums, layer.codes.as<const int8_t>() + first * k, layer.weight.as<const int8_t>(),
+                     rows, n, k, workspace.as<char>() + parts.product, parts.total - parts.product);
+    if (error != cudaSuccess) return error;
+    Output<T> out = output_of<T>(layer.y, layer.epilogue);
+    out.y += first * n;
+    if (out.residual) out.residual += first * n;
+    const dim3 grid(static_cast<unsigned>((n + kColumns - 1) / kColumns),
+                    static_cast<unsigned>((rows + kRows - 1) / kRows));
+    finish_kernel<T><<<grid, 256, 0, on.stream>>>(
+        out, sums, layer.x.as<const T>() + first * k, layer.weight.as<const int8_t>(),
+        layer.row_absmax.as<const float>() + first, layer.scb.as<const float>(), layer.list, rows, k,
+        layer.bnb_exact);
+  }
+  return cudaGetLastError();
+}
+
 }  // namespace
 
 size_t CudaBackend::linear_8bit_workspace(const View& x, const View& weight, float threshold) const {
@@ -118,8 +203,8 @@ size_t CudaBackend::linear_8bit_workspace(const View& x, const View& weight, flo
 
 Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View scb, const Epilogue& epilogue,
                                 float threshold, bool bnb_exact, View workspace) {
-  Launch launch;
-  if (Status status = enter_early(queue, &launch); !status.ok()) return status;
+  Launch on;
+  if (Status status = enter_early(queue, &on); !status.ok()) return status;
   if (weight.ndim != 2 || weight.dtype != DType::i8 || !weight.is_contiguous() || scb.dtype != DType::f32 ||
       scb.size() != weight.shape[0] || !scb.is_contiguous()) {
     return refuse("linear_8bit", "the weight must be int8 [N, K] with scb float32 [N]");
@@ -127,7 +212,7 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   const int64_t m = x.rows(), n = weight.shape[0], k = weight.shape[1];
   if (Status status = check_linear("linear_8bit", y, x, n, k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
-  if (!bnb_exact && int8_gemv_takes(launch, m, k) && is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
+  if (!bnb_exact && takes_gemv(on, m, k) && is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
     return with_float_type(x.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       const Linear8<T> layer{output_of<T>(y, epilogue),
@@ -137,7 +222,7 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
                              m,
                              k,
                              threshold};
-      return check(int8_gemv(launch, layer), "linear_8bit");
+      return check(int8_gemv(on, layer), "linear_8bit");
     });
   }
   if (threshold > 0.0f && k > ColumnMarks::kMostColumns) {
@@ -148,35 +233,33 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   const Parts parts = parts_of(m, n, k, threshold > 0.0f);
   if (static_cast<size_t>(workspace.size()) < parts.total)
     return refuse("linear_8bit", "the workspace is too small");
-  const cudaStream_t on = launch.stream;
 
-  const View codes = part(workspace, parts.codes, DType::i8, m * k);
-  const View row_absmax = part(workspace, parts.row_absmax, DType::f32, m);
+  Layer layer = {y, x, weight, scb, epilogue, {}, {}, nullptr, m, n, k, bnb_exact};
+  layer.codes = part(workspace, parts.codes, DType::i8, m * k);
+  layer.row_absmax = part(workspace, parts.row_absmax, DType::f32, m);
   int32_t* list = threshold > 0.0f ? part(workspace, parts.list, DType::i32, k + 1).as<int32_t>() : nullptr;
-  int32_t* acc = part(workspace, parts.acc, DType::i32, m * n).as<int32_t>();
-  const Int8Rows rows{
-      x.data,    x.dtype,      m,    k,      bnb_exact, codes.as<int8_t>(), row_absmax.as<float>(),
-      threshold, marks(queue), list, nullptr};
-  if (Status status = check(int8_rows(launch, rows), "linear_8bit"); !status.ok()) return status;
-  const cudaError_t error =
-      int8_product(index_, on, acc, codes.as<const int8_t>(), weight.as<const int8_t>(), m, n, k,
-                   part(workspace, parts.product, DType::u8, 0).data, parts.total - parts.product);
-  if (Status status = check(error, "linear_8bit"); !status.ok()) return status;
-  with_float_type(x.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    for (int64_t first = 0; first < m; first += int64_t{65535} * kRows) {
-      const int64_t rows = m - first < int64_t{65535} * kRows ? m - first : int64_t{65535} * kRows;
-      Output<T> out = output_of<T>(y, epilogue);
-      out.y += first * n;
-      if (out.residual) out.residual += first * n;
-      const dim3 grid(static_cast<unsigned>((n + kColumns - 1) / kColumns),
-                      static_cast<unsigned>((rows + kRows - 1) / kRows));
-      finish_kernel<T><<<grid, 256, 0, on>>>(out, acc + first * n, x.as<const T>() + first * k,
-                                             weight.as<const int8_t>(), row_absmax.as<const float>() + first,
-                                             scb.as<const float>(), list, rows, k, bnb_exact);
-    }
-  });
-  return check(cudaGetLastError(), "linear_8bit");
+  layer.list = list;
+  const Int8Rows rows{x.data,
+                      x.dtype,
+                      m,
+                      k,
+                      bnb_exact,
+                      layer.codes.as<int8_t>(),
+                      layer.row_absmax.as<float>(),
+                      threshold,
+                      marks(queue),
+                      list,
+                      nullptr};
+  if (Status status = check(int8_rows(on, rows), "linear_8bit"); !status.ok()) return status;
+  on.early = on.arch >= 90;  // what the weight is was settled before the first step
+  return check(with_float_type(x.dtype,
+                               [&](auto* t) {
+                                 using T = std::remove_pointer_t<decltype(t)>;
+                                 return takes_gemm(on, m, k, weight.data, bnb_exact)
+                                            ? multiply<T>(on, layer, parts, workspace)
+                                            : multiply_and_finish<T>(on, layer, parts, workspace);
+                               }),
+               "linear_8bit");
 }
 
 }  // namespace halfbyte::cuda

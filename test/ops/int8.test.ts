@@ -46,7 +46,46 @@ const SHAPES: [number, number, number][] = [
   [16, 19, 4176],
   // more rows than a GPU has multiprocessors, several pieces of a row a thread
   [270, 2, 264],
+  // for tensor cores: K a multiple of 16; 528 outlier columns are more than there is room for beside others
+  [20, 136, 1040],
+  [33, 41, 144],
+  [70, 72, 272],
+  [150, 264, 80],
+  [300, 24, 528],
 ]
+
+/** Which columns hold an element of at least `threshold`. */
+function outliersOf(x: ArrayLike<number>, k: number, threshold: number): boolean[] {
+  const found = new Array<boolean>(k).fill(false)
+  if (threshold > 0) for (let i = 0; i < x.length; i++) if (Math.abs(x[i]!) >= threshold) found[i % k] = true
+  return found
+}
+
+/** Rows of the layer's result from the codes and scales of x, in doubles. */
+function layerRows(
+  rows: number[],
+  x: { values: Float32Array; codes: Int8Array; absmax: Float32Array; outliers: boolean[] },
+  weight: { codes: Int8Array; scb: Float32Array },
+): Float64Array {
+  const k = x.outliers.length
+  const n = weight.scb.length
+  const pick = (of: (i: number) => number): Float64Array =>
+    Float64Array.from({ length: rows.length * k }, (_, i) => of(rows[Math.floor(i / k)]! * k + (i % k)))
+  const regular = product(
+    pick((i) => x.codes[i]!),
+    weight.codes,
+    k,
+  )
+  const outlying = product(
+    pick((i) => (x.outliers[i % k] ? x.values[i]! : 0)),
+    weight.codes,
+    k,
+  )
+  return regular.map((sum, i) => {
+    const scale = weight.scb[i % n]! / 127
+    return sum * (x.absmax[rows[Math.floor(i / n)]!]! / 127) * scale + outlying[i]! * scale
+  })
+}
 
 describe.each(devices())('int8 on %s', (device) => {
   const on = device.name
@@ -101,11 +140,7 @@ describe.each(devices())('int8 on %s', (device) => {
         const q = ops.int8QuantizeRows(input, threshold)
         const quantised = (await q.codes.data()) as Int8Array
         const absmax = (await q.rowAbsmax.data()) as Float32Array
-        const isOutlier = Array.from({ length: k }, (_, c) =>
-          threshold > 0
-            ? Array.from({ length: m }, (_, r) => held[r * k + c]!).some((v) => Math.abs(v) >= threshold)
-            : false,
-        )
+        const isOutlier = outliersOf(held, k, threshold)
         if (q.outlierMask)
           expect(Array.from((await q.outlierMask.data()) as Uint8Array, Boolean)).toEqual(isOutlier)
         // in steps: 0 in outlier columns, else at most half a step from the value
@@ -115,18 +150,11 @@ describe.each(devices())('int8 on %s', (device) => {
         })
         expect(off).toEqual(new Int8Array(m * k))
 
-        const kept = held.map((v, i) => (isOutlier[i % k] ? v : 0))
-        const regular = product(quantised, codes, k)
-        const outlying = product(kept, codes, k)
-        const want = regular.map((sum, i) => {
-          const scale = scb[i % n]! / 127
-          return (
-            sum * (absmax[Math.floor(i / n)]! / 127) * scale +
-            outlying[i]! * scale +
-            bias[i % n]! +
-            residual[i]!
-          )
-        })
+        const want = layerRows(
+          Array.from({ length: m }, (_, r) => r),
+          { values: held, codes: quantised, absmax, outliers: isOutlier },
+          { codes, scb },
+        ).map((v, i) => v + bias[i % n]! + residual[i]!)
         const y = ops.linear8bit(input, weight, stats, {
           bias: Tensor.from(bias, { device: on }),
           residual: tensorOf(residual, [m, n], dtype, on),
@@ -136,6 +164,69 @@ describe.each(devices())('int8 on %s', (device) => {
         expect(relativeError(await y.floats(), want)).toBeLessThan(LIMIT[dtype]!)
       }
     })
+  })
+
+  it.each(['float16', 'bfloat16'] as const)(
+    'layers of many rows, %s: without and with outliers',
+    async (dtype) => {
+      const [m, n, k] = [2048, 4096, 256]
+      const codes = bytes(n * k, 1)
+      const scb = randn(n, 2).map(Math.abs)
+      const weight = Tensor.from(codes, { shape: [n, k], device: on })
+      const rows = [0, 1, 255, 256, 1031, 2047]
+      for (const columns of [0, 6, 40]) {
+        const values = randn(m * k, 3).map((v) => rounded(Math.max(-5, Math.min(5, v)), dtype))
+        for (let c = 0; c < columns; c++) values[((c * 97) % m) * k + ((c * 41) % k)] = 9.5
+        const x = tensorOf(values, [m, k], dtype, on)
+        const q = ops.int8QuantizeRows(x, 6)
+        const want = layerRows(
+          rows,
+          {
+            values,
+            codes: (await q.codes.data()) as Int8Array,
+            absmax: (await q.rowAbsmax.data()) as Float32Array,
+            outliers: outliersOf(values, k, 6),
+          },
+          { codes, scb },
+        )
+        const y = await ops.linear8bit(x, weight, Tensor.from(scb, { device: on }), { threshold: 6 }).floats()
+        const got = rows.flatMap((r) => Array.from(y.subarray(r * n, (r + 1) * n)))
+        expect(relativeError(Float32Array.from(got), want)).toBeLessThan(LIMIT[dtype]!)
+      }
+    },
+  )
+
+  it('a recorded layer finds the outliers of each replay', async () => {
+    for (const m of [3, 40]) {
+      const [n, k] = [72, 320]
+      const weight = Tensor.from(bytes(n * k, 1), { shape: [n, k], device: on })
+      const scb = Tensor.full([n], 1, 'float32', on)
+      const x = Tensor.from(randn(m * k, 2), { shape: [m, k], device: on })
+      let y!: Tensor
+      using graph = device.capture(() => {
+        y = ops.linear8bit(x, weight, scb, { threshold: 6 })
+      })
+      for (const columns of [0, 1, 30, 0, 320]) {
+        const values = randn(m * k, 3 + columns)
+        for (let c = 0; c < columns; c++) values[(c % m) * k + ((c * 7) % k)] = 8 + c
+        x.write(values)
+        graph.replay()
+        const direct = ops.linear8bit(x, weight, scb, { threshold: 6 })
+        expect(await y.data()).toEqual(await direct.data())
+      }
+      y.dispose()
+    }
+  })
+
+  it('a weight that does not lie on 16 bytes', async () => {
+    const [m, n, k] = [40, 24, 64]
+    const codes = bytes(n * k + 4, 1)
+    const flat = Tensor.from(codes, { device: on })
+    const apart = Tensor.from(codes.subarray(4), { shape: [n, k], device: on })
+    const x = Tensor.from(randn(m * k, 2), { shape: [m, k], device: on })
+    const scb = Tensor.full([n], 1, 'float32', on)
+    const y = ops.linear8bit(x, flat.slice(0, 4, n * k + 4).reshape(n, k), scb)
+    expect(relativeError(await y.floats(), await ops.linear8bit(x, apart, scb).floats())).toBeLessThan(1e-6)
   })
 
   it('leading dimensions are rows', async () => {

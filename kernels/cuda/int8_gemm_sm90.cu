@@ -1,0 +1,637 @@
+// y = (a b^T * row scale + outlier columns) * column scale + bias + residual with int8 a [M, K] and b [N, K],
+// on sm_90a: the weight b is the A operand of wgmma and a, the tokens, is B, both from shared memory. For 17
+// rows of a and more; bound by the tensor cores from some hundreds on, below by reading b.
+//
+// A block makes 128 rows of b times kTokens tokens: a producer thread, two consumer warpgroups of 64 rows
+// each, and gatherers.
+//
+//   ring      a step is 128 k: boxes of b [128][128 bytes] and a [kTokens][128 bytes] by the copy engine,
+//             swizzled. With kPair, two blocks of neighbouring rows of b fetch half of a each, for both
+//   product   4 products of 32 k a step and warpgroup, int32 sums in registers
+//   scale     sums become fp32, times the token's scale
+//   outliers  more steps of the same ring, of 64 columns in 16 bits: x as it is, codes of b, which are exact.
+//             A few columns are gathered by the idle warps while the product runs, more come from where
+//             gather_outliers() has put them, what does not fit there is added by mma.sync
+//   end       times the row's scale, + bias + residual, rounded once and turned round (output_sm90.cuh); the
+//             copy engine writes it while the next item begins
+//
+// Blocks stay and take items in turn, in bands of token tiles, so that what runs at once shares a and b in
+// L2. Items that do not fill the last round go to a cluster each, whose blocks divide K and exchange sums
+// through shared memory, in a fixed order.
+#include <algorithm>
+
+#include "int8_product.cuh"
+#include "launch.cuh"
+#include "output_sm90.cuh"
+#include "tma_sm90.cuh"
+
+namespace halfbyte::cuda {
+namespace {
+
+constexpr int kRows = 128, kThreads = 384;  // of a block: rows of b; consumers and the producer
+constexpr int kConsumers = 256;
+constexpr int kStep = 128;                // bytes of a row in a step
+constexpr int kStepSlots = kStep / 2;     // outlier columns of a step
+constexpr int kRowBytes = kRows * kStep;  // of b in a step
+constexpr int kGatherers = 96;            // threads beside the producer
+
+/// Shared memory: the ring, results, token scales, barriers.
+template <int kTokens>
+struct Space {
+  static constexpr int kStage = kRowBytes + kTokens * kStep;
+  static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 128 ? 6 : kTokens == 64 ? 8 : 9;
+  static constexpr int kStagingAt = kStages * kStage;
+  static constexpr int kScalesAt = kStagingAt + 4 * kStaging;
+  static constexpr int kBarriersAt = kScalesAt + 2 * kTokens * 4;
+  static constexpr int kAskedAt = kBarriersAt + kStages * 16, kColumnsAt = kAskedAt + 16;
+  static constexpr int kBytes = kColumnsAt + kGatheredByProduct * 4;
+  static_assert(kBytes <= 227 << 10);
+};
+struct Maps {
+  CUtensorMap a, b, y, x, codes;  // the last two: outlier columns
+};
+
+/// How the product is cut: tokens of a block, blocks that divide K of the last items, whether blocks go in
+/// pairs, token tiles of a band.
+struct Cut {
+  int tokens, splits;
+  bool pair;
+  int band;
+};
+
+template <typename T>
+struct Gemm8 {
+  Output<T> out;
+  const float* row_absmax;
+  const float* scb;
+  const int32_t* list;
+  const int8_t* b;
+  const T* x;
+  int64_t k;
+  int m, steps;
+  int row_groups, token_tiles, band;  // groups of the rows of a block, or of a pair
+  int whole, items;                   // items of one block (or pair) each; all of them
+  int rounds;                         // of whole items before the divided ones
+  int splits, part;                   // blocks that divide K of an item, and their steps
+  bool whole_lines;                   // see write_sums()
+  bool engine;                        // y is written by the copy engine
+};
+
+#if HALFBYTE_WGMMA
+
+/// An item: which, and its steps.
+struct Work {
+  int item, first_step, steps;
+};
+/// The n-th of this block; false when there is none.
+template <bool kPair, typename T>
+__device__ __forceinline__ bool find_work(const Gemm8<T>& p, int n, Work* work) {
+  const int workers = kPair ? gridDim.x / 2 : gridDim.x, worker = kPair ? blockIdx.x / 2 : blockIdx.x;
+  const int item = n * workers + worker;
+  if (item < p.whole) {
+    *work = {item, 0, p.steps};
+    return true;
+  }
+  if (kPair || n != p.rounds) return false;
+  *work = {p.whole + static_cast<int>(blockIdx.x) / p.splits,
+           static_cast<int>(blockIdx.x) % p.splits * p.part, p.part};
+  return work->item < p.items;
+}
+
+/// The place of an item: its rows in groups, its tokens in tiles.
+struct Place {
+  int rows, tokens;
+};
+template <typename T>
+__device__ __forceinline__ Place place_of(const Gemm8<T>& p, int item) {
+  const int per_band = p.band * p.row_groups, band = item / per_band, in_band = item % per_band;
+  const int width = min(p.band, p.token_tiles - band * p.band);
+  return {in_band / width, band * p.band + in_band % width};
+}
+
+/// Outlier columns for which there is room, in slots; those beyond are added one by one.
+template <typename T>
+__device__ __forceinline__ int slots_of(int count) {
+  constexpr int kPieces = OutlierType<T>::kPieces;
+  return min(count, kOutlierSlots / kPieces) * kPieces;
+}
+
+/// Steps of outlier columns of this block: blocks that divide an item take them in turn.
+template <typename T>
+__device__ __forceinline__ int first_outlier(const Gemm8<T>& p, int n) {
+  return n == p.rounds ? blockIdx.x % p.splits : 0;
+}
+template <typename T>
+__device__ __forceinline__ int outlier_step(const Gemm8<T>& p, int n) {
+  return n == p.rounds ? p.splits : 1;
+}
+
+__device__ __forceinline__ void store_release(int* shared, int value) {
+  asm volatile("st.release.cta.shared.u32 [%0], %1;\n" ::"r"(shared_address(shared)), "r"(value) : "memory");
+}
+__device__ __forceinline__ int load_acquire(const int* shared) {
+  int value;
+  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];\n"
+               : "=r"(value)
+               : "r"(shared_address(shared))
+               : "memory");
+  return value;
+}
+/// A barrier of the threads beside the producer.
+__device__ __forceinline__ void gather_barrier() {
+  asm volatile("bar.sync %0, %1;\n" ::"n"(3), "n"(kGatherers) : "memory");
+}
+
+/// Up to kGatheredByProduct slots of 128 rows of b and kTokens tokens, straight from b and x into registers,
+/// and from there into a stage, where the copy engine would put them.
+template <int kTokens, typename T>
+struct Gathered {
+  using Half = typename OutlierType<T>::type;
+  static constexpr int kPieces = OutlierType<T>::kPieces, kSlots = kGatheredByProduct,
+                       kLoads = kTokens > 64 ? 4 : 8;
+  static constexpr int kEach = (kRows + kTokens + kGatherers - 1) / kGatherers;
+  static_assert(kSlots == 8);
+  Vec<Half, kSlots> rows[kEach];
+
+  /// `columns` of the slots, which repeat the last one.
+  __device__ __forceinline__ void fetch(const Gemm8<T>& p, int slots, const int* columns, int64_t first_row,
+                                        int64_t first_token) {
+#pragma unroll
+    for (int i = 0; i < kEach * kSlots / kLoads; ++i) {
+      const int at = threadIdx.x - (kThreads - kGatherers) + i / (kSlots / kLoads) * kGatherers;
+      const int first = i % (kSlots / kLoads) * kLoads;
+      Half* const to = rows[i / (kSlots / kLoads)].v + first;
+      if (at < kRows) {
+        const int8_t* const b = p.b + min(first_row + at, p.out.n - 1) * p.k;
+        int8_t in[kLoads];
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) in[j] = b[columns[first + j]];
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) to[j] = from_float<Half>(first + j < slots ? in[j] : 0.0f);
+      } else {
+        const T* const x = p.x + min(first_token + at - kRows, int64_t{p.m} - 1) * p.k;
+        T in[kLoads];
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) in[j] = x[columns[first + j]];
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j)
+          to[j] = first + j < slots ? piece_of(in[j], (first + j) % kPieces) : from_float<Half>(0.0f);
+      }
+      asm volatile("" ::: "memory");  // one after the other: registers are few
+    }
+  }
+  __device__ __forceinline__ void store(char* stage) const {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int at = threadIdx.x - (kThreads - kGatherers) + i * kGatherers;
+      if (at >= kRows + kTokens) continue;
+      char* const row = stage + at * kStep;
+      *reinterpret_cast<Vec<Half, kSlots>*>(row + (at & 7) * 16) = rows[i];
+      *reinterpret_cast<uint4*>(row + (1 ^ (at & 7)) * 16) = make_uint4(0, 0, 0, 0);
+    }
+  }
+};
+
+/// Writes sums of types that are not turned round: fp32 and int32.
+template <int kTokens, typename T, typename V>
+__device__ __forceinline__ void write_plain(const Output<T>& out, int64_t tokens, const V (&acc)[kTokens / 2],
+                                            int64_t first_row, int64_t first_token) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) {
+    const int64_t m = first_token + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    const int64_t row = first_row + warp * 16 + lane / 4 + i / 2 % 2 * 8;
+    if (m >= tokens || row >= out.n) continue;
+    if constexpr (std::is_same_v<V, float>)
+      out.store(m, row, acc[i]);
+    else
+      out.y[m * out.n + row] = acc[i];
+  }
+}
+
+/// Adds the outlier columns that there is no room for, 16 slots at a time by mma.sync, whose C is laid out
+/// like wgmma's; both operands come straight from memory.
+template <int kTokens, typename T>
+__device__ __forceinline__ void add_columns(const Gemm8<T>& p, float (&acc)[kTokens / 2], int count,
+                                            const int64_t (&rows)[2], int64_t first_token) {
+  using Half = typename OutlierType<T>::type;
+  constexpr int kPieces = OutlierType<T>::kPieces;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, slots = count * kPieces;
+#pragma unroll 1
+  for (int from = kOutlierSlots / kPieces * kPieces + t * 2; from - t * 2 < slots; from += 16) {
+    int column[4];  // of the slots of this lane: two, and two more 8 slots further
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int slot = from + i / 2 * 8 + i % 2;
+      column[i] = slot < slots ? p.list[1 + slot / kPieces] : -1;
+    }
+    uint32_t a[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int8_t* const b = p.b + rows[i % 2] * p.k;
+      const int c0 = column[i / 2 * 2], c1 = column[i / 2 * 2 + 1];
+      a[i] = pair_of<Half>(c0 < 0 ? 0.0f : b[c0], c1 < 0 ? 0.0f : b[c1]);
+    }
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      const T* const x = p.x + min(first_token + j * 8 + g, int64_t{p.m} - 1) * p.k;
+      Vec<Half, 2> b[2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int piece = (from + i / 2 * 8 + i % 2) % kPieces;
+        b[i / 2].v[i % 2] = column[i] < 0 ? from_float<Half>(0.0f) : piece_of(x[column[i]], piece);
+      }
+      multiply(*reinterpret_cast<float(*)[4]>(acc + j * 4), a, *reinterpret_cast<uint32_t*>(&b[0]),
+               *reinterpret_cast<uint32_t*>(&b[1]), Half{});
+    }
+  }
+}
+
+/// The rest of an item: sums of kTokens tokens, of whole K.
+template <int kTokens, typename T>
+__device__ __forceinline__ void finish(const Gemm8<T>& p, const CUtensorMap* y, float (&acc)[kTokens / 2],
+                                       int count, char* staging, int group, int64_t first_row,
+                                       int64_t first_token) {
+  const int64_t row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+  const int64_t rows[2] = {min(row, p.out.n - 1), min(row + 8, p.out.n - 1)};
+  if (count > kOutlierSlots / OutlierType<T>::kPieces) add_columns<kTokens>(p, acc, count, rows, first_token);
+  const float scale[2] = {p.scb[rows[0]] * kInt8Scale, p.scb[rows[1]] * kInt8Scale};
+#pragma unroll
+  for (int i = 0; i < kTokens / 2; ++i) acc[i] *= scale[i / 2 % 2];
+  if constexpr (std::is_same_v<T, float>)
+    write_plain<kTokens>(p.out, p.m, acc, first_row, first_token);
+  else if (y)
+    store_sums<kTokens>(*y, p.out, acc, staging, group, first_row, first_token);
+  else
+    write_sums<kTokens>(p.out, p.m, p.whole_lines, acc, staging, group, first_row, first_token);
+}
+
+template <int kSplits, int kTokens, typename T, typename V>
+__device__ __forceinline__ void finish_divided(const Gemm8<T>& p, const V (&acc)[kTokens / 2], int count,
+                                               char* ring, char* staging, int group, int64_t first_row,
+                                               int64_t first_token) {
+  constexpr int kShare = kTokens / kSplits;
+  if constexpr (kShare >= 16 && kTokens < 256) {  // more would not fit into registers
+    V total[kShare / 2];
+    exchange_sums<kSplits, kConsumers>(total, acc, ring);
+    first_token += cluster_rank() * kShare;
+    if constexpr (std::is_same_v<V, float>)
+      finish<kShare>(p, nullptr, total, count, staging, group, first_row, first_token);
+    else
+      write_plain<kShare>(p.out, p.m, total, first_row, first_token);
+  }
+}
+
+#endif  // HALFBYTE_WGMMA
+
+template <typename T, int kTokens, bool kPair>
+__global__ void __launch_bounds__(kThreads, 1)
+    int8_gemm_kernel(const __grid_constant__ Gemm8<T> p, const __grid_constant__ Maps maps) {
+#if HALFBYTE_WGMMA
+  using S = Space<kTokens>;
+  constexpr int kStages = S::kStages, kBlocks = kPair ? 2 : 1;
+  constexpr bool kSums = std::is_same_v<T, int32_t>;  // nothing but the sums
+  extern __shared__ __align__(1024) char space[];
+  const uint32_t ring = shared_address(space), full = ring + S::kBarriersAt, empty = full + kStages * 8;
+  int* const asked = reinterpret_cast<int*>(space + S::kAskedAt);  // items whose outliers may be stored
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
+  const int rank = kPair ? cluster_rank() : 0;
+  let_next_start();
+
+  if (threadIdx.x == kConsumers) {
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(full + i * 8, 1);
+      init_barrier(empty + i * 8, kBlocks * kConsumers / 32);
+    }
+    publish_barriers();
+    *asked = 0;
+  }
+  const auto fetch_rows = [&](int stage, const CUtensorMap& map, int row, int column) {
+    arrive_expecting(full + stage * 8, S::kStage);
+    fetch_tile(ring + stage * S::kStage, map, row, column, full + stage * 8);
+  };
+  const auto fetch_tokens = [&](int stage, const CUtensorMap& map, int token, int column) {
+    constexpr int kHere = kTokens / kBlocks;
+    const uint32_t to = ring + stage * S::kStage + kRowBytes + rank * (kHere * kStep);
+    if (kPair)
+      fetch_tile_for(to, map, token + rank * kHere, column, full + stage * 8, 3);
+    else
+      fetch_tile(to, map, token, column, full + stage * 8);
+  };
+  int early = 0;  // steps whose part of b was fetched before
+  if (Work work; threadIdx.x == kConsumers && find_work<kPair>(p, 0, &work)) {
+    const int row = (place_of(p, work.item).rows * kBlocks + rank) * kRows;
+    for (; early < min(kStages, work.steps); ++early)
+      fetch_rows(early, maps.b, row, (work.first_step + early) * kStep);
+  }
+  wait_for_results();
+  if (kPair)
+    cluster_barrier();
+  else
+    __syncthreads();
+  const int count = !kSums && p.list ? p.list[0] : 0;
+  const int slots = kSums ? 0 : slots_of<T>(count);
+
+  if (warp >= kConsumers / 32) {
+    give_registers<40>();
+    if (threadIdx.x == kConsumers) {
+      int stage = 0;
+      uint32_t parity = 1;
+      const auto next = [&] {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      };
+      Work work;
+      for (int n = 0; find_work<kPair>(p, n, &work); ++n) {
+        const Place place = place_of(p, work.item);
+        const int row = (place.rows * kBlocks + rank) * kRows, token = place.tokens * kTokens;
+        for (int i = 0; i < work.steps; ++i, next()) {
+          const int column = (work.first_step + i) * kStep;
+          wait_barrier(empty + stage * 8, parity);
+          if (early > 0)
+            --early;
+          else
+            fetch_rows(stage, maps.b, row, column);
+          fetch_tokens(stage, maps.a, token, column);
+        }
+        const int step = outlier_step(p, n);
+        for (int i = first_outlier(p, n); i * kStepSlots < slots; i += step, next()) {
+          wait_barrier(empty + stage * 8, parity);
+          if (slots <= kGatheredByProduct) {
+            store_release(asked, n + 1);
+            continue;
+          }
+          fetch_rows(stage, maps.codes, row, i * kStepSlots);
+          fetch_tokens(stage, maps.x, token, i * kStepSlots);
+        }
+      }
+    } else if (!kSums && slots > 0 && slots <= kGatheredByProduct && warp > kConsumers / 32) {
+      int* const columns = reinterpret_cast<int*>(space + S::kColumnsAt);
+      const int own = threadIdx.x - (kThreads - kGatherers);
+      if (own < kGatheredByProduct) columns[own] = p.list[1 + min(own, slots - 1) / OutlierType<T>::kPieces];
+      gather_barrier();
+      int done = 0;  // steps of the ring
+      Work work;
+      for (int n = 0; find_work<kPair>(p, n, &work); ++n) {
+        done += work.steps;
+        if (first_outlier(p, n) > 0) continue;
+        const Place place = place_of(p, work.item);
+        Gathered<kTokens, T> gathered;
+        gathered.fetch(p, slots, columns, static_cast<int64_t>(place.rows * kBlocks + rank) * kRows,
+                       static_cast<int64_t>(place.tokens) * kTokens);
+        while (load_acquire(asked) <= n) __nanosleep(100);
+        const int stage = done++ % kStages;
+        gathered.store(space + stage * S::kStage);
+        publish_shared();
+        gather_barrier();
+        if (own == 0) arrive(full + stage * 8);
+      }
+    }
+    __syncwarp();
+    if (Work work; !kPair && p.splits > 1 && find_work<kPair>(p, p.rounds, &work)) {
+      cluster_meet();
+      cluster_barrier();
+    }
+  } else {
+    take_registers<232>();
+    const int group = warp / 4;
+    char* const staging = space + S::kStagingAt + group * (2 * kStaging);
+    float* const scales = reinterpret_cast<float*>(space + S::kScalesAt) + group * kTokens;
+    int stage = 0;
+    uint32_t parity = 0;
+    const auto release = [&](int of) __attribute__((always_inline)) {
+      if (kPair) {
+        if (lane < 2) arrive_at(empty + of * 8, lane);
+      } else if (lane == 0) {
+        arrive(empty + of * 8);
+      }
+    };
+    Work work;
+    for (int n = 0; find_work<kPair>(p, n, &work); ++n) {
+      const Place place = place_of(p, work.item);
+      const int64_t first_row = static_cast<int64_t>(place.rows * kBlocks + rank) * kRows + group * 64;
+      const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
+      float scale[(kTokens + kGroup - 1) / kGroup];  // of this thread's tokens
+      if (!kSums) {
+#pragma unroll
+        for (int i = 0; i < (kTokens + kGroup - 1) / kGroup; ++i)
+          scale[i] = p.row_absmax[min(first_token + threadIdx.x % kGroup + i * kGroup, int64_t{p.m} - 1)];
+      }
+      int32_t sums[kTokens / 2];
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
+      int before = -1;  // the step whose product runs
+      for (int i = 0; i < work.steps; ++i) {
+        wait_barrier(full + stage * 8, parity);
+        const uint32_t at = ring + stage * S::kStage;
+        const uint64_t rows = describe_b(at + group * (64 * kStep), 0),
+                       tokens = describe_b(at + kRowBytes, 0);
+        begin_group();
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          multiply_group(sums, rows + ((j * 32) >> 4), tokens + ((j * 32) >> 4), true);
+        commit_group();
+        wait_group<1>();
+        if (before >= 0) release(before);
+        before = stage;
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      }
+      wait_group<0>();
+      hold_registers(sums);
+      release(before);
+
+      char* const free = space;  // the ring, when an item is divided
+      if constexpr (kSums) {
+        if (n != p.rounds) {
+          write_plain<kTokens>(p.out, p.m, sums, first_row, first_token);
+          continue;
+        }
+        cluster_meet();
+        if (p.splits == 2)
+          finish_divided<2, kTokens>(p, sums, 0, free, staging, group, first_row, first_token);
+        else if (p.splits == 4)
+          finish_divided<4, kTokens>(p, sums, 0, free, staging, group, first_row, first_token);
+        else
+          finish_divided<8, kTokens>(p, sums, 0, free, staging, group, first_row, first_token);
+      } else {
+#pragma unroll
+        for (int i = 0; i < (kTokens + kGroup - 1) / kGroup; ++i) {
+          const int at = threadIdx.x % kGroup + i * kGroup;
+          if (at < kTokens) scales[at] = scale[i] * kInt8Scale;
+        }
+        group_barrier(group);
+        float acc[kTokens / 2];
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; ++j) {
+          const float2 pair = *reinterpret_cast<const float2*>(scales + j * 8 + lane % 4 * 2);
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            acc[j * 4 + e] = static_cast<float>(sums[j * 4 + e]) * (e % 2 ? pair.y : pair.x);
+        }
+        hold_registers(acc);
+        const bool divided = !kPair && n == p.rounds;
+        const int step = outlier_step(p, n);
+        for (int i = first_outlier(p, n); i * kStepSlots < slots; i += step) {
+          using Half = typename OutlierType<T>::type;
+          wait_barrier(full + stage * 8, parity);
+          const uint32_t at = ring + stage * S::kStage;
+          const int r = group * 64 + warp % 4 * 16 + lane % 16;
+          for (int j = 0; j < min(kStepSlots, slots - i * kStepSlots); j += 16) {
+            uint32_t a[4];
+            load_matrices(a, at + r * kStep + (((j / 8 + lane / 16) ^ (r & 7)) * 16));
+            begin_group();
+            multiply_group(acc, a, describe_b(at + kRowBytes, j), true, Half{});
+            commit_group();
+            wait_group<0>();
+            hold_registers(acc);
+          }
+          release(stage);
+          if (++stage == kStages) stage = 0, parity ^= 1;
+        }
+        if (!divided) {
+          finish<kTokens>(p, p.engine ? &maps.y : nullptr, acc, count, staging, group, first_row,
+                          first_token);
+          continue;
+        }
+        cluster_meet();  // nothing more comes, the rings of the cluster are free
+        if (p.splits == 2)
+          finish_divided<2, kTokens>(p, acc, count, free, staging, group, first_row, first_token);
+        else if (p.splits == 4)
+          finish_divided<4, kTokens>(p, acc, count, free, staging, group, first_row, first_token);
+        else
+          finish_divided<8, kTokens>(p, acc, count, free, staging, group, first_row, first_token);
+      }
+    }
+    if (threadIdx.x % kGroup == 0) wait_stores<0>();
+  }
+  if (kPair) {
+    __syncwarp();
+    cluster_barrier();  // nobody writes into, or arrives at, a block that has ended
+  }
+#endif
+}
+
+/// How many items fill rounds of whole ones, and how many are left to be divided.
+struct Rounds {
+  int64_t whole, divided, blocks;
+};
+Rounds rounds_of(const Launch& on, int64_t m, int64_t n, const Cut& cut) {
+  const int64_t tiles = (m + cut.tokens - 1) / cut.tokens;
+  if (cut.pair) {
+    const int64_t items = (n + 2 * kRows - 1) / (2 * kRows) * tiles;
+    return {items, 0, 2 * std::min<int64_t>(items, on.clusters_of(2))};
+  }
+  const int64_t items = (n + kRows - 1) / kRows * tiles;
+  const int64_t clusters = on.clusters_of(cut.splits), blocks = clusters * cut.splits;
+  const int64_t left = cut.splits > 1 ? items % blocks : 0;
+  if (left == 0 || left > clusters) return {items, 0, std::min(items, blocks)};
+  return {items - left, left, items > left ? blocks : left * cut.splits};
+}
+
+template <typename T, int kTokens, bool kPair>
+cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
+  Gemm8<T> p = {};
+  p.out = product.out;
+  p.row_absmax = product.row_absmax;
+  p.scb = product.scb;
+  p.list = product.outliers.list;
+  p.b = product.b;
+  p.x = product.x;
+  p.k = product.k;
+  p.m = static_cast<int>(product.m);
+  p.steps = static_cast<int>((product.k + kStep - 1) / kStep);
+  const int64_t n = product.out.n, rows = kPair ? 2 * kRows : kRows;
+  p.row_groups = static_cast<int>((n + rows - 1) / rows);
+  p.token_tiles = (p.m + kTokens - 1) / kTokens;
+  p.band = std::min(p.token_tiles, cut.band);
+  const Rounds rounds = rounds_of(on, product.m, n, cut);
+  if (rounds.divided == 0) cut.splits = 1;
+  p.whole = static_cast<int>(rounds.whole);
+  p.items = static_cast<int>(rounds.whole + rounds.divided);
+  p.rounds = rounds.divided ? static_cast<int>(rounds.whole / rounds.blocks) : -1;
+  p.splits = cut.splits;
+  p.part = (p.steps + p.splits - 1) / p.splits;
+  p.whole_lines = n % 8 == 0 && is_aligned(p.out.y, 16) && is_aligned(p.out.residual, 16);
+  p.engine = !std::is_same_v<T, float> && p.whole_lines && !p.out.residual;
+  Maps maps = {};
+  constexpr int kBoxTokens = kPair ? kTokens / 2 : kTokens;
+  cudaError_t error = describe_tiles(&maps.a, DType::i8, product.a, product.m, product.k, kBoxTokens);
+  if (error == cudaSuccess) error = describe_tiles(&maps.b, DType::i8, product.b, n, product.k, kRows);
+  if constexpr (!std::is_same_v<T, int32_t>) {
+    const DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
+    if (p.engine && error == cudaSuccess)
+      error = describe_tiles(&maps.y, dtype, p.out.y, product.m, n, std::min(kTokens, kStaged));
+    if (p.list && error == cudaSuccess) {
+      error = describe_tiles(&maps.x, dtype, product.outliers.x, product.m, kOutlierSlots, kBoxTokens);
+      if (error == cudaSuccess)
+        error = describe_tiles(&maps.codes, dtype, product.outliers.weight, n, kOutlierSlots, kRows);
+    }
+  }
+  if (error != cudaSuccess) return error;
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(rounds.blocks));
+  shape.block = dim3(kThreads);
+  shape.shared = Space<kTokens>::kBytes;
+  shape.cluster = kPair ? 2 : static_cast<unsigned>(cut.splits);
+  return launch_kernel(on, shape, int8_gemm_kernel<T, kTokens, kPair>, p, maps);
+}
+
+template <typename T>
+cudaError_t launch(const Launch& on, const Product8<T>& product, const Cut& cut) {
+  if (cut.pair) return launch<T, 256, true>(on, product, cut);
+  switch (cut.tokens) {
+    case 256:
+      return launch<T, 256, false>(on, product, cut);
+    case 128:
+      return launch<T, 128, false>(on, product, cut);
+    case 64:
+      return launch<T, 64, false>(on, product, cut);
+    default:
+      return launch<T, 32, false>(on, product, cut);
+  }
+}
+
+/// The cut that should end first. Costs are in steps of 256 tokens, as measured: smaller tiles read more,
+/// which with many tokens costs clock rate.
+Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
+  Cut best = {};
+  double least = 0.0;
+  const int64_t steps = (k + kStep - 1) / kStep;
+  for (const int tokens : {256, 128, 64, 32}) {
+    if (tokens > 32 && m <= tokens / 2) continue;
+    const double step = tokens == 256   ? 1.0
+                        : tokens == 128 ? (m > 512 ? 0.64 : 0.53)
+                        : tokens == 64  ? 0.35
+                                        : 0.3;
+    const double end = tokens == 256 ? 4.4 : tokens == 128 ? 3.2 : tokens / 128.0;
+    const double exchange = tokens >= 128 ? 3.0 : 6.0;
+    for (const int splits : {1, 2, 4, 8}) {
+      if (on.clusters_of(splits) == 0 || tokens / splits < 16 || (tokens == 256 && splits > 1)) continue;
+      Cut cut = {tokens, splits, false, 4096 / tokens};
+      const Rounds rounds = rounds_of(on, m, n, cut);
+      if (splits > 1 && rounds.divided == 0) continue;
+      cut.pair = tokens == 256 && rounds.whole > 2 * rounds.blocks && 2 * on.clusters_of(2) == rounds.blocks;
+      const int64_t whole = (rounds.whole + rounds.blocks - 1) / rounds.blocks;
+      double cost = whole * (steps * step + end);
+      if (rounds.divided > 0) cost += (steps + splits - 1) / splits * step + end + exchange;
+      if (least != 0.0 && cost >= least) continue;
+      least = cost;
+      best = cut;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t int8_gemm_sm90(const Launch& on, const Product8<T>& product) {
+  return launch(on, product, cut_of(on, product.m, product.out.n, product.k));
+}
+
+template cudaError_t int8_gemm_sm90(const Launch&, const Product8<half_t>&);
+template cudaError_t int8_gemm_sm90(const Launch&, const Product8<bf16_t>&);
+template cudaError_t int8_gemm_sm90(const Launch&, const Product8<float>&);
+template cudaError_t int8_gemm_sm90(const Launch&, const Product8<int32_t>&);
+
+}  // namespace halfbyte::cuda
