@@ -40,10 +40,10 @@ struct Outliers {
 template <typename T>
 __device__ __forceinline__ typename OutlierType<T>::type piece_of(T x, int piece) {
   if constexpr (std::is_same_v<T, float>) {
-    bf16_t part = from_float<bf16_t>(x);
+    bf16_t part = __float2bfloat16_rz(x);  // not to the nearest, which may be an infinity
     for (int i = 0; i < piece; ++i) {
-      x -= to_float(part);
-      part = from_float<bf16_t>(x);
+      x = isinf(x) ? 0.0f : x - to_float(part);
+      part = __float2bfloat16_rz(x);
     }
     return part;
   } else {

@@ -37,6 +37,12 @@ const SHAPES: [number, number, number][] = [
   [7, 18, 1030],
   [64, 33, 100],
   [67, 3, 257],
+  // for tensor cores: K a multiple of 16; 272 outlier columns are more than there is room for beside others
+  [20, 136, 1040],
+  [33, 41, 144],
+  [70, 72, 272],
+  [150, 264, 80],
+  [260, 24, 272],
   // K % 16 = 0: one launch for up to 16 rows, whose blocks share long K among them
   [1, 35, 1040],
   [2, 16, 16],
@@ -46,12 +52,6 @@ const SHAPES: [number, number, number][] = [
   [16, 19, 4176],
   // more rows than a GPU has multiprocessors, several pieces of a row a thread
   [270, 2, 264],
-  // for tensor cores: K a multiple of 16; 528 outlier columns are more than there is room for beside others
-  [20, 136, 1040],
-  [33, 41, 144],
-  [70, 72, 272],
-  [150, 264, 80],
-  [300, 24, 528],
 ]
 
 /** Which columns hold an element of at least `threshold`. */
@@ -167,14 +167,14 @@ describe.each(devices())('int8 on %s', (device) => {
   })
 
   it.each(['float16', 'bfloat16'] as const)(
-    'layers of many rows, %s: without and with outliers',
+    'layers of many rows, %s: a few outliers and more',
     async (dtype) => {
-      const [m, n, k] = [2048, 4096, 256]
+      const [m, n, k] = [2304, 4096, 128]
       const codes = bytes(n * k, 1)
       const scb = randn(n, 2).map(Math.abs)
       const weight = Tensor.from(codes, { shape: [n, k], device: on })
-      const rows = [0, 1, 255, 256, 1031, 2047]
-      for (const columns of [0, 6, 40]) {
+      const rows = [0, 1, 255, 256, 1031, 2303]
+      for (const columns of [6, 40]) {
         const values = randn(m * k, 3).map((v) => rounded(Math.max(-5, Math.min(5, v)), dtype))
         for (let c = 0; c < columns; c++) values[((c * 97) % m) * k + ((c * 41) % k)] = 9.5
         const x = tensorOf(values, [m, k], dtype, on)
@@ -195,28 +195,6 @@ describe.each(devices())('int8 on %s', (device) => {
       }
     },
   )
-
-  it('a recorded layer finds the outliers of each replay', async () => {
-    for (const m of [3, 40]) {
-      const [n, k] = [72, 320]
-      const weight = Tensor.from(bytes(n * k, 1), { shape: [n, k], device: on })
-      const scb = Tensor.full([n], 1, 'float32', on)
-      const x = Tensor.from(randn(m * k, 2), { shape: [m, k], device: on })
-      let y!: Tensor
-      using graph = device.capture(() => {
-        y = ops.linear8bit(x, weight, scb, { threshold: 6 })
-      })
-      for (const columns of [0, 1, 30, 0, 320]) {
-        const values = randn(m * k, 3 + columns)
-        for (let c = 0; c < columns; c++) values[(c % m) * k + ((c * 7) % k)] = 8 + c
-        x.write(values)
-        graph.replay()
-        const direct = ops.linear8bit(x, weight, scb, { threshold: 6 })
-        expect(await y.data()).toEqual(await direct.data())
-      }
-      y.dispose()
-    }
-  })
 
   it('a weight that does not lie on 16 bytes', async () => {
     const [m, n, k] = [40, 24, 64]
@@ -321,6 +299,7 @@ describe.each(devices())('int8 on %s', (device) => {
     [1, 96],
     [7, 2048],
     [40, 96],
+    [40, 320],
   ])('a graph of %i rows, K = %i, finds the outliers that are there when it is replayed', async (m, k) => {
     const n = 37
     const weight = Tensor.from(bytes(n * k, 1), { shape: [n, k], device: on })
