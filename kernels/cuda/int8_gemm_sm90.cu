@@ -29,11 +29,8 @@ namespace halfbyte::cuda {
 namespace {
 
 constexpr int kRows = 128, kThreads = 384;  // of a block: rows of b; consumers and the producer
-constexpr int kConsumers = 256;
-constexpr int kStep = 128;                // bytes of a row in a step
-constexpr int kStepSlots = kStep / 2;     // outlier columns of a step
-constexpr int kRowBytes = kRows * kStep;  // of b in a step
-constexpr int kGatherers = 96;            // threads beside the producer
+constexpr int kStep = 128;                  // bytes of a row in a step
+constexpr int kRowBytes = kRows * kStep;    // of b in a step
 
 /// Shared memory: the ring, results, token scales, barriers.
 template <int kTokens>
@@ -78,6 +75,9 @@ struct Gemm8 {
 };
 
 #if HALFBYTE_WGMMA
+
+constexpr int kConsumers = 256, kGatherers = 96;  // threads; the latter beside the producer
+constexpr int kStepSlots = kStep / 2;             // outlier columns of a step
 
 /// An item: which, and its steps.
 struct Work {
