@@ -19,17 +19,14 @@ namespace halfbyte::cuda {
 namespace {
 
 constexpr int kN = 128, kRow = 64, kStages = 4, kThreads = 256;  // kRow: bytes of a row in a tile
-constexpr int kSlots = kRow / 2;
-
-/// Where piece `p` of row `row` lies in a tile.
-__device__ __forceinline__ uint32_t place_of(int row, int p) {
-  return row * kRow + ((p ^ (row / 2 % 4)) * 16);
-}
 
 template <typename T, int kM>
 __global__ void __launch_bounds__(kThreads, 2) int8_gemm_kernel(const Product8<T> p) {
 #if __CUDA_ARCH__ >= 800
   constexpr int kTile = (kM + kN) * kRow, kWarpM = kM / 2, kTilesM = kWarpM / 16, kTilesN = 4;
+  constexpr int kSlots = kRow / 2;  // outlier columns at a time
+  // piece p of a row in a tile
+  const auto place_of = [](int row, int p) { return row * kRow + ((p ^ (row / 2 % 4)) * 16); };
   extern __shared__ __align__(128) char space[];
   const uint32_t base = shared_address(space);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
