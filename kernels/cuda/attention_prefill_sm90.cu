@@ -19,18 +19,19 @@
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int kRows = 128, kGroup = 128, kConsumers = 256, kThreads = 384, kStages = 2;
+constexpr int kRows = 128, kThreads = 384, kStages = 2;
 
 template <int kDim>
 struct PrefillShape {
   static constexpr int kKeys = kDim <= 128 ? 128 : 64;
-  static constexpr int kPieces = kDim / 8;
   static constexpr int kQueryBytes = kRows * kDim * 2, kTileBytes = kKeys * kDim * 2;
   static constexpr int kBarriersAt = kQueryBytes + 2 * kStages * kTileBytes;
   static constexpr int kShared = kBarriersAt + 4 * kStages * 8;
 };
 
 #if HALFBYTE_WGMMA
+
+constexpr int kGroup = 128, kConsumers = 256;  // threads
 
 /// The place of piece `piece` of row `row` in panels of `rows` rows.
 template <int rows>
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                  Attention p) {
 #if HALFBYTE_WGMMA
   using Shape = PrefillShape<kDim>;
-  constexpr int kKeys = Shape::kKeys, kPieces = Shape::kPieces, kTileBytes = Shape::kTileBytes;
+  constexpr int kKeys = Shape::kKeys, kPieces = kDim / 8, kTileBytes = Shape::kTileBytes;
   extern __shared__ __align__(1024) char shared[];
   __shared__ uint32_t there[kStages][kKeys / 32];
   const int lane = threadIdx.x % 32, pair = lane % 4;
