@@ -6,8 +6,7 @@
 //
 //   producer  boxes of x [128][64 k] and W [kN][64 k], swizzled, by the copy engine into a ring
 //   consumer  its part of x from the ring into registers (A), W from shared memory (B), fp32 sums in
-//   registers; the
-//             registers of a step are loaded while the product of the step before runs
+//             registers; those of x for a step are loaded while the product of the step before runs
 //   end       fp32 sums + bias + residual, rounded once, two columns a lane
 //
 // Blocks stay and take items in turn, in bands of rows of x, so that what runs at once shares x and W in L2.
@@ -16,8 +15,7 @@
 #include <algorithm>
 
 #include "launch.cuh"
-#include "tma_sm90.cuh"
-#include "wgmma_sm90.cuh"
+#include "output_sm90.cuh"
 
 namespace halfbyte::cuda {
 namespace {
@@ -42,15 +40,6 @@ struct Gemm16 {
 };
 
 #if HALFBYTE_WGMMA
-
-template <int registers>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(registers));
-}
-template <int registers>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(registers));
-}
 
 #endif
 
