@@ -39,10 +39,6 @@ struct Gemm16 {
   int m, steps, tiles_m, tiles_n, band;
 };
 
-#if HALFBYTE_WGMMA
-
-#endif
-
 template <typename T, int kN>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm16_kernel(const __grid_constant__ Gemm16<T> p, const __grid_constant__ Maps maps) {
