@@ -35,6 +35,8 @@ struct GraphState {
 namespace cuda {
 namespace {
 
+constexpr size_t kLarge = size_t{1} << 30;  // bytes for which it is worth asking what is free
+
 /// Errors after which the context is gone for the process.
 bool is_sticky(cudaError_t error) {
   switch (error) {
@@ -216,6 +218,9 @@ Status CudaBackend::allocate(Queue queue, size_t bytes, void** out) {
     }
   }
   const cudaStream_t on = capturing_ ? stream(Queue::copy) : stream(queue);
+  // a pool that is asked for more than there is may take all of it before it says no, from other processes
+  // too
+  if (size >= kLarge && static_cast<int64_t>(size) > memory().free) return no_memory(name(), bytes, memory());
   cudaError_t error = cudaMallocFromPoolAsync(out, size, pool_, on);
   if (error == cudaErrorMemoryAllocation) {
     // what the pool keeps may be in pieces: give it back to the driver and try once more
@@ -229,6 +234,7 @@ Status CudaBackend::allocate(Queue queue, size_t bytes, void** out) {
   }
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
+    if (!capturing_) cudaMemPoolTrimTo(pool_, 0);
     return no_memory(name(), bytes, memory());
   }
   if (error != cudaSuccess) return check(error, "allocating");

@@ -22,18 +22,25 @@
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int64_t kFewest = 5;                    // rows of x that the tensor cores are worth
-constexpr int64_t kGemv = 8, kGemvLong = 4;       // rows up to which int8_gemv beats int8_gemm_sm90,
-constexpr int64_t kLongK = 14336;                 // the latter from this K on
+constexpr int64_t kFewest = 5;               // rows of x that the tensor cores are worth
+constexpr int64_t kGemv = 8, kGemvLong = 4;  // rows up to which int8_gemv beats int8_gemm_sm90,
+constexpr int64_t kLongK = 14336;            // the latter from this K on
+constexpr int64_t kMostOutliers32 = 1024;
 constexpr int64_t kSumBytes = int64_t{64} << 20;  // of int32 sums at a time
 constexpr int kRows = 16, kColumns = 64, kChunk = 32;
 
-bool takes_gemv(const Launch& on, int64_t m, int64_t k) {
-  return int8_gemv_takes(on, m, k) && !(on.wgmma && m > (k < kLongK ? kGemv : kGemvLong));
+bool takes_gemv(const Launch& on, const View& x, int64_t k) {
+  const int64_t m = x.rows();
+  const bool gemm_is_faster = on.wgmma && x.dtype != DType::f32 && m > (k < kLongK ? kGemv : kGemvLong);
+  return int8_gemv_takes(on, m, k) && !gemm_is_faster;
 }
 
-bool takes_gemm(const Launch& on, int64_t m, int64_t k, const void* weight, bool bnb_exact) {
-  return !bnb_exact && on.arch >= 80 && m >= kFewest && k > 0 && k % 16 == 0 && is_aligned(weight, 16);
+/// Tensor cores round sums down at every step: too much for float32 when thousands of outlier columns come.
+bool takes_gemm(const Launch& on, const View& x, int64_t k, const void* weight, bool threshold,
+                bool bnb_exact) {
+  if (bnb_exact || on.arch < 80 || x.rows() < kFewest || k == 0 || k % 16 != 0 || !is_aligned(weight, 16))
+    return false;
+  return x.dtype != DType::f32 || !threshold || k <= kMostOutliers32;
 }
 
 /// Rows whose sums are made at a time.
@@ -212,7 +219,7 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   const int64_t m = x.rows(), n = weight.shape[0], k = weight.shape[1];
   if (Status status = check_linear("linear_8bit", y, x, n, k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
-  if (!bnb_exact && takes_gemv(on, m, k) && is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
+  if (!bnb_exact && takes_gemv(on, x, k) && is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
     return with_float_type(x.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       const Linear8<T> layer{output_of<T>(y, epilogue),
@@ -255,7 +262,7 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   return check(with_float_type(x.dtype,
                                [&](auto* t) {
                                  using T = std::remove_pointer_t<decltype(t)>;
-                                 return takes_gemm(on, m, k, weight.data, bnb_exact)
+                                 return takes_gemm(on, x, k, weight.data, threshold > 0.0f, bnb_exact)
                                             ? multiply<T>(on, layer, parts, workspace)
                                             : multiply_and_finish<T>(on, layer, parts, workspace);
                                }),

@@ -269,6 +269,8 @@ function mismatch(
 
 // -- reading
 
+const FLOATS: ReadonlySet<string> = new Set(['F64', 'F32', 'F16', 'BF16'])
+
 /** Bytes after which a device is asked how far it is. */
 const LAP = 128 << 20
 /** Bytes that a GPU may be given ahead: it takes memory for them one tensor after the other. */
@@ -282,7 +284,6 @@ class Backlog {
   readonly #device: Device
   readonly #limit: number
   #laps: { bytes: number; reached: Promise<void> }[] = []
-  #queueing: Promise<void>[] = []
   #bytes = 0
   #lap = 0
 
@@ -301,20 +302,17 @@ class Backlog {
     }
   }
 
-  /** `queued`: the work of these bytes is all on the device's queue. */
-  add(bytes: number, queued: Promise<void>): void {
+  add(bytes: number): void {
     this.#bytes += bytes
     this.#lap += bytes
-    this.#queueing.push(queued)
     if (this.#lap >= Math.min(LAP, this.#limit / 4)) this.#mark()
   }
 
   #mark(): void {
-    const reached = Promise.all(this.#queueing).then(() => this.#device.synchronize())
+    const reached = this.#device.synchronize()
     reached.catch(() => {}) // whoever waits for it hears of it
     this.#laps.push({ bytes: this.#lap, reached })
     this.#lap = 0
-    this.#queueing = []
   }
 }
 
@@ -356,8 +354,9 @@ async function fill(
         .catch((error: unknown) => void failures.push(error))
         .finally(() => open.delete(taken))
       open.add(taken)
-      backlog.add(bytes, taken)
-      if (!offload.isEmpty) await taken
+      backlog.add(bytes)
+      // what is quantised here in several steps would else lie in memory beside the next tensor
+      if (!offload.isEmpty || FLOATS.has(info.dtype)) await taken
       if (failures.length > 0) break
       loadedBytes += bytes
       onProgress?.({ loadedBytes, totalBytes, tensor: info.name })
