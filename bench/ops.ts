@@ -113,7 +113,8 @@ async function timeOnGpu(device: Device, { op, operands, call, bytes }: OpCase, 
     return { dispose: () => dispose(made) }
   }
   try {
-    return { moved, seconds: await timeReplays(device, copies, queue, rounds, copies) }
+    const [seconds] = await timeReplays(device, [{ copies, call: queue }], rounds, copies)
+    return { moved, seconds: seconds! }
   } finally {
     sets.forEach(dispose)
   }

@@ -63,8 +63,14 @@ function denseLayer(weight: Tensor): Layer & Disposable {
   }
 }
 
-function timeLayer(device: Device, layer: Layer, x: Tensor, rounds: number): Promise<number> {
-  return timeReplays(device, layer.copies, (i) => layer.forward(x, i), rounds)
+/** Seconds of each form of the layer, in turns. */
+function timeLayers(
+  device: Device,
+  forms: readonly (readonly [Layer, Tensor])[],
+  rounds: number,
+): Promise<number[]> {
+  const contenders = forms.map(([{ copies, forward }, x]) => ({ copies, call: (i: number) => forward(x, i) }))
+  return timeReplays(device, contenders, rounds)
 }
 
 /** Relative error of a sample of the layer's results against sums in double precision. */
@@ -135,7 +141,6 @@ export async function compareOnGpu<Weights extends Disposable>(
     for (const m of comparison.rows) {
       using x = normalTensor([m, k], 1, device, m)
       using narrow = x.to(dtype)
-      const denseSeconds = await timeLayer(device, denseOnly, narrow, rounds)
       for (const { layer, x: input, values, peer, limit } of comparison.cases(weights, x)) {
         const error = await sampleError(layer, input)
         if (!(error < limit)) {
@@ -144,7 +149,8 @@ export async function compareOnGpu<Weights extends Disposable>(
           throw new HalfbyteError('ERR_HALFBYTE_INTERNAL', message)
         }
         worst = Math.max(worst, error)
-        const seconds = await timeLayer(device, layer, input, rounds)
+        const forms = [[denseOnly, narrow] as const, [layer, input] as const]
+        const [denseSeconds, seconds] = (await timeLayers(device, forms, rounds)) as [number, number]
         rows.push({
           n,
           k,

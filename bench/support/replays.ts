@@ -2,7 +2,7 @@
  * Times on a GPU: calls are captured in a graph and replayed, so that what is measured is the device and not the host
  * that feeds it. A graph takes its operands in turn from more memory than the caches hold.
  */
-import { ops, Tensor, type Device } from 'halfbyte'
+import { ops, Tensor, type Device, type Graph } from 'halfbyte'
 import { summarize } from './measure.js'
 import { normalTensor } from './random.js'
 
@@ -15,42 +15,65 @@ export function coldCopiesOnGpu(bytes: number): number {
   return Math.max(2, Math.ceil(COLD_BYTES / bytes))
 }
 
+/** What is timed: `call(i)` queues one call on the i-th of `copies` sets of operands and gives its result. */
+export interface Replayed {
+  copies: number
+  call: (i: number) => { dispose(): void }
+}
+
+/** A graph of so many calls. So many results are there at once as `live` says, and are written to in turn. */
+function record(device: Device, { copies, call }: Replayed, calls: number, live: number): Graph {
+  return device.capture(() => {
+    const results: { dispose(): void }[] = []
+    for (let i = 0; i < calls; i++) {
+      results.push(call(i % copies))
+      if (results.length >= live) results.shift()!.dispose()
+    }
+    for (const result of results) result.dispose()
+  })
+}
+
+/** Seconds of so many replays of a graph. */
+async function secondsOf(device: Device, graph: Graph, replays: number): Promise<number> {
+  const began = performance.now()
+  for (let i = 0; i < replays; i++) graph.replay()
+  await device.synchronize()
+  return (performance.now() - began) / 1e3
+}
+
 /**
- * Median seconds per call over `rounds` samples; `call(i)` queues one and gives its result. So many results are there at
- * once as `live` says, and are written to in turn: as many as `copies` where results are as large as operands.
+ * Median seconds per call of each contender, over `rounds` samples that they take in turn: a GPU under load lowers its
+ * clock, for all of them alike. `live`: as many as `copies` where results are as large as operands.
  */
 export async function timeReplays(
   device: Device,
-  copies: number,
-  call: (i: number) => { dispose(): void },
+  contenders: readonly Replayed[],
   rounds: number,
   live = 1,
-): Promise<number> {
-  const once = async (calls: number, replays: number): Promise<number> => {
-    using graph = device.capture(() => {
-      const results: { dispose(): void }[] = []
-      for (let i = 0; i < calls; i++) {
-        results.push(call(i % copies))
-        if (results.length >= live) results.shift()!.dispose()
-      }
-      for (const result of results) result.dispose()
-    })
-    graph.replay()
-    await device.synchronize()
-    const samples = []
-    for (let round = 0; round < rounds; round++) {
-      const began = performance.now()
-      for (let i = 0; i < replays; i++) graph.replay()
+): Promise<number[]> {
+  const ready: { graph: Graph; calls: number; replays: number; samples: number[] }[] = []
+  try {
+    for (const contender of contenders) {
+      contender.call(0).dispose() // loads the kernel
       await device.synchronize()
-      samples.push((performance.now() - began) / 1e3 / replays / calls)
+      const { copies } = contender
+      using rough = record(device, contender, copies, live)
+      await secondsOf(device, rough, 1)
+      const seconds = await secondsOf(device, rough, 1)
+      const turns = Math.max(1, Math.ceil(GRAPH_SECONDS / seconds))
+      const graph = record(device, contender, copies * turns, live)
+      const replays = Math.max(1, Math.round(10e-3 / (seconds * turns)))
+      ready.push({ graph, calls: copies * turns * replays, replays, samples: [] })
+      await secondsOf(device, graph, 1)
     }
-    return summarize(samples).median
+    for (let round = 0; round < rounds; round++) {
+      for (const { graph, calls, replays, samples } of ready)
+        samples.push((await secondsOf(device, graph, replays)) / calls)
+    }
+    return ready.map(({ samples }) => summarize(samples).median)
+  } finally {
+    for (const { graph } of ready) graph.dispose()
   }
-  call(0).dispose() // loads the kernel
-  await device.synchronize()
-  const rough = await once(copies, 1)
-  const turns = Math.max(1, Math.ceil(GRAPH_SECONDS / (rough * copies)))
-  return once(copies * turns, Math.max(1, Math.round(10e-3 / (rough * copies * turns))))
 }
 
 /** Bytes read and written per second by a copy of 512 MB; not in a graph, where copies run on another engine. */
