@@ -55,12 +55,18 @@ function mergeConfigs(
     )
   }
   const { quantMethod: _method, ...options } = saved
-  const changed = wanted.given().filter((name) => JSON.stringify(wanted[name]) !== JSON.stringify(saved[name]))
-  const changes = changed.filter((name) => RUNTIME.includes(name)).map((name) => [name, wanted[name]] as const)
+  const changed = wanted
+    .given()
+    .filter((name) => JSON.stringify(wanted[name]) !== JSON.stringify(saved[name]))
+  const changes = changed
+    .filter((name) => RUNTIME.includes(name))
+    .map((name) => [name, wanted[name]] as const)
   const ignored = changed.filter((name) => !RUNTIME.includes(name))
   if (ignored.length > 0) {
     const own = ignored.map((name) => `${name} ${JSON.stringify(saved[name])}`).join(', ')
-    warn(`${file}: the checkpoint is quantised already, with ${own}; what was asked for instead has no effect`)
+    warn(
+      `${file}: the checkpoint is quantised already, with ${own}; what was asked for instead has no effect`,
+    )
   }
   return new BitsAndBytesConfig({ ...options, ...Object.fromEntries(changes) })
 }

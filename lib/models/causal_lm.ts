@@ -266,13 +266,18 @@ export class CausalLM extends Module {
   }
 
   /** New tokens after a prompt as they come: `for await (const { text } of model.stream('def '))`. */
-  stream(prompt: Prompt, options: GenerateOptions = {}): AsyncGenerator<StreamPart, GenerateResult, undefined> {
+  stream(
+    prompt: Prompt,
+    options: GenerateOptions = {},
+  ): AsyncGenerator<StreamPart, GenerateResult, undefined> {
     return stream(this, prompt, options)
   }
 
   /** Writes weights, configs and the tokenizer into a folder that fromPretrained() and transformers read. */
-  async savePretrained(folder: string, options: Omit<WriteOptions, 'totalParameters'> & { maxShardSize?: number | string } = {}): Promise<void> {
+  async savePretrained(
+    folder: string,
+    options: Omit<WriteOptions, 'totalParameters'> & { maxShardSize?: number | string } = {},
+  ): Promise<void> {
     await savePretrained(this, folder, options)
   }
 }
-

@@ -65,9 +65,9 @@ export class Decoder extends Module {
   /** All devices on which something in the layers runs, once a device map has spread the model. */
   #devices(): Device[] {
     if (!isSpread(this)) return []
-    this.#spreadOver ??= [...new Set([...this.layers].flatMap((layer) => layer.modules().map(executionDevice)))].filter(
-      (device) => device !== undefined,
-    )
+    this.#spreadOver ??= [
+      ...new Set([...this.layers].flatMap((layer) => layer.modules().map(executionDevice))),
+    ].filter((device) => device !== undefined)
     return this.#spreadOver
   }
 

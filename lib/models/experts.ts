@@ -190,7 +190,8 @@ export class SparseMlp extends Module {
   /** `residual` is added to the result. */
   forward(x: Tensor, residual?: Tensor): Tensor {
     return tidy(() => {
-      const bias = this.gate instanceof BiasedRouter ? this.gate.e_score_correction_bias.value.to(x.device) : undefined
+      const bias =
+        this.gate instanceof BiasedRouter ? this.gate.e_score_correction_bias.value.to(x.device) : undefined
       const logits = this.gate.forward(x).to('float32')
       const { chosen, weights } = this.#router(x.device).choose(logits, bias)
       const [taken, shares] = [chosen.to(x.dtype), weights.to(x.dtype)]

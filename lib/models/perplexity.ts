@@ -30,7 +30,10 @@ export async function perplexity(
 ): Promise<Perplexity> {
   const { window = 512, signal, onProgress } = options
   if (!Number.isInteger(window) || window < 2) {
-    throw new HalfbyteError('ERR_HALFBYTE_VALUE', `perplexity: window is ${window}, it must be a whole number >= 2`)
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `perplexity: window is ${window}, it must be a whole number >= 2`,
+    )
   }
   if (ids.length < 2) {
     throw new HalfbyteError('ERR_HALFBYTE_VALUE', `perplexity: ${ids.length} tokens; at least 2 are needed`)
@@ -61,7 +64,10 @@ export async function perplexity(
 export function evaluationIds(model: CausalLM, text: string): number[] {
   const { tokenizer } = model
   if (!tokenizer) {
-    throw new HalfbyteError('ERR_HALFBYTE_TOKENIZER', 'perplexity: the model has no tokenizer to read the text with')
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_TOKENIZER',
+      'perplexity: the model has no tokenizer to read the text with',
+    )
   }
   const ids = tokenizer.encode(text)
   const first = model.generationDefaults.bosTokenId ?? tokenizer.bosTokenId

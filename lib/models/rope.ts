@@ -39,14 +39,18 @@ export function readRope(config: ConfigReader, options: RopeOptions, part?: stri
   const factor = partial.number('partial_rotary_factor', options.partialRotaryFactor ?? 1)
   const dim = Math.floor(options.headDim * factor)
   if (dim < 2 || dim % 2 !== 0 || dim > options.headDim) {
-    config.fail(`a head of ${options.headDim} with partial_rotary_factor ${factor} has no even number of rotated elements`)
+    config.fail(
+      `a head of ${options.headDim} with partial_rotary_factor ${factor} has no even number of rotated elements`,
+    )
   }
   const plain = Float64Array.from({ length: dim / 2 }, (_, i) => base ** ((-2 * i) / dim))
   const name = source?.get('rope_type') !== undefined ? 'rope_type' : 'type'
   const type = source?.string(name, 'default') ?? 'default'
   const scaling = Object.hasOwn(SCALINGS, type) ? SCALINGS[type] : undefined
   if (!scaling) {
-    config.fail(`rope_type ${JSON.stringify(type)} is not known; known are ${Object.keys(SCALINGS).join(', ')}`)
+    config.fail(
+      `rope_type ${JSON.stringify(type)} is not known; known are ${Object.keys(SCALINGS).join(', ')}`,
+    )
   }
   const { frequencies, scale } = scaling(plain, source ?? config, { ...options, base, dim })
   const { interleaved = false } = options

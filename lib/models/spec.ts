@@ -141,17 +141,16 @@ const MOST_HEAD_DIM = 65_536
 export type OwnSpec = Partial<DecoderSpec> & { rotary?: Omit<RopeOptions, 'headDim' | 'maxPositions'> }
 
 /** The fields that all families share, as Llama has them; `own` is what differs. */
-export function readDecoderSpec(
-  config: ConfigReader,
-  own: OwnSpec = {},
-): DecoderSpec {
+export function readDecoderSpec(config: ConfigReader, own: OwnSpec = {}): DecoderSpec {
   const hiddenSize = config.count('hidden_size')
   const numHeads = config.count('num_attention_heads')
   const numKeyValueHeads = own.numKeyValueHeads ?? config.count('num_key_value_heads', numHeads)
   const each = hiddenSize % numHeads === 0 ? hiddenSize / numHeads : undefined
   const headDim = config.count('head_dim', each, MOST_HEAD_DIM)
   if (numHeads % numKeyValueHeads !== 0) {
-    config.fail(`num_attention_heads ${numHeads} is not a multiple of num_key_value_heads ${numKeyValueHeads}`)
+    config.fail(
+      `num_attention_heads ${numHeads} is not a multiple of num_key_value_heads ${numKeyValueHeads}`,
+    )
   }
   const maxPositions = config.count('max_position_embeddings', 2048)
   const { rotary, ...rest } = own

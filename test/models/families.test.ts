@@ -78,27 +78,31 @@ describe('families', () => {
     expect(readSpec(new ConfigReader(rest, file)).tieWordEmbeddings).toBe(true)
   })
 
-  itWithGolden('models/gpt2', 'reads a base model without its prefix, and masks that are stored', async (source) => {
-    const folder = join(temporary, 'gpt2')
-    mkdirSync(folder)
-    copyFileSync(join(source, 'config.json'), join(folder, 'config.json'))
-    const weights = new Map(
-      [...readSafetensors(join(source, 'model.safetensors'))].map(([name, stored]): [string, Stored] => [
-        name.replace(/^transformer\./, ''),
-        stored,
-      ]),
-    )
-    weights.set('h.0.attn.bias', { dtype: 'U8', shape: [1, 1, 4, 4], data: new Uint8Array(16) })
-    weights.set('h.0.attn.masked_bias', { dtype: 'F32', shape: [], data: Float32Array.of(-1e4) })
-    writeSafetensors(join(folder, 'model.safetensors'), weights)
-    const onWarning = jest.fn()
-    using a = await AutoModelForCausalLM.fromPretrained(source, { device: 'cpu' })
-    using b = await AutoModelForCausalLM.fromPretrained(folder, { device: 'cpu', onWarning })
-    const [x, y] = [a, b].map((model) => model.forward([1, 2, 3]))
-    expect(await y!.floats()).toEqual(await x!.floats())
-    expect(onWarning).not.toHaveBeenCalled()
-    for (const tensor of [x!, y!]) tensor.dispose()
-  })
+  itWithGolden(
+    'models/gpt2',
+    'reads a base model without its prefix, and masks that are stored',
+    async (source) => {
+      const folder = join(temporary, 'gpt2')
+      mkdirSync(folder)
+      copyFileSync(join(source, 'config.json'), join(folder, 'config.json'))
+      const weights = new Map(
+        [...readSafetensors(join(source, 'model.safetensors'))].map(([name, stored]): [string, Stored] => [
+          name.replace(/^transformer\./, ''),
+          stored,
+        ]),
+      )
+      weights.set('h.0.attn.bias', { dtype: 'U8', shape: [1, 1, 4, 4], data: new Uint8Array(16) })
+      weights.set('h.0.attn.masked_bias', { dtype: 'F32', shape: [], data: Float32Array.of(-1e4) })
+      writeSafetensors(join(folder, 'model.safetensors'), weights)
+      const onWarning = jest.fn()
+      using a = await AutoModelForCausalLM.fromPretrained(source, { device: 'cpu' })
+      using b = await AutoModelForCausalLM.fromPretrained(folder, { device: 'cpu', onWarning })
+      const [x, y] = [a, b].map((model) => model.forward([1, 2, 3]))
+      expect(await y!.floats()).toEqual(await x!.floats())
+      expect(onWarning).not.toHaveBeenCalled()
+      for (const tensor of [x!, y!]) tensor.dispose()
+    },
+  )
 
   // 4 heads share 2 keys and values: [group of 2 queries, key, value] twice in one product
   it('takes queries, keys and values of each group from one product', async () => {

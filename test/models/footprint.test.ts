@@ -30,7 +30,13 @@ const models: [string, Record<string, unknown>, number, number, number][] = [
   ],
   [
     'TinyLlama-1.1B',
-    { ...common, model_type: 'llama', num_key_value_heads: 4, num_hidden_layers: 22, intermediate_size: 5632 },
+    {
+      ...common,
+      model_type: 'llama',
+      num_key_value_heads: 4,
+      num_hidden_layers: 22,
+      intermediate_size: 5632,
+    },
     2944,
     2.9461410686392764,
     1.7869331026479096,

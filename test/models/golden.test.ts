@@ -40,7 +40,8 @@ const QUANTISED = ['gpt-neox', 'gpt2', 'llama', 'mixtral', 'opt', 'phi3', 'qwen2
  * of a float16 decides, and one step is 1/127 of the row. Noise of half a unit in the last place of the embeddings moves
  * the first layer's states by up to 1e-2 of their range, 1.8e-3 in the mean, and so do two orders of rounding.
  */
-const tolerance = (name: string) => (name.endsWith('int8') ? { most: 2e-2, mean: 4e-3 } : { most: name === 'gemma2' ? 2e-4 : 2e-6, mean: 2e-5 })
+const tolerance = (name: string) =>
+  name.endsWith('int8') ? { most: 2e-2, mean: 4e-3 } : { most: name === 'gemma2' ? 2e-4 : 2e-6, mean: 2e-5 }
 
 function load(name: string, folder: string, device: Device): Promise<CausalLM> {
   // bitsandbytes rounds what goes into an int8 layer, and what comes out, to float16
@@ -135,7 +136,9 @@ describe.each(devices())('on %s', (device) => {
       if (differs >= 0) {
         // two tokens may be as good as each other, to the precision of the golden values
         const logits = await floats(model.forward(expected.generated.slice(0, differs)))
-        expect(margin(logits.subarray(-expected.vocabulary))).toBeLessThan(name.endsWith('int8') ? allowed.most : 0)
+        expect(margin(logits.subarray(-expected.vocabulary))).toBeLessThan(
+          name.endsWith('int8') ? allowed.most : 0,
+        )
       }
       expect(ids.length).toBe(expected.generated.length)
     })
@@ -150,7 +153,11 @@ describe.each(devices())('on %s', (device) => {
     })
 
     it('computes in 4 bits what it computes with the dequantised weights', async () => {
-      const quantizationConfig = { loadIn4bit: true, bnb4bitQuantType: 'nf4', bnb4bitUseDoubleQuant: true } as const
+      const quantizationConfig = {
+        loadIn4bit: true,
+        bnb4bitQuantType: 'nf4',
+        bnb4bitUseDoubleQuant: true,
+      } as const
       using packed = await AutoModelForCausalLM.fromPretrained(folder, { device, quantizationConfig })
       const ids = expected.sequences[0]!
       const logits = await floats(packed.forward(ids))

@@ -46,7 +46,8 @@ const forms: [string, BitsAndBytesConfigOptions | undefined][] = [
 ]
 
 /** The MLP of a layer of a Llama. */
-const mlpOf = (model: CausalLM, layer: number) => (model.model.layers.at(layer) as DecoderLayer).mlp as GatedMlp
+const mlpOf = (model: CausalLM, layer: number) =>
+  (model.model.layers.at(layer) as DecoderLayer).mlp as GatedMlp
 
 describe.each(devices())('parts on the disk, running on %s', (device) => {
   const main = device.name

@@ -22,7 +22,11 @@ async function evaluate(
   quantizationConfig?: BitsAndBytesConfigOptions,
   tokens?: number,
 ): Promise<number> {
-  using model = await AutoModelForCausalLM.fromPretrained(folder, { dtype: 'float32', device, quantizationConfig })
+  using model = await AutoModelForCausalLM.fromPretrained(folder, {
+    dtype: 'float32',
+    device,
+    quantizationConfig,
+  })
   return (await perplexity(model, evaluationIds(model, text).slice(0, tokens))).perplexity
 }
 
@@ -31,7 +35,10 @@ describe.each(devices())('on %s', (device) => {
   const whole = join(shared, 'heldout.py.txt')
   if (process.env['HALFBYTE_GOLDEN'] && existsSync(whole)) {
     const text = readFileSync(whole, 'utf8')
-    const reference = JSON.parse(readFileSync(join(shared, 'reference.json'), 'utf8')) as Record<string, number>
+    const reference = JSON.parse(readFileSync(join(shared, 'reference.json'), 'utf8')) as Record<
+      string,
+      number
+    >
     it.each<[string, BitsAndBytesConfigOptions | undefined]>([
       ['fp32', undefined],
       ['nf4', { loadIn4bit: true, bnb4bitQuantType: 'nf4' }],

@@ -92,7 +92,9 @@ describe.each(devices())('on %s', (device) => {
 
     it('that was patched in memory is saved as one that was loaded so', async () => {
       using model = await AutoModelForCausalLM.fromPretrained(tiny, { device })
-      const report = replaceWithQuantizedLinear(model, quantizationConfig, { modulesToNotConvert: ['v_proj'] })
+      const report = replaceWithQuantizedLinear(model, quantizationConfig, {
+        modulesToNotConvert: ['v_proj'],
+      })
       expect(model.replacement).toBe(report)
       const target = fresh()
       await model.savePretrained(target)
@@ -189,7 +191,11 @@ describe.each(devices())('on %s', (device) => {
 
   it('a quantised checkpoint keeps what was not asked for, and says what cannot be changed', async () => {
     const source = fresh()
-    const quantizationConfig = { loadIn4bit: true, bnb4bitQuantType: 'nf4', bnb4bitComputeDtype: 'bfloat16' } as const
+    const quantizationConfig = {
+      loadIn4bit: true,
+      bnb4bitQuantType: 'nf4',
+      bnb4bitComputeDtype: 'bfloat16',
+    } as const
     using first = await AutoModelForCausalLM.fromPretrained(tiny, { device, quantizationConfig })
     await first.savePretrained(source)
     const warnings: string[] = []
@@ -200,12 +206,18 @@ describe.each(devices())('on %s', (device) => {
         onWarning: (message) => warnings.push(message),
       })
     using same = await open(new BitsAndBytesConfig({ loadIn4bit: true }))
-    expect(same.quantizationConfig).toMatchObject({ bnb4bitComputeDtype: 'bfloat16', bnb4bitQuantType: 'nf4' })
+    expect(same.quantizationConfig).toMatchObject({
+      bnb4bitComputeDtype: 'bfloat16',
+      bnb4bitQuantType: 'nf4',
+    })
     expect(warnings).toEqual([])
     using other = await open(
       new BitsAndBytesConfig({ loadIn4bit: true, bnb4bitComputeDtype: 'float32', bnb4bitQuantType: 'fp4' }),
     )
-    expect(other.quantizationConfig).toMatchObject({ bnb4bitComputeDtype: 'float32', bnb4bitQuantType: 'nf4' })
+    expect(other.quantizationConfig).toMatchObject({
+      bnb4bitComputeDtype: 'float32',
+      bnb4bitQuantType: 'nf4',
+    })
     expect(warnings).toEqual([expect.stringMatching(/quantised already, with bnb4bitQuantType "nf4"/)])
   })
 
@@ -220,24 +232,31 @@ describe.each(devices())('on %s', (device) => {
       forward(): void {}
     }
 
-    it.each([undefined, ...kinds.map(([, config]) => config)])('are neither cast nor quantised: %j', async (config) => {
-      const source = fresh()
-      const whole = new Net()
-      whole.scale.load(nn.Parameter.of(whole.norm.weight.value).value.slice(0, 0, 1))
-      const state = await whole.to(device).stateDict()
-      await saveStateDict(source, state)
-      const net = onMeta(() => new Net())
-      const report = await loadCheckpoint(net, source, { device, dtype: 'float16', quantizationConfig: config })
-      expect([net.wo.weight, net.norm.weight].map((p) => p.value.dtype)).toEqual(['float32', 'float32'])
-      expect([net.wi.bias!, net.scale].map((p) => p.value.dtype)).toEqual(['float16', 'float16'])
-      expect(await net.wo.weight.value.data()).toEqual(await whole.wo.weight.value.data())
-      expect(report.replacement?.kept ?? []).toEqual(
-        config ? [{ path: 'wo', reason: 'it stays in float32' }] : [],
-      )
-      expect(report.replacement?.skipModules ?? null).toBeNull()
-      expect(net.quantizationConfig?.toJSON()).toEqual(config && new BitsAndBytesConfig(config).toJSON())
-      for (const module of [net, whole]) module.dispose()
-      for (const tensor of state.values()) tensor.dispose()
-    })
+    it.each([undefined, ...kinds.map(([, config]) => config)])(
+      'are neither cast nor quantised: %j',
+      async (config) => {
+        const source = fresh()
+        const whole = new Net()
+        whole.scale.load(nn.Parameter.of(whole.norm.weight.value).value.slice(0, 0, 1))
+        const state = await whole.to(device).stateDict()
+        await saveStateDict(source, state)
+        const net = onMeta(() => new Net())
+        const report = await loadCheckpoint(net, source, {
+          device,
+          dtype: 'float16',
+          quantizationConfig: config,
+        })
+        expect([net.wo.weight, net.norm.weight].map((p) => p.value.dtype)).toEqual(['float32', 'float32'])
+        expect([net.wi.bias!, net.scale].map((p) => p.value.dtype)).toEqual(['float16', 'float16'])
+        expect(await net.wo.weight.value.data()).toEqual(await whole.wo.weight.value.data())
+        expect(report.replacement?.kept ?? []).toEqual(
+          config ? [{ path: 'wo', reason: 'it stays in float32' }] : [],
+        )
+        expect(report.replacement?.skipModules ?? null).toBeNull()
+        expect(net.quantizationConfig?.toJSON()).toEqual(config && new BitsAndBytesConfig(config).toJSON())
+        for (const module of [net, whole]) module.dispose()
+        for (const tensor of state.values()) tensor.dispose()
+      },
+    )
   })
 })

@@ -21,7 +21,12 @@ describe.each(goldenModels().filter((name) => !name.includes('-bnb-')))('%s', (n
     const wanted = await results(whole, ids)
     const paths = [...whole.namedModules()].map(([path]) => path)
     const some = (pattern: RegExp, from = 0) =>
-      Object.fromEntries(paths.filter((path) => pattern.test(path)).slice(from).map((path) => [path, 'cpu:1']))
+      Object.fromEntries(
+        paths
+          .filter((path) => pattern.test(path))
+          .slice(from)
+          .map((path) => [path, 'cpu:1']),
+      )
     for (const part of [
       some(/\.(h|layers)\.\d+$/, 1),
       some(/\.(embed_positions|wpe|embed_in|rotary_emb)$/),

@@ -40,7 +40,10 @@ export function gemma2(config: ConfigReader): DecoderSpec {
 }
 
 export function gemma3(config: ConfigReader): DecoderSpec {
-  const each = windows(config, config.count('sliding_window_pattern', config.count('_sliding_window_pattern', 6)))
+  const each = windows(
+    config,
+    config.count('sliding_window_pattern', config.count('_sliding_window_pattern', 6)),
+  )
   const options = {
     headDim: config.count('head_dim', 256),
     maxPositions: config.count('max_position_embeddings', 131072),
@@ -54,8 +57,9 @@ export function gemma3(config: ConfigReader): DecoderSpec {
     : {
         ...full,
         scale: 1,
-        inverseFrequencies: Float32Array.from(full.inverseFrequencies, (_, i) =>
-          config.number('rope_local_base_freq', 10000) ** ((-2 * i) / full.dim),
+        inverseFrequencies: Float32Array.from(
+          full.inverseFrequencies,
+          (_, i) => config.number('rope_local_base_freq', 10000) ** ((-2 * i) / full.dim),
         ),
       }
   const layers = each.map((window) => ({ window, rope: window > 0 ? sliding : full }))

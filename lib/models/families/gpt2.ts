@@ -15,7 +15,8 @@ export function gpt2(file: ConfigReader): DecoderSpec {
   if (config.boolean('scale_attn_by_inverse_layer_idx', false)) {
     config.fail('scale_attn_by_inverse_layer_idx is not supported')
   }
-  if (config.boolean('add_cross_attention', false)) config.fail('add_cross_attention is for an encoder-decoder')
+  if (config.boolean('add_cross_attention', false))
+    config.fail('add_cross_attention is for an encoder-decoder')
   return readDecoderSpec(config, {
     names: {
       model: 'transformer',

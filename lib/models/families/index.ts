@@ -51,7 +51,9 @@ export function readSpec(config: ConfigReader): DecoderSpec {
   const type = config.string('model_type')
   const family = Object.hasOwn(FAMILIES, type) ? FAMILIES[type] : undefined
   if (!family) {
-    config.fail(`model_type ${JSON.stringify(type)} is not known; known are ${Object.keys(FAMILIES).join(', ')}`)
+    config.fail(
+      `model_type ${JSON.stringify(type)} is not known; known are ${Object.keys(FAMILIES).join(', ')}`,
+    )
   }
   return family(config)
 }

@@ -5,7 +5,8 @@ import { readActivation, readDecoderSpec, type DecoderSpec } from '../spec.js'
 export function opt(file: ConfigReader): DecoderSpec {
   const config = file.alias({ intermediate_size: ['ffn_dim'] })
   // opt-350m alone
-  if (!config.boolean('do_layer_norm_before', true)) config.fail('do_layer_norm_before false is not supported')
+  if (!config.boolean('do_layer_norm_before', true))
+    config.fail('do_layer_norm_before false is not supported')
   const hidden = config.count('hidden_size')
   if (config.count('word_embed_proj_dim', hidden) !== hidden) {
     config.fail('a word_embed_proj_dim other than hidden_size is not supported')
