@@ -25,7 +25,7 @@ export const quantize: Command = {
       'Output',
       {
         out: { short: 'o', value: 'DIR', help: 'folder to write to; made when it is not there' },
-        'max-shard-size': { value: 'SIZE', help: 'size of the largest file, such as 2GB (default 5GB)' },
+        'max-shard-size': { value: 'SIZE', help: 'size of the largest file, such as 2GB (default 50GB)' },
       },
     ],
     ['Model', modelOptions],
