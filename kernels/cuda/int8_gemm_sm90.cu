@@ -1,6 +1,6 @@
 // y = (a b^T * row scale + outlier columns) * column scale + bias + residual with int8 a [M, K] and b [N, K],
-// on sm_90a: the weight b is the A operand of wgmma and a, the tokens, is B, both from shared memory. For 17
-// rows of a and more; bound by the tensor cores from some hundreds on, below by reading b.
+// on sm_90a: the weight b is the A operand of wgmma and a, the tokens, is B, both from shared memory. For 9
+// rows of a and more, 5 where K is long; bound by the tensor cores from some hundreds on, below by reading b.
 //
 // A block makes 128 rows of b times kTokens tokens: a producer thread, two consumer warpgroups of 64 rows
 // each, and gatherers.
