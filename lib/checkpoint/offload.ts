@@ -3,8 +3,8 @@
  * checkpoint has it as it is needed, else from a file that is written while loading (weights that were quantised on the
  * way in, or converted). While one module runs the next one is read; a third has to wait, so two are in memory at most.
  */
+import { randomUUID } from 'node:crypto'
 import { rmSync } from 'node:fs'
-import { mkdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { HalfbyteError } from '../errors.js'
 import { FiniteCheck } from '../nn/finite.js'
@@ -19,7 +19,7 @@ import type { Layout } from './dispatch.js'
 import type { TensorInfo } from './header.js'
 import { DISK } from './max_memory.js'
 import { SafetensorsFile } from './safetensors.js'
-import { writeError, writeSafetensors } from './write.js'
+import { makeFolder, writeSafetensors } from './write.js'
 
 /** Tensors of fewer bytes stay in memory: a read of its own costs more than they take. */
 const SMALL = 64 << 10
@@ -145,7 +145,7 @@ export class DiskOffload {
     const file = this.#open(info.file)
     parameter.offload(() => {
       const stored = file.tensor(info.name, this.#device, this.#after())
-      const converted = stored.to(dtype)
+      const converted = stored.to(parameter.dtype ?? dtype)
       if (converted !== stored) stored.dispose()
       return converted
     })
@@ -184,17 +184,16 @@ export class DiskOffload {
   /** Writes a file that is there as long as it is open: its name goes at once, so that nothing is left behind. */
   async #write(path: string, tensors: ReadonlyMap<string, Tensor>): Promise<SafetensorsFile> {
     const folder = this.#folder!
-    const name = join(folder, `${path || 'model'}.${process.pid}.safetensors`)
+    await makeFolder(folder)
+    const name = join(folder, `${path || 'model'}.${randomUUID()}.safetensors`)
     try {
-      await mkdir(folder, { recursive: true })
-    } catch (cause) {
-      throw writeError(folder, cause)
+      await writeSafetensors(name, tensors)
+      const file = SafetensorsFile.open(name)
+      this.#files.set(name, file)
+      return file
+    } finally {
+      rmSync(name, { force: true })
     }
-    await writeSafetensors(name, tensors)
-    const file = SafetensorsFile.open(name)
-    rmSync(name)
-    this.#files.set(name, file)
-    return file
   }
 
   #open(path: string): SafetensorsFile {

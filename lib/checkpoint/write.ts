@@ -3,6 +3,7 @@
  * the header padded to a multiple of 8. Files are written beside their places, flushed to the disk and then moved there
  * together: what stood there before is whole until all of the new is. One tensor at a time is in memory.
  */
+import { randomUUID } from 'node:crypto'
 import { existsSync, statSync } from 'node:fs'
 import { mkdir, open, readdir, readFile, rename, rm, type FileHandle } from 'node:fs/promises'
 import { basename, dirname, join, resolve } from 'node:path'
@@ -74,8 +75,6 @@ export async function makeFolder(folder: string): Promise<void> {
   }
 }
 
-let temporaries = 0
-
 /** Files of a folder that are written beside their places and go there all together. */
 export interface Replacement {
   /** Writes the file `name`, and flushes it to the disk; `fill` writes to the handle. */
@@ -97,9 +96,9 @@ export async function replaceFiles(
   try {
     await fill({
       async write(name, fillFile) {
-        const temporary = join(folder, `${name}.${process.pid}-${temporaries++}.tmp`)
+        const temporary = join(folder, `${name}.${randomUUID()}.tmp`)
         try {
-          const file = await open(temporary, 'w')
+          const file = await open(temporary, 'wx')
           written.set(name, temporary)
           try {
             await fillFile(file)
@@ -131,10 +130,10 @@ export async function replaceFiles(
       { cause },
     )
   }
-  // the names are on the disk once the folder is
-  const handle = await open(folder, 'r')
-  await handle.sync().catch(() => {}) // not every file system can
-  await handle.close()
+  // the names are on the disk once the folder is; not every file system can, and not every folder may be read
+  const handle = await open(folder, 'r').catch(() => undefined)
+  await handle?.sync().catch(() => {})
+  await handle?.close()
 }
 
 export function layout(tensors: ReadonlyMap<string, Tensor>): { header: Buffer; order: string[] } {

@@ -55,6 +55,16 @@ export async function loadStateDict(
     parts.get(path)!.set(path === '' ? name : name.slice(path.length + 1), tensor)
   }
 
+  for (const [path, own] of parts) {
+    const onDisk = [...places.get(path)!.ownParameters()].some(([, { isOffloaded }]) => isOffloaded)
+    if (own.size === 0 || !onDisk) continue
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_USAGE',
+      `loadStateDict: ${path || root.constructor.name} lies on the disk and cannot take other weights; ` +
+        "load the model again with a device map without 'disk'",
+    )
+  }
+
   const missing: string[] = []
   const unexpected: string[] = []
   const wrong: string[] = []

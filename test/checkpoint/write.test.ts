@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process'
-import { mkdirSync, readFileSync, readdirSync, statSync } from 'node:fs'
+import { mkdirSync, promises, readFileSync, readdirSync, statSync } from 'node:fs'
 import { join } from 'node:path'
 import {
   AutoModelForCausalLM,
@@ -244,6 +244,22 @@ describe('when writing fails', () => {
     expect(readdirSync(target)).toEqual(['model.safetensors'])
     const { data } = readSafetensors(join(target, 'model.safetensors')).get('x')!
     expect(new Set(data as Float32Array).size).toBe(1)
+  })
+
+  it('the names are not flushed where the folder may not be read: the save is done', async () => {
+    const target = fresh()
+    using tensor = Tensor.full([4], 1)
+    const { open } = promises
+    const refuse = jest.spyOn(promises, 'open').mockImplementation((path, ...rest) => {
+      return path === target ? Promise.reject(new Error('EACCES')) : open(path, ...rest)
+    })
+    try {
+      await saveStateDict(target, new Map([['x', tensor]]))
+      expect(refuse).toHaveBeenCalledWith(target, 'r')
+    } finally {
+      refuse.mockRestore()
+    }
+    expect(readdirSync(target)).toEqual(['model.safetensors'])
   })
 
   it.each([

@@ -8,6 +8,7 @@ import {
   getMemoryFootprint,
   getTrueFootprint,
   Linear4bit,
+  Tensor,
   type BitsAndBytesConfigOptions,
   type CausalLM,
   type DecoderLayer,
@@ -176,6 +177,57 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
     expect(refused.code).toBe('ERR_HALFBYTE_IO')
     expect(refused.message).toContain(file)
     expect(await settle()).toBeLessThanOrEqual(before)
+  })
+
+  it('lets loads that run at once share a folder', async () => {
+    const offloadFolder = join(root, `shared-${main.replace(':', '')}`)
+    const deviceMap = { '': main, 'model.layers.1': 'disk', 'model.layers.3': 'disk' }
+    const configs = (['nf4', 'fp4'] as const).map((bnb4bitQuantType) => ({
+      loadIn4bit: true,
+      bnb4bitQuantType,
+      ...allowed,
+    }))
+    const models = await Promise.all(
+      configs.map((quantizationConfig) => load(folder, { deviceMap, quantizationConfig, offloadFolder })),
+    )
+    expect(readdirSync(offloadFolder)).toEqual([])
+    for (const [i, model] of models.entries()) {
+      using whole = await load(folder, { device, quantizationConfig: configs[i]! })
+      expect(await logits(model)).toEqual(await logits(whole))
+      model.dispose()
+    }
+  })
+
+  it.each([['/proc/nope/x'], [7 as unknown as string]])('refuses the folder %p', async (offloadFolder) => {
+    const deviceMap = { '': main, 'model.layers.1': 'disk' }
+    const quantizationConfig = { loadIn8bit: true, ...allowed }
+    const error = await rejection(load(folder, { deviceMap, quantizationConfig, offloadFolder }))
+    expect(error.code).toMatch(/ERR_HALFBYTE_(IO|VALUE)/)
+    expect(error.message).toMatch(/\/proc\/nope|7 is not the path of a folder/)
+  })
+
+  it('casts what is on the disk', async () => {
+    const [onDisk, inMemory] = [{ '': main, 'model.layers': 'disk', lm_head: 'disk' }, { '': main }]
+    using model = await load(folder, { deviceMap: onDisk })
+    using whole = await load(folder, { deviceMap: inMemory })
+    expect(await logits(model.to('bfloat16'))).toEqual(await logits(whole.to('bfloat16')))
+  })
+
+  it('takes no state dict for what is on the disk', async () => {
+    const deviceMap = { '': main, 'model.layers.1': 'disk' }
+    using model = await load(folder, { deviceMap })
+    const wanted = await logits(model)
+    const weight = Tensor.full([300, 256], 0.5, 'float32', device)
+    const up = Tensor.full([512, 256], 0.5, 'float32', device)
+    const state = new Map([
+      ['lm_head.weight', weight],
+      ['model.layers.1.mlp.up_proj.weight', up],
+    ])
+    const error = await rejection(model.loadStateDict(state, { strict: false }))
+    expect(error.code).toBe('ERR_HALFBYTE_USAGE')
+    expect(error.message).toMatch(/model.layers.1.mlp.up_proj lies on the disk.*load the model again/)
+    expect(await logits(model)).toEqual(wanted)
+    for (const tensor of state.values()) tensor.dispose()
   })
 
   it('finds NaN in what it does not keep', async () => {
