@@ -7,6 +7,7 @@ import { Linear8bit } from '../nn/linear8bit.js'
 import type { Module } from '../nn/module.js'
 import { relocate } from '../nn/moving.js'
 import { Buffer, Parameter } from '../nn/parameter.js'
+import { refreshCopies, setTiedCopies, type TiedCopy } from '../nn/tied.js'
 import { device as openDevice, type Device } from '../tensor/device.js'
 import type { DeviceMap, NoSplitModules } from './device_map.js'
 import { DISK, isAccelerator } from './max_memory.js'
@@ -59,12 +60,6 @@ export class Layout {
   }
 }
 
-/** A tensor that a second device needs too. State dicts and counts of parameters leave the copy out. */
-export interface TiedCopy {
-  copy: Buffer
-  of: Parameter
-}
-
 /** Gives tied parameters that are needed on several devices a place for a copy on each of the others. */
 function separateTies(model: Module, layout: Layout): TiedCopy[] {
   const owners = new Map<object, { device: Device; parameter: Parameter }>()
@@ -107,9 +102,10 @@ export function placeModules(model: Module, layout: Layout): TiedCopy[] {
   return copies
 }
 
-/** Fills the copies from what was loaded. */
-export function fillCopies(copies: readonly TiedCopy[]): void {
-  for (const { copy, of } of copies) copy.replace(of.value.to(copy.device!))
+/** Fills the copies from what was loaded, now and whenever that changes. */
+export function fillCopies(model: Module, copies: readonly TiedCopy[]): void {
+  setTiedCopies(model, copies)
+  refreshCopies(model)
 }
 
 /** Whether a layer is one that copyTo() knows, without a forward() of its own. */
@@ -155,11 +151,11 @@ export function hookModules(
 
 /**
  * Moves the parts of a loaded model to the devices that `deviceMap` names, and makes them run there: what a module gets
- * is moved to its device on the way in. Returns the map with its strategies worked out. 'disk' is for models that are
+ * is moved to its device on the way in. Returns the map with its strategies worked out, also as hfDeviceMap. 'disk' is for models that are
  * loaded with a map; see AutoModelForCausalLM.fromPretrained().
  */
 export function dispatchModel(
-  model: Module & NoSplitModules,
+  model: Module & NoSplitModules & { hfDeviceMap?: DeviceMap | undefined },
   deviceMap: DeviceMapOption,
   options: PlacementOptions = {},
 ): DeviceMap {
@@ -171,7 +167,8 @@ export function dispatchModel(
   }
   const map = resolveDeviceMap(model, deviceMap, { offloadQuantized: true, ...options, disk: false })
   const layout = new Layout(model, map)
-  fillCopies(placeModules(model, layout))
+  fillCopies(model, placeModules(model, layout))
   hookModules(model, layout)
+  model.hfDeviceMap = map
   return map
 }

@@ -5,6 +5,7 @@
  */
 import { HalfbyteError } from '../errors.js'
 import { FusedExperts, SplitExperts } from '../nn/experts.js'
+import { refuseSpread } from '../nn/hooks.js'
 import type { Module } from '../nn/module.js'
 import type { Parameter } from '../nn/parameter.js'
 import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from '../quantization/config.js'
@@ -89,6 +90,7 @@ export async function loadCheckpoint(
   options: LoadOptions = {},
 ): Promise<LoadReport> {
   options.signal?.throwIfAborted()
+  refuseSpread(model, 'loadCheckpoint', 'build it anew to load it once more')
   const checkpoint = typeof source === 'string' ? Checkpoint.open(source) : source
   try {
     if (options.dtype) model.to(options.dtype)
@@ -105,7 +107,7 @@ export async function loadCheckpoint(
     offload.checkFolder(options.prequantized ?? false)
     await fill(model, checkpoint, items, layout, offload, options)
     await check(model, checkpoint, offload)
-    fillCopies(copies)
+    fillCopies(model, copies)
     hookModules(model, layout, (module) => offload.weightsOf(module))
     if (unexpected.length > 0) {
       const warn = options.onWarning ?? emitWarning

@@ -138,7 +138,12 @@ async function fromPretrained(folder: string, options: FromPretrainedOptions = {
   model.folder = folder
   model.generationDefaults = generationDefaults
   model.tokenizer = tokenizer
-  model.model.prepare(1, model.device!)
+  try {
+    model.model.prepare(1, model.device!)
+  } catch (error) {
+    model.dispose()
+    throw error
+  }
   return model.eval()
 }
 

@@ -3,6 +3,7 @@
  * there on the copy queues, in the order of the work that made them, and nobody waits. What the module returns stays
  * there, or is brought back to where the input came from.
  */
+import { HalfbyteError } from '../errors.js'
 import type { Device } from '../tensor/device.js'
 import { Tensor } from '../tensor/tensor.js'
 import type { Linear } from './linear.js'
@@ -42,6 +43,12 @@ export function markSpread(model: Module): void {
   for (const module of model.modules()) spread.add(module)
 }
 
+/** ERR_HALFBYTE_USAGE for a model whose modules run where a device map has put them: others in their place would not. */
+export function refuseSpread(model: Module, what: string, remedy: string): void {
+  if (!model.modules().some((module) => spread.has(module))) return
+  throw new HalfbyteError('ERR_HALFBYTE_USAGE', `${what}: a device map has spread this model; ${remedy}`)
+}
+
 function isPlain(value: object): boolean {
   return Array.isArray(value) || Object.getPrototypeOf(value) === Object.prototype
 }
@@ -57,7 +64,9 @@ function carry(value: unknown, device: Device, made: Tensor[]): unknown {
   if ('on' in value && typeof value.on === 'function') return (value as Movable).on(device)
   if (!isPlain(value)) return value
   if (Array.isArray(value)) {
-    return typeof value[0] === 'object' ? value.map((item) => carry(item, device, made)) : value
+    return value.some((item) => typeof item === 'object')
+      ? value.map((item) => carry(item, device, made))
+      : value
   }
   return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, carry(item, device, made)]))
 }
@@ -74,6 +83,16 @@ function firstTensor(values: readonly unknown[]): Tensor | undefined {
   return undefined
 }
 
+/** Tensors of a result that are neither the caller's nor the module's own. */
+function passing(module: Module, inputs: readonly unknown[], result: unknown): Tensor[] {
+  const kept = new Set<unknown>(tensorsIn(inputs))
+  for (const each of module.modules()) {
+    for (const [, { tensor }] of each.ownParameters()) kept.add(tensor)
+    for (const [, tensor] of each.ownStatistics()) kept.add(tensor)
+  }
+  return [...tensorsIn(result)].filter((tensor) => !kept.has(tensor))
+}
+
 /** Puts the hook between a module and its callers. */
 export function hook(module: Module, { device, bringBack, withWeights }: Hook): void {
   // eslint-disable-next-line @typescript-eslint/unbound-method -- called with the module
@@ -88,7 +107,7 @@ export function hook(module: Module, { device, bringBack, withWeights }: Hook): 
       // an input may be the result, or part of it
       const back = origin ? carry(result, origin, []) : result
       const returned = new Set(tensorsIn(back))
-      for (const tensor of tensorsIn(result)) if (!inputs.includes(tensor)) made.push(tensor)
+      if (back !== result) made.push(...passing(module, inputs, result))
       for (let i = made.length - 1; i >= 0; i--) if (returned.has(made[i]!)) made.splice(i, 1)
       return back
     } finally {

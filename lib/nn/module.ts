@@ -18,6 +18,7 @@
 import { HalfbyteError } from '../errors.js'
 import type { Device } from '../tensor/device.js'
 import { Tensor } from '../tensor/tensor.js'
+import { refuseSpread } from './hooks.js'
 import type { PackedWeight } from './packed.js'
 import { moveModule, type MoveTarget } from './moving.js'
 import { Parameter, TensorProperty } from './parameter.js'
@@ -107,6 +108,11 @@ export abstract class Module implements Disposable {
 
   /** Replaces the module at a dotted path. The old one is the caller's again. */
   setSubmodule(path: string, module: Module): void {
+    refuseSpread(
+      this,
+      'setSubmodule',
+      'load it again without one, replace the module, and then dispatchModel()',
+    )
     this.getSubmodule(path)
     const { parent, name } = this.#resolve(path)
     if (!parent) throw new HalfbyteError('ERR_HALFBYTE_VALUE', "setSubmodule: '' is the model itself")

@@ -7,6 +7,7 @@ import { tidy } from '../tensor/tidy.js'
 import { isSpread } from './hooks.js'
 import type { Module } from './module.js'
 import type { Parameter } from './parameter.js'
+import { refreshCopies } from './tied.js'
 
 /** Where Module.to() moves a model, and what it casts it to. */
 export type MoveTarget = DType | DeviceLike | { dtype?: DType; device?: DeviceLike }
@@ -91,4 +92,5 @@ export function moveModule(model: Module, target: MoveTarget): void {
     return { ...(isCast && { dtype }), ...(device && { device }) }
   })
   if (device) for (const module of model.modules()) module.ownMove(device)
+  refreshCopies(model)
 }

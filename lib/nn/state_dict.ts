@@ -3,6 +3,7 @@ import { HalfbyteError } from '../errors.js'
 import type { Tensor } from '../tensor/tensor.js'
 import type { Module } from './module.js'
 import type { Parameter } from './parameter.js'
+import { refreshCopies, tiedCopies } from './tied.js'
 
 export interface LoadStateDictResult {
   missing: string[]
@@ -48,6 +49,7 @@ export async function loadStateDict(
   strict: boolean,
 ): Promise<LoadStateDictResult> {
   root.namePaths()
+  const full = (path: string, name: string) => (path === '' ? name : `${path}.${name}`)
   const places = new Map(everyPlace)
   const parts = new Map([...places.keys()].map((path) => [path, new Map<string, Tensor>()]))
   for (const [name, tensor] of state) {
@@ -55,12 +57,26 @@ export async function loadStateDict(
     parts.get(path)!.set(path === '' ? name : name.slice(path.length + 1), tensor)
   }
 
+  // a copy is another name of what it is a copy of
+  const originals = new Map<Parameter, Parameter>(tiedCopies(root).map(({ copy, of }) => [copy, of]))
+  const renamed: { name: string; of: Parameter; tensor: Tensor }[] = []
   for (const [path, own] of parts) {
-    const onDisk = [...places.get(path)!.ownParameters()].some(([, { isOffloaded }]) => isOffloaded)
-    if (own.size === 0 || !onDisk) continue
+    for (const [name, parameter] of places.get(path)!.ownParameters()) {
+      const [of, tensor] = [originals.get(parameter), own.get(name)]
+      if (!of || !tensor) continue
+      own.delete(name)
+      renamed.push({ name: full(path, name), of, tensor })
+    }
+  }
+  const offloaded = [...parts].find(
+    ([path, own]) =>
+      own.size > 0 && [...places.get(path)!.ownParameters()].some(([, { isOffloaded }]) => isOffloaded),
+  )
+  const onDisk = offloaded?.[0] ?? renamed.find(({ of }) => of.isOffloaded)?.name
+  if (onDisk !== undefined) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_USAGE',
-      `loadStateDict: ${path || root.constructor.name} lies on the disk and cannot take other weights; ` +
+      `loadStateDict: ${onDisk || root.constructor.name} lies on the disk and cannot take other weights; ` +
         "load the model again with a device map without 'disk'",
     )
   }
@@ -70,7 +86,6 @@ export async function loadStateDict(
   const wrong: string[] = []
   const filled = new Set<object>()
   const absent: [string, object | undefined][] = []
-  const full = (path: string, name: string) => (path === '' ? name : `${path}.${name}`)
   for (const [path, own] of parts) {
     const module = places.get(path)!
     const problems = module.ownStateProblems(own)
@@ -79,6 +94,11 @@ export async function loadStateDict(
     for (const name of problems.missing) absent.push([full(path, name), parameters.get(name)?.identity])
     unexpected.push(...problems.unexpected.map((name) => full(path, name)))
     wrong.push(...problems.wrong.map(({ name, problem }) => `${full(path, name)} ${problem}`))
+  }
+  for (const { name, of, tensor } of renamed) {
+    const problem = of.reject(tensor)
+    if (problem) wrong.push(`${name} ${problem}`)
+    filled.add(of.identity)
   }
   // a tied parameter is there when any of its names is
   for (const [name, identity] of absent) if (!identity || !filled.has(identity)) missing.push(name)
@@ -101,5 +121,7 @@ export async function loadStateDict(
       if (!refused.has(full(path, name))) await module.ownLoad(name, tensor.share())
     }
   }
+  for (const { of, tensor } of renamed) of.load(tensor.share())
+  refreshCopies(root)
   return { missing, unexpected }
 }

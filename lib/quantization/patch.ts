@@ -1,6 +1,7 @@
 /** Puts 4-bit or 8-bit layers in the place of a model's linear layers, and back. */
 import { HalfbyteError } from '../errors.js'
 import { FusedExperts, SplitExperts } from '../nn/experts.js'
+import { refuseSpread } from '../nn/hooks.js'
 import { Conv1D, Linear } from '../nn/linear.js'
 import { Linear4bit } from '../nn/linear4bit.js'
 import { Linear8bit } from '../nn/linear8bit.js'
@@ -109,6 +110,11 @@ export function replaceWithQuantizedLinear(
   config: BitsAndBytesConfig | BitsAndBytesConfigOptions,
   options: ReplaceOptions = {},
 ): ReplacementReport {
+  refuseSpread(
+    model,
+    'replaceWithQuantizedLinear',
+    'load it again with the map and a quantizationConfig, or quantise it before dispatchModel()',
+  )
   const settings = config instanceof BitsAndBytesConfig ? config : new BitsAndBytesConfig(config)
   const further: unknown = options.modulesToNotConvert ?? []
   if (!Array.isArray(further) || !further.every((entry) => typeof entry === 'string')) {
@@ -240,6 +246,7 @@ function replaceEverywhere(places: Places, from: Module, to: Module): void {
  * each weight before it was quantised. Returns the paths. ERR_HALFBYTE_NO_LINEAR if nothing was quantised.
  */
 export function dequantize(model: Module & Quantizable, options: { dtype?: DType } = {}): string[] {
+  refuseSpread(model, 'dequantize', 'load it again without one, dequantise it, and then dispatchModel()')
   const paths: string[] = []
   const places = placesOf(model)
   for (const [path, module] of [...model.namedModules()]) {

@@ -4,13 +4,16 @@ import {
   AutoModelForCausalLM,
   Conv1D,
   device,
+  dequantize,
   devices,
   dispatchModel,
   getMemoryFootprint,
   Linear,
   Linear4bit,
   Linear8bit,
+  loadCheckpoint,
   Module,
+  replaceWithQuantizedLinear,
   Sequential,
   Tensor,
   type CausalLM,
@@ -163,6 +166,56 @@ describe.each(pairs)('a model on %s and %s', (a, b) => {
     close(await logits(back), wanted.logits)
   })
 
+  it('keeps the copy of a tied weight as the weight is', async () => {
+    using model = await load(tied, { deviceMap: { '': a, lm_head: b } })
+    using one = await load(tied, { device: a })
+    const state = await one.stateDict()
+    expect(state.has('lm_head.weight')).toBe(true)
+    const table = state.get('model.embed_tokens.weight')!
+    using other = Tensor.full([...table.shape], 0.25, 'float32', a)
+    const entries = [...state].map(([name, t]): [string, Tensor] => [
+      name,
+      t.storageId === table.storageId ? other : t,
+    ])
+    await model.loadStateDict(new Map(entries))
+    await one.loadStateDict(new Map(entries))
+    close(await logits(model), await logits(one))
+    // either name will do
+    for (const left of ['lm_head.weight', 'model.embed_tokens.weight']) {
+      using another = Tensor.full([...table.shape], left.length / 100, 'float32', a)
+      const rest = entries.filter(([name]) => name !== left)
+      const changed = new Map(
+        rest.map(([name, t]) => [name, /lm_head|embed_tokens/.test(name) ? another : t]),
+      )
+      await model.loadStateDict(changed)
+      await one.loadStateDict(changed)
+      close(await logits(model), await logits(one))
+    }
+    using narrow = Tensor.full([2, 2], 1, 'float32', a)
+    const wrong = await rejection(model.loadStateDict(new Map([...state, ['lm_head.weight', narrow]])))
+    expect(wrong.message).toMatch(/lm_head.weight has shape \[2, 2\]/)
+    expect(model.to('bfloat16').lm_head.weight.dtype).toBe('bfloat16')
+    expect(model.lm_head.weight.device!.name).toBe(b)
+    for (const tensor of state.values()) tensor.dispose()
+  })
+
+  it('refuses to have its modules replaced', async () => {
+    const quantizationConfig = { loadIn4bit: true, llmInt8EnableFp32CpuOffload: true }
+    using model = await load(folder, { deviceMap: { '': a, 'model.layers.1': b } })
+    const wanted = await logits(model)
+    const errors = [
+      thrown(() => replaceWithQuantizedLinear(model, quantizationConfig)),
+      thrown(() => dequantize(model)),
+      thrown(() => model.setSubmodule('lm_head', new Linear(2, 2))),
+      await rejection(loadCheckpoint(model, folder)),
+    ]
+    for (const error of errors) {
+      expect(error.code).toBe('ERR_HALFBYTE_USAGE')
+      expect(error.message).toMatch(/: a device map has spread this model; \w+ it/)
+    }
+    expect(await logits(model)).toEqual(wanted)
+  })
+
   it('takes a tied checkpoint that has the weight under the head’s name', async () => {
     const weights = tinyWeights({ ...config, tie_word_embeddings: true })
     const renamed = new Map(
@@ -253,12 +306,38 @@ describe('a model of one’s own', () => {
       'blocks.1.down': 'cpu:2',
     }
     expect(dispatchModel(net, map)).toEqual(map)
+    expect((net as { hfDeviceMap?: DeviceMapOption }).hfDeviceMap).toEqual(map)
     const y = net.forward(x)
     expect(await y.data()).toEqual(wanted)
     expect(y.device.name).toBe('cpu')
     using elsewhere = x.to('cpu:3')
     expect(await net.forward(elsewhere).data()).toEqual(wanted)
     expect(thrown(() => dispatchModel(net, 'cpu')).code).toBe('ERR_HALFBYTE_USAGE')
+  })
+
+  it('may return its own weights, and take lists with gaps', async () => {
+    class Table extends Module {
+      weight = new Linear(4, 4, { bias: false, device: 'cpu' }).weight
+      forward([, x]: [undefined, Tensor]): Tensor {
+        return x.device === this.weight.device ? this.weight.value : x
+      }
+    }
+    class Holder extends Module {
+      first = new Linear(4, 4, { device: 'cpu' })
+      table = new Table()
+      forward(x: Tensor): Tensor {
+        return this.table.forward([undefined, this.first.forward(x)])
+      }
+    }
+    const net = new Holder()
+    const wanted = await net.table.weight.value.data()
+    dispatchModel(net, { first: 'cpu', table: 'cpu:1' })
+    using x = Tensor.full([1, 4], 0.5, 'float32', 'cpu')
+    for (let i = 0; i < 2; i++) {
+      const y = net.forward(x)
+      expect(await y.data()).toEqual(wanted)
+      expect(y.device.name).toBe('cpu')
+    }
   })
 
   it('by a strategy too', async () => {
