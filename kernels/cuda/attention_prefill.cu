@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(PrefillShape<kDim>::kThreads, PrefillShape<kDi
   }
 
   wait_copies<0>();
-  __syncwarp();
+  __syncthreads();  // the queries' place becomes the results', also where there was no key to wait for
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll

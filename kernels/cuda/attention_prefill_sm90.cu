@@ -4,11 +4,9 @@
 // block has two consuming warpgroups of 64 rows each and a producing one:
 //
 //   producer   looks up where the keys of a tile lie and copies them and their values, 16 bytes at a time,
-//   into
-//              two stages each, with the 128-byte swizzle that the products read (panels of 64 columns)
+//              into two stages each, with the 128-byte swizzle that the products read (panels of 64 columns)
 //   consumer   S = q k^T of the next tile, both from shared memory, is under way while the weights of this
-//   one
-//              are multiplied with its values: O += P v, P from registers, v's rows being k
+//              one are multiplied with its values: O += P v, P from registers, v's rows being k
 //
 // The softmax of one tile and the products of another so overlap within a warpgroup, and the two warpgroups
 // fill each other's gaps. The longest tiles run first. Fast where dim and value_dim are near 64, 128 or 256.

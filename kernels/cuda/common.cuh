@@ -1,5 +1,5 @@
 // What every .cu file of the CUDA backend uses: element types, conversions, 16-byte vectors, block
-// reductions, and launching with a checked return.
+// reductions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -89,22 +89,7 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-/// Sum over the block, in every thread. Safe to call again at once.
-__device__ __forceinline__ float block_sum(float x) {
-  __shared__ float partial[33];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  x = warp_sum(x);
-  if (lane == 0) partial[warp] = x;
-  __syncthreads();
-  if (warp == 0) {
-    const float total = warp_sum(lane < static_cast<int>(blockDim.x + 31) / 32 ? partial[lane] : 0.0f);
-    if (lane == 0) partial[32] = total;
-  }
-  __syncthreads();
-  const float total = partial[32];
-  __syncthreads();
-  return total;
-}
+/// Largest over the block, in every thread. Safe to call again at once.
 __device__ __forceinline__ float block_max(float x) {
   __shared__ float partial[33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

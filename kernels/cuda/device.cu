@@ -105,6 +105,7 @@ cudaError_t describe(int index, Launch* on) {
 
 Status CudaBackend::check(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return {};
+  early_ = false;      // it may not have been queued
   cudaGetLastError();  // a launch error that is not sticky must not be met again by the next op
   const std::string text = name() + ": " + op + ": " + cudaGetErrorString(error);
   if (error == cudaErrorMemoryAllocation)
@@ -184,6 +185,9 @@ Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
   status = backend->check(cudaMalloc(&backend->marks_, 2 * sizeof(ColumnMarks)), "allocating");
   if (!status.ok()) return status;
   status = backend->check(cudaMemset(backend->marks_, 0, 2 * sizeof(ColumnMarks)), "allocating");
+  if (!status.ok()) return status;
+  // the streams of the device do not wait for the one that clears
+  status = backend->check(cudaStreamSynchronize(nullptr), "clearing counters");
   if (!status.ok()) return status;
   *out = std::move(backend);
   return {};
@@ -333,6 +337,7 @@ Status CudaBackend::begin_capture() {
 }
 Status CudaBackend::end_capture(Graph* out) {
   capturing_ = false;
+  early_ = false;  // what was recorded is not what the stream last ran
   cudaGraph_t graph = nullptr;
   Status status = check(cudaStreamEndCapture(stream(Queue::compute), &graph), "ending a capture");
   if (!status.ok()) {

@@ -346,8 +346,8 @@ cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
   const int slot_bytes = plan.warps * kTileRows * kTokens * 4;
   const auto room_of = [&](int blocks) { return on.shared / blocks - 1024 - kTable4Bytes; };
   const int blocks = room_of(plan.blocks_per_sm) >= step * slot_bytes ? plan.blocks_per_sm : 1;
-  const int64_t clusters =
-      std::min<int64_t>(all, plan.splits > 1 ? on.clusters_of(plan.splits) : on.multiprocessors * blocks);
+  const int64_t clusters = std::min<int64_t>(
+      all, plan.splits > 1 ? std::max(on.clusters_of(plan.splits), 1) : on.multiprocessors * blocks);
   gemv.each = all / clusters;
   gemv.rest = all % clusters;
   const int64_t longest = (gemv.each + (gemv.rest > 0)) * step;

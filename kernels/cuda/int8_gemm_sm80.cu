@@ -1,5 +1,5 @@
 // y = (a b^T * row scale + outlier columns) * column scale + bias + residual with int8 a [M, K] and b [N, K],
-// by mma.sync (sm_80 and up), for 17 rows of a and more.
+// by mma.sync (sm_80 and up), for 9 rows of a and more.
 //
 // A block makes kM tokens x 128 rows of b with 8 warps (2 x 4), each kM / 2 x 32. Both operands go the same
 // way: 16-byte asynchronous copies into a ring of kStages tiles of 64 bytes a row, whose four 16-byte pieces

@@ -262,8 +262,13 @@ __device__ __forceinline__ void finish(const Gemm8<T>& p, const CUtensorMap* y, 
     write_plain<kTokens>(p.out, p.m, acc, first_row, first_token);
   else if (y)
     store_sums<kTokens>(*y, p.out, acc, staging, group, first_row, first_token);
-  else
+  else {
+    if (p.engine) {  // it may still read the staging of the item before
+      if (threadIdx.x % kGroup == 0) wait_stores<0>();
+      group_barrier(group);
+    }
     write_sums<kTokens>(p.out, p.m, p.whole_lines, acc, staging, group, first_row, first_token);
+  }
 }
 
 template <int kSplits, int kTokens, typename T, typename V>

@@ -512,6 +512,7 @@ cudaError_t launch(const Launch& on, const Plan& plan, const Linear8<T>& layer) 
 bool int8_gemv_takes(const Launch& on, int64_t m, int64_t k) {
   if (on.arch < 80 || m > kMaxRows || m < 1 || k < 16 || k % 16 != 0 || k > (1 << 24)) return false;
   const Plan plan = plan_for(on, m, k, 4);
+  if (on.clusters_of(plan.splits) == 0) return false;
   const auto room_of = [&](int chunk) {
     return Room(static_cast<int>(m), plan.share, kScales, chunk, plan.warps, true).total;
   };

@@ -1,9 +1,8 @@
 // int8 x int8 -> int32, exact, and the scaling of such sums as bitsandbytes does it.
 //
 //   M <= 8     stream_kernel: b is read once, 16 codes a lane and step, dp4a; a warp makes 2 columns
-//   larger M   on tensor cores where K is a multiple of 16: int8_gemm_sm90.cu, int8_gemm_sm80.cu, on older
-//   ones
-//              by cuBLASLt where it is found; else tile_kernel (dp4a)
+//   larger M   on tensor cores where K is a multiple of 16: int8_gemm_sm90.cu, int8_gemm_sm80.cu; on older
+//              ones by cuBLASLt where it is found; else tile_kernel (dp4a)
 // K % 4 != 0 or unaligned rows: the same kernels, codes read byte by byte.
 #include "cublaslt.h"
 #include "int8_product.cuh"

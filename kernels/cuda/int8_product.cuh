@@ -71,7 +71,7 @@ constexpr int kGatheredByProduct = 8;
 template <typename T>
 cudaError_t gather_outliers(const Launch& on, const Product8<T>& product);
 
-/// Any M and N, made for 17 rows and more; K a multiple of 16, a and b on 16 bytes; only where Launch::wgmma.
+/// Any M and N, made for 9 rows and more; K a multiple of 16, a and b on 16 bytes; only where Launch::wgmma.
 /// int8_gemm_sm90.cu
 template <typename T>
 cudaError_t int8_gemm_sm90(const Launch& on, const Product8<T>& product);

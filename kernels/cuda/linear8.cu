@@ -45,7 +45,9 @@ bool takes_gemm(const Launch& on, const View& x, int64_t k, const void* weight, 
 
 /// Rows whose sums are made at a time.
 int64_t sum_rows(int64_t m, int64_t n) {
-  return std::min(m, std::max<int64_t>(kSumBytes / 4 / std::max<int64_t>(n, 1) / 256 * 256, 256));
+  constexpr int64_t kMost = int64_t{65535} * kRows / 256 * 256;  // of a grid of finish_kernel
+  const int64_t fitting = std::max<int64_t>(kSumBytes / 4 / std::max<int64_t>(n, 1) / 256 * 256, 256);
+  return std::min({m, fitting, kMost});
 }
 
 /// Where the parts of the workspace start. Outlier columns and sums are never needed together.
@@ -210,8 +212,6 @@ size_t CudaBackend::linear_8bit_workspace(const View& x, const View& weight, flo
 
 Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View scb, const Epilogue& epilogue,
                                 float threshold, bool bnb_exact, View workspace) {
-  Launch on;
-  if (Status status = enter_early(queue, &on); !status.ok()) return status;
   if (weight.ndim != 2 || weight.dtype != DType::i8 || !weight.is_contiguous() || scb.dtype != DType::f32 ||
       scb.size() != weight.shape[0] || !scb.is_contiguous()) {
     return refuse("linear_8bit", "the weight must be int8 [N, K] with scb float32 [N]");
@@ -219,7 +219,9 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   const int64_t m = x.rows(), n = weight.shape[0], k = weight.shape[1];
   if (Status status = check_linear("linear_8bit", y, x, n, k, epilogue); !status.ok()) return status;
   if (y.size() == 0) return {};
-  if (!bnb_exact && takes_gemv(on, x, k) && is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
+  Launch on;
+  if (!bnb_exact && takes_gemv(launch_, x, k) && is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
+    if (Status status = enter_early(queue, &on); !status.ok()) return status;
     return with_float_type(x.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       const Linear8<T> layer{output_of<T>(y, epilogue),
@@ -240,6 +242,7 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   const Parts parts = parts_of(m, n, k, threshold > 0.0f);
   if (static_cast<size_t>(workspace.size()) < parts.total)
     return refuse("linear_8bit", "the workspace is too small");
+  if (Status status = enter_early(queue, &on); !status.ok()) return status;
 
   Layer layer = {y, x, weight, scb, epilogue, {}, {}, nullptr, m, n, k, bnb_exact};
   layer.codes = part(workspace, parts.codes, DType::i8, m * k);

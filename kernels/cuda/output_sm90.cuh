@@ -190,7 +190,7 @@ __device__ __forceinline__ void store_sums(const CUtensorMap& y, const Output<T>
 #pragma unroll
   for (int part = 0; part < kTokens / kPass; ++part) {
     const uint32_t at = part % 2 * kStaging;
-    if (stores) wait_stores<1>();
+    if (stores) wait_stores<(kTokens > kPass ? 1 : 0)>();  // one that reads the same staging is done
     group_barrier(group);
 #pragma unroll
     for (int j = 0; j < kPass / 16; ++j) {
