@@ -1,4 +1,6 @@
 /** Loading the model that a command is about, with a progress line. */
+import { readConfig } from '../checkpoint/config.js'
+import { savedConfig } from '../models/auto.js'
 import { AutoModelForCausalLM, type CausalLM } from '../models/index.js'
 import type { Invocation } from './command.js'
 import { modelDType, placementFields, quantizationFields } from './model_options.js'
@@ -18,7 +20,7 @@ export function describeWeights(model: CausalLM): string {
 }
 
 export async function loadModel(folder: string, { flags, signal }: Invocation): Promise<Loaded> {
-  const quantizationConfig = quantizationFields(flags)
+  const quantizationConfig = quantizationFields(flags, () => savedConfig(readConfig(folder)))
   const dtype = modelDType(flags)
   using progress = new Progress('Loading')
   const began = performance.now()

@@ -3,7 +3,7 @@ import type { Flags, OptionTable } from './command.js'
 import { usageError } from './command.js'
 import type { LoadOptions } from '../checkpoint/load.js'
 import type { DeviceMapOption } from '../checkpoint/placement.js'
-import type { BitsAndBytesConfigOptions } from '../quantization/config.js'
+import type { BitsAndBytesConfig, BitsAndBytesConfigOptions } from '../quantization/config.js'
 import type { DType } from '../tensor/index.js'
 
 const quantizationOptions: OptionTable = {
@@ -99,8 +99,14 @@ function floatDType(flags: Flags, name: string): 'float32' | 'float16' | 'bfloat
 const ONLY_4BIT = ['quant-type', 'double-quant', 'compute-dtype']
 const ONLY_8BIT = ['int8-threshold', 'bnb-exact']
 
-/** The fields of a BitsAndBytesConfig, or undefined when the model is to stay as it is. */
-export function quantizationFields(flags: Flags): BitsAndBytesConfigOptions | undefined {
+/**
+ * The fields of a BitsAndBytesConfig, or undefined when the model is to stay as it is. `readSaved` tells how the
+ * checkpoint is quantised already: of that only what was given is said otherwise.
+ */
+export function quantizationFields(
+  flags: Flags,
+  readSaved: () => BitsAndBytesConfig | undefined = () => undefined,
+): BitsAndBytesConfigOptions | undefined {
   const in4 = flags.switch('load-in-4bit')
   const in8 = flags.switch('load-in-8bit')
   if (in4 && in8) throw usageError('--load-in-4bit and --load-in-8bit were both given; choose one')
@@ -112,8 +118,11 @@ export function quantizationFields(flags: Flags): BitsAndBytesConfigOptions | un
   const skip = flags.texts('skip-modules').flatMap((entry) => entry.split(',').map((name) => name.trim()))
   if (!in4 && !in8) {
     if (skip.length > 0) throw usageError('--skip-modules needs --load-in-4bit or --load-in-8bit')
-    if (flags.switch('cpu-offload')) throw usageError('--cpu-offload needs --load-in-4bit or --load-in-8bit')
-    return undefined
+    if (!flags.switch('cpu-offload')) return undefined
+    const saved = readSaved()
+    if (!saved) throw usageError('--cpu-offload needs --load-in-4bit or --load-in-8bit')
+    const { loadIn4bit, loadIn8bit } = saved
+    return { loadIn4bit, loadIn8bit, llmInt8EnableFp32CpuOffload: true }
   }
   const shared = {
     ...(skip.length > 0 && { llmInt8SkipModules: skip.filter(Boolean) }),
@@ -123,16 +132,17 @@ export function quantizationFields(flags: Flags): BitsAndBytesConfigOptions | un
     const threshold = flags.number('int8-threshold', { min: 0 })
     return {
       loadIn8bit: true,
-      bnbExact: flags.switch('bnb-exact'),
+      ...(flags.has('bnb-exact') && { bnbExact: true }),
       ...(threshold === undefined ? {} : { llmInt8Threshold: threshold }),
       ...shared,
     }
   }
   const compute = floatDType(flags, 'compute-dtype')
+  const quantType = flags.choice('quant-type', ['nf4', 'fp4']) ?? (readSaved() ? undefined : 'nf4')
   return {
     loadIn4bit: true,
-    bnb4bitQuantType: flags.choice('quant-type', ['nf4', 'fp4']) ?? 'nf4',
-    bnb4bitUseDoubleQuant: flags.switch('double-quant'),
+    ...(quantType && { bnb4bitQuantType: quantType }),
+    ...(flags.has('double-quant') && { bnb4bitUseDoubleQuant: true }),
     ...(compute === undefined ? {} : { bnb4bitComputeDtype: compute }),
     ...shared,
   }

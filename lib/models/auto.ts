@@ -102,7 +102,7 @@ function checkArguments(folder: unknown, options: FromPretrainedOptions): void {
 }
 
 /** How the checkpoint says that it is quantised. */
-function savedConfig(config: ConfigReader): BitsAndBytesConfig | undefined {
+export function savedConfig(config: ConfigReader): BitsAndBytesConfig | undefined {
   const saved = config.object('quantization_config')
   try {
     return saved && BitsAndBytesConfig.fromJSON(saved.raw)

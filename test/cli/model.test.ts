@@ -120,6 +120,25 @@ test('quantize writes a checkpoint that evaluates as the model quantised on load
   expect(saved.perplexity).toBe(evaluate(model, flags).perplexity)
 })
 
+test.each([
+  ['nf4, double quantised', ['--load-in-4bit', '--double-quant']],
+  ['fp4', ['--load-in-4bit', '--quant-type', 'fp4']],
+  ['int8, threshold 6', ['--load-in-8bit', '--bnb-exact']],
+])('flags say of a quantised checkpoint only what was given: %s', (weights, how) => {
+  const out = join(folder, `saved ${weights}`)
+  json(['quantize', model, '--out', out, ...how])
+  const evaluate = (...more: string[]) => json(['eval', out, '--text', text, '--limit', '65', ...more])
+  const saved = evaluate()
+  expect(saved.weights).toBe(weights)
+  const { weights: again, perplexity } = evaluate(how[0]!)
+  expect({ again, perplexity }).toEqual({ again: weights, perplexity: saved.perplexity })
+  const map = '{"": "cpu:1", "model.layers.1": "cpu"}'
+  const run = (...more: string[]) =>
+    halfbyte(['generate', out, 'def main():', '--max-new-tokens', '4', '--device-map', map, ...more])
+  expect(run().status).toBe(1)
+  expect(run('--cpu-offload')).toMatchObject({ status: 0 })
+})
+
 test('quantize leaves nothing behind when the disk is full', () => {
   const out = join(folder, 'full')
   const command = `trap '' XFSZ; ulimit -f 256; exec "$0" "$@"`
