@@ -245,6 +245,20 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
 })
 
 describe('parts on the CPU beside an accelerator', () => {
+  it('have a copy of what they share with the disk', async () => {
+    const path = writeTinyModel(join(root, 'tied-apart'), { ...config, tie_word_embeddings: true })
+    using whole = await load(path, { device: 'cpu' })
+    for (const [embeddings, head] of [
+      ['disk', 'cpu'],
+      ['cpu', 'disk'],
+    ]) {
+      const deviceMap = { '': 'cpu:1', 'model.embed_tokens': embeddings!, lm_head: head! }
+      using model = await load(path, { deviceMap })
+      expect(model.lm_head.weight).not.toBe(model.model.embed_tokens.weight)
+      expect(await logits(model)).toEqual(await logits(whole))
+    }
+  })
+
   const accelerators = ['cpu:1', ...devices().flatMap(({ type, name }) => (type === 'cuda' ? [name] : []))]
 
   it.each(accelerators)('stay quantised and compute there, with %s as the accelerator', async (name) => {

@@ -3,8 +3,9 @@ import { join } from 'node:path'
 import {
   AutoModelForCausalLM,
   Conv1D,
-  device,
+  Decoder,
   dequantize,
+  device,
   devices,
   dispatchModel,
   getMemoryFootprint,
@@ -440,6 +441,20 @@ describe('fromPretrained', () => {
     expect(mapped.hfDeviceMap).toEqual({ '': 'cpu' })
     mapped.to('cpu:1')
     expect(await logits(mapped)).toEqual(await logits(model))
+  })
+
+  it('frees a model that cannot be prepared', async () => {
+    const { allocated } = device('cpu').memoryUsage()
+    const prepare = jest.spyOn(Decoder.prototype, 'prepare').mockImplementation(() => {
+      throw new Error('no room')
+    })
+    try {
+      await expect(load(folder, { device: 'cpu' })).rejects.toThrow('no room')
+    } finally {
+      prepare.mockRestore()
+    }
+    await device('cpu').synchronize()
+    expect(device('cpu').memoryUsage().allocated).toBeLessThanOrEqual(allocated)
   })
 
   it('refuses a device beside a map', async () => {
