@@ -237,8 +237,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     }
     const int head = first_head + h;
     const int64_t row = token * p.heads + head, part_row = row * partial.splits + blockIdx.y;
-    const float by = partial.splits > 1 ? 1.0f : reciprocal_weight(p, head, top * kLog2e, total);
-    if (partial.splits > 1 && threadIdx.x == 0) partial.state[part_row] = make_float2(top * kLog2e, total);
+    const float by = partial.splits > 1 ? 1.0f : reciprocal_weight(p, head, top * kLog2E, total);
+    if (partial.splits > 1 && threadIdx.x == 0) partial.state[part_row] = make_float2(top * kLog2E, total);
     for (int d = threadIdx.x; d < p.value_dim; d += blockDim.x) {
       float sum = 0.0f;
       for (int g = 0; g < kGroups; ++g) {
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const float2 part = state[i];
-    const float keep = part.y == 0.0f ? 0.0f : part.x == -INFINITY ? part.y : power_of_2(part.x - top);
+    const float keep = part.y == 0.0f ? 0.0f : part.x == -INFINITY ? part.y : rough_exp2(part.x - top);
     total += part.y * keep;
     if (warp == 0) weights[i * 32 + lane] = keep;
   }

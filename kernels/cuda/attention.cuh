@@ -8,15 +8,16 @@
 // (attention_prefill_sm90.cu) there is no room for the called code's.
 #pragma once
 
+#include <type_traits>
+
+#include "activation.cuh"
 #include "launch.cuh"
 #include "mma.cuh"
 #include "ragged.cuh"
-#include "table4.cuh"
 
 namespace halfbyte::cuda {
 
 constexpr int kMaxSplits = 128;
-constexpr float kLog2e = 1.44269504088896340736f;
 
 struct Attention {
   const void* sinks;
@@ -73,11 +74,26 @@ cudaError_t launch_prefill(const Launch& on, const AttentionLaunch& a, bf16_t);
 cudaError_t launch_prefill_sm90(const Launch& on, const AttentionLaunch& a, half_t);
 cudaError_t launch_prefill_sm90(const Launch& on, const AttentionLaunch& a, bf16_t);
 
-/// 2^x; -inf gives 0.
-__device__ __forceinline__ float power_of_2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+/// Those of one tile of queries a block, `blocks` for all of them; for each part of the keys again.
+template <typename T, typename Kernel>
+cudaError_t launch_tiles(const Launch& on, const AttentionLaunch& a, Kernel kernel, int64_t blocks,
+                         int threads, int shared) {
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(a.partial.splits));
+  shape.block = dim3(static_cast<unsigned>(threads));
+  shape.shared = static_cast<size_t>(shared);
+  return launch_kernel(on, shape, kernel, static_cast<T*>(a.y), a.partial, static_cast<const T*>(a.q),
+                       static_cast<const T*>(a.keys), static_cast<const T*>(a.values), a.batch, a.tiles,
+                       a.problem);
+}
+
+/// Calls body with the width, as a compile-time number, that holds the dimensions of keys and values.
+template <typename Body>
+cudaError_t with_width(const Attention& p, const Body& body) {
+  const int widest = p.dim > p.value_dim ? p.dim : p.value_dim;
+  if (widest <= 64) return body(std::integral_constant<int, 64>{});
+  if (widest <= 128) return body(std::integral_constant<int, 128>{});
+  return body(std::integral_constant<int, 256>{});
 }
 
 /// A head's sink as a score.
@@ -93,26 +109,26 @@ __device__ __forceinline__ float sink_of(const Attention& p, int head) {
     default:
       x = static_cast<const float*>(p.sinks)[head];
   }
-  return x * kLog2e;
+  return x * kLog2E;
 }
 
 /// 1 / the sum of a row's weights, its head's sink among them; 0 for a row that has seen no key.
 __device__ __forceinline__ float reciprocal_weight(const Attention& p, int head, float most, float weight) {
   if (weight == 0.0f) return 0.0f;
-  if (p.sinks) weight += power_of_2(sink_of(p, head) - most);
+  if (p.sinks) weight += rough_exp2(sink_of(p, head) - most);
   return reciprocal(weight);
 }
 
 /// tanh by one power and one reciprocal: to some 1e-7.
 __device__ __forceinline__ float tanh_of(float x) {
-  return 1.0f - 2.0f * reciprocal(1.0f + power_of_2(x * (2.0f * kLog2e)));
+  return 1.0f - 2.0f * reciprocal(1.0f + rough_exp2(x * (2.0f * kLog2E)));
 }
 /// A product q k as a score, where the problem is not plain; `cap` is 1 / softcap.
 __device__ __forceinline__ float score_of(const Attention& p, float product, float cap, float slope,
                                           float distance) {
   float s = product * p.scale;
   if (p.softcap > 0.0f) s = p.softcap * tanh_of(s * cap);
-  return (s + slope * distance) * kLog2e;
+  return (s + slope * distance) * kLog2E;
 }
 
 /// The keys that a query at `position` sees, begin .. end, within the sequence's `length`.
@@ -172,7 +188,7 @@ __device__ __forceinline__ float soften_row(float (&s)[kKeys / 2], int half, flo
   top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
   top = fmaxf(most, top * factor);
   const float shift = top == -INFINITY ? 0.0f : top;  // before the first key everything is 0 anyway
-  const float keep = power_of_2(most - shift);
+  const float keep = rough_exp2(most - shift);
   most = top;
   float sum = 0.0f;
 #pragma unroll
@@ -180,7 +196,7 @@ __device__ __forceinline__ float soften_row(float (&s)[kKeys / 2], int half, flo
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       float& x = s[n * 4 + half * 2 + e];
-      x = power_of_2(fmaf(x, factor, -shift));
+      x = rough_exp2(fmaf(x, factor, -shift));
       sum += x;
     }
   }

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kWarps * 32, DecodeShape<kD
   float acc[kDim / 8][4] = {};
   float most[2] = {-INFINITY, -INFINITY}, weight[2] = {};
   const bool plain = p.plain();
-  const float factor = plain ? p.scale * kLog2e : 1.0f;
+  const float factor = plain ? p.scale * kLog2E : 1.0f;
   // rows of several tokens do not see the same keys
   const bool differ = tokens > 1;
   for (int step = 0; step < count; ++step) {
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kWarps * 32, DecodeShape<kD
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) top = fmaxf(top, states[w][row + half * 8].x);
     const float keep =
-        most[half] == -INFINITY ? (weight[half] == 0.0f ? 0.0f : weight[half]) : power_of_2(most[half] - top);
+        most[half] == -INFINITY ? (weight[half] == 0.0f ? 0.0f : weight[half]) : rough_exp2(most[half] - top);
     float* to = sums + (warp * kRows + row + half * 8) * Shape::kSumStride + pair * 2;
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kWarps * 32, DecodeShape<kD
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float2 s = states[w][r];
-      if (s.y != 0.0f) total += s.x == -INFINITY ? s.y : s.y * power_of_2(s.x - top);
+      if (s.y != 0.0f) total += s.x == -INFINITY ? s.y : s.y * rough_exp2(s.x - top);
     }
     const int64_t token = first + r / heads;
     const int head = first_head + r % heads;
@@ -275,34 +275,25 @@ __global__ void __launch_bounds__(DecodeShape<kDim>::kWarps * 32, DecodeShape<kD
   }
 }
 
-template <typename T, int kDim>
+template <typename T>
 cudaError_t launch(const Launch& on, const AttentionLaunch& a) {
-  using Shape = DecodeShape<kDim>;
   const Attention& p = a.problem;
   const int share = p.heads / p.kv_heads;
-  const int64_t blocks = a.tiles.count * p.kv_heads * ((share + kRows - 1) / kRows);
-  LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(a.partial.splits));
-  shape.block = dim3(Shape::kWarps * 32);
-  shape.shared = Shape::kShared;
-  return launch_kernel(on, shape, decode_kernel<T, kDim>, static_cast<T*>(a.y), a.partial,
-                       static_cast<const T*>(a.q), static_cast<const T*>(a.keys),
-                       static_cast<const T*>(a.values), a.batch, a.tiles, p);
-}
-
-template <typename T>
-cudaError_t launch_by_dim(const Launch& on, const AttentionLaunch& a) {
-  const int widest = a.problem.dim > a.problem.value_dim ? a.problem.dim : a.problem.value_dim;
-  return widest <= 64 ? launch<T, 64>(on, a) : widest <= 128 ? launch<T, 128>(on, a) : launch<T, 256>(on, a);
+  return with_width(a.problem, [&](auto width) {
+    using Shape = DecodeShape<decltype(width)::value>;
+    return launch_tiles<T>(on, a, decode_kernel<T, decltype(width)::value>,
+                           a.tiles.count * p.kv_heads * ((share + kRows - 1) / kRows), Shape::kWarps * 32,
+                           Shape::kShared);
+  });
 }
 
 }  // namespace
 
 cudaError_t launch_decode(const Launch& on, const AttentionLaunch& a, half_t) {
-  return launch_by_dim<half_t>(on, a);
+  return launch<half_t>(on, a);
 }
 cudaError_t launch_decode(const Launch& on, const AttentionLaunch& a, bf16_t) {
-  return launch_by_dim<bf16_t>(on, a);
+  return launch<bf16_t>(on, a);
 }
 
 }  // namespace halfbyte::cuda

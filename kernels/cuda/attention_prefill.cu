@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(PrefillShape<kDim>::kThreads, PrefillShape<kDi
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) most[i][0] = most[i][1] = -INFINITY;
   const bool plain = p.plain();
-  const float factor = plain ? p.scale * kLog2e : 1.0f;
+  const float factor = plain ? p.scale * kLog2E : 1.0f;
 
   for (int step = 0; step < count; ++step) {
     wait_copies<0>();
@@ -263,32 +263,22 @@ __global__ void __launch_bounds__(PrefillShape<kDim>::kThreads, PrefillShape<kDi
   }
 }
 
-template <typename T, int kDim>
-cudaError_t launch(const Launch& on, const AttentionLaunch& a) {
-  using Shape = PrefillShape<kDim>;
-  LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(a.tiles.count * a.problem.kv_heads),
-                    static_cast<unsigned>(a.partial.splits));
-  shape.block = dim3(Shape::kThreads);
-  shape.shared = Shape::kShared;
-  return launch_kernel(on, shape, prefill_kernel<T, kDim>, static_cast<T*>(a.y), a.partial,
-                       static_cast<const T*>(a.q), static_cast<const T*>(a.keys),
-                       static_cast<const T*>(a.values), a.batch, a.tiles, a.problem);
-}
-
 template <typename T>
-cudaError_t launch_by_dim(const Launch& on, const AttentionLaunch& a) {
-  const int widest = a.problem.dim > a.problem.value_dim ? a.problem.dim : a.problem.value_dim;
-  return widest <= 64 ? launch<T, 64>(on, a) : widest <= 128 ? launch<T, 128>(on, a) : launch<T, 256>(on, a);
+cudaError_t launch(const Launch& on, const AttentionLaunch& a) {
+  return with_width(a.problem, [&](auto width) {
+    using Shape = PrefillShape<decltype(width)::value>;
+    return launch_tiles<T>(on, a, prefill_kernel<T, decltype(width)::value>,
+                           a.tiles.count * a.problem.kv_heads, Shape::kThreads, Shape::kShared);
+  });
 }
 
 }  // namespace
 
 cudaError_t launch_prefill(const Launch& on, const AttentionLaunch& a, half_t) {
-  return launch_by_dim<half_t>(on, a);
+  return launch<half_t>(on, a);
 }
 cudaError_t launch_prefill(const Launch& on, const AttentionLaunch& a, bf16_t) {
-  return launch_by_dim<bf16_t>(on, a);
+  return launch<bf16_t>(on, a);
 }
 
 }  // namespace halfbyte::cuda

@@ -11,7 +11,7 @@
 // The softmax of one tile and the products of another so overlap within a warpgroup, and the two warpgroups
 // fill each other's gaps. The longest tiles run first. Fast where dim and value_dim are near 64, 128 or 256.
 #include "attention.cuh"
-#include "tma_sm90.cuh"
+#include "output_sm90.cuh"
 #include "wgmma_attention_sm90.cuh"
 
 namespace halfbyte::cuda {
@@ -29,7 +29,7 @@ struct PrefillShape {
 
 #if HALFBYTE_WGMMA
 
-constexpr int kGroup = 128, kConsumers = 256;  // threads
+constexpr int kConsumers = 256;  // threads
 
 /// The place of piece `piece` of row `row` in panels of `rows` rows.
 template <int rows>
@@ -39,9 +39,6 @@ __device__ __forceinline__ uint32_t place_of(int row, int piece) {
 /// Counts on the barrier once this thread's copies so far are there.
 __device__ __forceinline__ void arrive_when_copied(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void group_barrier(int group) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "n"(kGroup) : "memory");
 }
 
 #endif
@@ -97,11 +94,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   commit_copies();
   wait_copies<0>();
-  publish_to_products();
+  publish_shared();
   __syncthreads();
 
   if (warp >= kConsumers / 32) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;\n");
+    give_registers<40>();
     // Each warp looks up and copies kKeys / 4 keys of a tile, kLines at a time.
     constexpr int kOwn = kKeys / 4, kLines = 32 / kPieces > 0 ? 32 / kPieces : 1;
     const int first_own = (warp - kConsumers / 32) * kOwn;
@@ -148,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_copies<0>();
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;\n");
+  take_registers<232>();
 
   const int group = warp / 4, first_row = warp * 16;
   const auto own_position = [&](int row) { return position + min(row, rows - 1) / share; };
@@ -159,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int all_begin = from_first(seen_from(p, batch, own_position(first_row + 15), length).begin);
   const int all_end = from_first(seen_from(p, batch, own_position(first_row), length).end);
   const bool plain = p.plain();
-  const float factor = plain ? p.scale * kLog2e : 1.0f;
+  const float factor = plain ? p.scale * kLog2E : 1.0f;
   const uint32_t own_q = q_at + group * (64 * 128);
 
   float acc[kDim / 2] = {}, score[kKeys / 2];
@@ -169,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto begin_scores = [&](int step) {
     const int stage = step % kStages;
     wait_barrier(full_k + stage * 8, step / kStages & 1);
-    publish_to_products();
+    publish_shared();
     begin_group();
 #pragma unroll
     for (int k = 0; k < kDim / 16; ++k) {
@@ -181,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto begin_values = [&](int step) {
     const int stage = step % kStages;
     wait_barrier(full_v + stage * 8, step / kStages & 1);
-    publish_to_products();
+    publish_shared();
     begin_group();
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
@@ -290,31 +287,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <typename T, int kDim>
-cudaError_t launch(const Launch& on, const AttentionLaunch& a) {
-  LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(a.tiles.count * a.problem.kv_heads),
-                    static_cast<unsigned>(a.partial.splits));
-  shape.block = dim3(kThreads);
-  shape.shared = PrefillShape<kDim>::kShared;
-  return launch_kernel(on, shape, wgmma_kernel<T, kDim>, static_cast<T*>(a.y), a.partial,
-                       static_cast<const T*>(a.q), static_cast<const T*>(a.keys),
-                       static_cast<const T*>(a.values), a.batch, a.tiles, a.problem);
-}
-
 template <typename T>
-cudaError_t launch_by_dim(const Launch& on, const AttentionLaunch& a) {
-  const int widest = a.problem.dim > a.problem.value_dim ? a.problem.dim : a.problem.value_dim;
-  return widest <= 64 ? launch<T, 64>(on, a) : widest <= 128 ? launch<T, 128>(on, a) : launch<T, 256>(on, a);
+cudaError_t launch(const Launch& on, const AttentionLaunch& a) {
+  return with_width(a.problem, [&](auto width) {
+    using Shape = PrefillShape<decltype(width)::value>;
+    return launch_tiles<T>(on, a, wgmma_kernel<T, decltype(width)::value>, a.tiles.count * a.problem.kv_heads,
+                           kThreads, Shape::kShared);
+  });
 }
 
 }  // namespace
 
 cudaError_t launch_prefill_sm90(const Launch& on, const AttentionLaunch& a, half_t) {
-  return launch_by_dim<half_t>(on, a);
+  return launch<half_t>(on, a);
 }
 cudaError_t launch_prefill_sm90(const Launch& on, const AttentionLaunch& a, bf16_t) {
-  return launch_by_dim<bf16_t>(on, a);
+  return launch<bf16_t>(on, a);
 }
 
 }  // namespace halfbyte::cuda

@@ -12,10 +12,6 @@ namespace halfbyte::cuda {
 
 #if HALFBYTE_WGMMA
 
-/// What was written to shared memory by ordinary stores and copies, before products read it.
-__device__ __forceinline__ void publish_to_products() {
-  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-}
 /// As hold_registers().
 template <int n>
 __device__ __forceinline__ void hold_fragments(uint32_t (&a)[n][4]) {

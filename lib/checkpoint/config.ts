@@ -4,7 +4,7 @@ import { HalfbyteError } from '../errors.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { memberTexts, parseObject, readJsonFile, readTextFile } from './json.js'
 
-export type Json = Record<string, unknown>
+type Json = Record<string, unknown>
 
 /** A JSON object whose fields are taken with their types checked; ERR_HALFBYTE_CONFIG names the file and the field. */
 export class ConfigReader {

@@ -11,7 +11,7 @@ import { HalfbyteError } from '../errors.js'
 import { duplicateKey } from './json.js'
 
 /** Bits of an element, by the format's names of dtypes. */
-export const DTYPE_BITS: Readonly<Record<string, number>> = {
+const DTYPE_BITS: Readonly<Record<string, number>> = {
   BOOL: 8,
   F4: 4,
   F6_E2M3: 6,

@@ -250,6 +250,11 @@ function assign(
   return { items, unexpected }
 }
 
+function isFloat({ dtype }: TensorInfo): boolean {
+  const ours = FROM_SAFETENSORS[dtype]
+  return ours !== undefined && DTYPES[ours].isFloat
+}
+
 function mismatch(
   checkpoint: Checkpoint,
   path: string,
@@ -263,15 +268,10 @@ function mismatch(
   const same = place.shape.length === info.shape.length && place.shape.every((n, i) => n === info.shape[i])
   if (!same)
     return [`${path} is ${info.dtype} [${info.shape.join(', ')}], the model has [${place.shape.join(', ')}]`]
-  const dtype = FROM_SAFETENSORS[info.dtype]
-  return dtype && DTYPES[dtype].isFloat
-    ? []
-    : [`${path} is ${info.dtype}, the model has floating-point weights`]
+  return isFloat(info) ? [] : [`${path} is ${info.dtype}, the model has floating-point weights`]
 }
 
 // -- reading
-
-const FLOATS: ReadonlySet<string> = new Set(['F64', 'F32', 'F16', 'BF16'])
 
 /** Bytes after which a device is asked how far it is. */
 const LAP = 128 << 20
@@ -358,7 +358,7 @@ async function fill(
       open.add(taken)
       backlog.add(bytes)
       // what is quantised here in several steps would else lie in memory beside the next tensor
-      if (!offload.isEmpty || FLOATS.has(info.dtype)) await taken
+      if (!offload.isEmpty || isFloat(info)) await taken
       if (failures.length > 0) break
       loadedBytes += bytes
       onProgress?.({ loadedBytes, totalBytes, tensor: info.name })

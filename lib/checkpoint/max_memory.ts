@@ -34,7 +34,7 @@ export function isAccelerator(name: string): boolean {
 }
 
 /** Bytes of '10GiB', '500MB', ... or of a number. KiB, MiB, GiB, TiB are binary, KB, MB, GB, TB decimal; Kb ... Tb are bits. */
-export function parseMemory(size: number | string, where = 'maxMemory'): number {
+function parseMemory(size: number | string, where = 'maxMemory'): number {
   if (typeof size === 'number' && Number.isSafeInteger(size) && size >= 0) return size
   const match = typeof size === 'string' ? /^(\d+(?:\.\d+)?)\s*([KMGT])(i?)(B)$/i.exec(size.trim()) : null
   if (!match) {

@@ -215,7 +215,7 @@ export function parseSize(size: number | string): number {
 }
 
 /** Tensors in the order given, cut into shards of at most `limit` bytes; a larger tensor gets one of its own. */
-export function shardNames(tensors: ReadonlyMap<string, Tensor>, limit: number): string[][] {
+function shardNames(tensors: ReadonlyMap<string, Tensor>, limit: number): string[][] {
   const shards: string[][] = [[]]
   let bytes = 0
   for (const [name, tensor] of tensors) {
@@ -230,7 +230,7 @@ export function shardNames(tensors: ReadonlyMap<string, Tensor>, limit: number):
 }
 
 /** A state dict without repetitions: of names that share one tensor the first. */
-export function withoutTies(state: ReadonlyMap<string, Tensor>): Map<string, Tensor> {
+function withoutTies(state: ReadonlyMap<string, Tensor>): Map<string, Tensor> {
   const seen = new Map<number, Tensor>()
   const unique = new Map<string, Tensor>()
   for (const [name, tensor] of state) {

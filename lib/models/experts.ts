@@ -152,7 +152,7 @@ class ExpertList extends ModuleList<GatedMlp> implements Experts {
 }
 
 /** act(gate) * (up + 1) of rows in which gate and up take turns, both limited (gpt-oss). */
-export function clampedGlu(limit: number): ExpertActivation {
+function clampedGlu(limit: number): ExpertActivation {
   return (gateUp) => {
     const [tokens, both] = gateUp.shape as [number, number]
     const pairs = gateUp.reshape(tokens, both / 2, 2)

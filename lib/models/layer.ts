@@ -11,7 +11,7 @@ import { GatedMlp, PlainMlp } from './mlp.js'
 import { makeNorm, type Norm } from './norm.js'
 import type { DecoderSpec } from './spec.js'
 
-export type Mlp = GatedMlp | PlainMlp | SparseMlp
+type Mlp = GatedMlp | PlainMlp | SparseMlp
 
 function makeMlp(spec: DecoderSpec, index: number): Mlp {
   if (spec.experts?.layers[index]) return new SparseMlp(spec, spec.experts)

@@ -138,7 +138,7 @@ const MOST_LAYERS = 10_000
 const MOST_HEAD_DIM = 65_536
 
 /** What a family says of its own; how its heads are rotated goes to readRope(). */
-export type OwnSpec = Partial<DecoderSpec> & { rotary?: Omit<RopeOptions, 'headDim' | 'maxPositions'> }
+type OwnSpec = Partial<DecoderSpec> & { rotary?: Omit<RopeOptions, 'headDim' | 'maxPositions'> }
 
 /** The fields that all families share, as Llama has them; `own` is what differs. */
 export function readDecoderSpec(config: ConfigReader, own: OwnSpec = {}): DecoderSpec {

@@ -36,7 +36,7 @@ export interface Experts {
 }
 
 const STACKS = ['gate_up_proj', 'down_proj'] as const
-export type Stack = (typeof STACKS)[number]
+type Stack = (typeof STACKS)[number]
 
 /** Input and output features of a projection. */
 function features({ hiddenSize, intermediateSize }: ExpertsOptions, stack: Stack): [number, number] {

@@ -23,7 +23,7 @@ export interface Weight8Options {
   device?: Device | undefined
 }
 
-export interface Int8Operand {
+interface Int8Operand {
   codes: Tensor
   scb: Tensor
 }
