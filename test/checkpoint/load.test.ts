@@ -11,6 +11,7 @@ import {
 } from '../../lib'
 import { temporaryFolder } from '../support/files'
 import { goldenSubset } from '../support/golden'
+import { allocatedMemory, baselineMemory } from '../support/memory'
 import { relativeError } from '../support/reference'
 import { readSafetensors, type Stored } from '../support/safetensors'
 import { tinyWeights, writeTinyModel } from '../support/tiny_model'
@@ -118,9 +119,7 @@ describe.each(devices())('loading on %s', (device) => {
       { loadIn4bit: true, bnb4bitQuantType: 'nf4' as const },
       { loadIn8bit: true },
     ]) {
-      await device.synchronize()
-      const before = device.memoryUsage().allocated
-      device.resetPeakMemory()
+      const before = await baselineMemory(device)
       using model = await AutoModelForCausalLM.fromPretrained(folder, on({ quantizationConfig }))
       const peak = device.memoryUsage().peak - before
       const result = getTrueFootprint(model)
@@ -132,8 +131,7 @@ describe.each(devices())('loading on %s', (device) => {
 
   it('frees everything when it is aborted, and rejects with the reason', async () => {
     const folder = writeTinyModel(fresh())
-    await device.synchronize()
-    const before = device.memoryUsage().allocated
+    const before = await baselineMemory(device)
     const reason = new Error('changed my mind')
     await expect(
       AutoModelForCausalLM.fromPretrained(folder, on({ signal: AbortSignal.abort(reason) })),
@@ -146,8 +144,7 @@ describe.each(devices())('loading on %s', (device) => {
     )
     await expect(loading).rejects.toBe(reason)
     expect(tensors).toBe(5)
-    await device.synchronize()
-    expect(device.memoryUsage().allocated).toBeLessThanOrEqual(before)
+    expect(await allocatedMemory(device)).toBeLessThanOrEqual(before)
   })
 
   describe('a checkpoint that does not fit', () => {
@@ -253,16 +250,14 @@ describe.each(devices())('loading on %s', (device) => {
       ],
     ])('has %s', async (_, config, weights, options, code, message) => {
       const folder = writeTinyModel(fresh(), config, weights)
-      await device.synchronize()
-      const before = device.memoryUsage().allocated
+      const before = await baselineMemory(device)
       const loading = AutoModelForCausalLM.fromPretrained(folder, on(options))
       await expect(loading).rejects.toMatchObject({
         name: 'HalfbyteError',
         code: `ERR_HALFBYTE_${code}`,
         message: expect.stringMatching(message) as string,
       })
-      await device.synchronize()
-      expect(device.memoryUsage().allocated).toBeLessThanOrEqual(before)
+      expect(await allocatedMemory(device)).toBeLessThanOrEqual(before)
     })
 
     it('has a weight that lacks its statistics', async () => {

@@ -9,6 +9,7 @@ import {
 } from '../../lib'
 import { BlockAllocator } from '../../lib/generation/cache'
 import { root } from '../support/files'
+import { allocatedMemory, baselineMemory } from '../support/memory'
 
 const PROMPT = 'def read_file(path):'
 
@@ -188,11 +189,9 @@ describe.each(devices())('generating on %s', (device) => {
       // tables of positions stay with the model
       model.model.prepare(2048, device)
       await model.generate(ids, { maxNewTokens: 2 })
-      await device.synchronize()
-      const before = device.memoryUsage().allocated
+      const before = await baselineMemory(device)
       await body()
-      await device.synchronize()
-      expect(device.memoryUsage().allocated).toBeLessThanOrEqual(before)
+      expect(await allocatedMemory(device)).toBeLessThanOrEqual(before)
     }
 
     it('at the end', () =>

@@ -17,6 +17,7 @@ import {
 } from '../../lib'
 import { rejection, thrown } from '../support/errors'
 import { temporaryFolder } from '../support/files'
+import { allocatedMemory, baselineMemory } from '../support/memory'
 import { relativeError } from '../support/reference'
 import { tinyWeights, writeTinyModel } from '../support/tiny_model'
 
@@ -52,10 +53,6 @@ const mlpOf = (model: CausalLM, layer: number) =>
 
 describe.each(devices())('parts on the disk, running on %s', (device) => {
   const main = device.name
-  const settle = async () => {
-    await device.synchronize()
-    return device.memoryUsage().allocated
-  }
 
   describe.each(forms)('%s', (form, quantizationConfig) => {
     const offloadFolder = join(root, `offload-${form.replace(' ', '-')}-${main.replace(':', '')}`)
@@ -94,19 +91,17 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
     it('keeps out of memory what is on the disk, but for two modules at a time', async () => {
       const layers = Array.from({ length: 5 }, (_, i) => `model.layers.${i}`)
       const deviceMap = { '': main, ...Object.fromEntries(layers.map((path) => [path, 'disk'])) }
-      await settle()
       using whole = await load(folder, { device, quantizationConfig })
       const all = getTrueFootprint(whole)
       const layer = getTrueFootprint(whole.model.layers.at(0)!)
-      const before = await settle()
+      const before = await baselineMemory(device)
       using model = await load(folder, { deviceMap, quantizationConfig, offloadFolder })
-      expect((await settle()) - before).toBeLessThan(all - 4 * layer)
+      expect((await allocatedMemory(device)) - before).toBeLessThan(all - 4 * layer)
       expect(getTrueFootprint(model)).toBeLessThan(all - 4 * layer)
       expect(getMemoryFootprint(model)).toBe(getMemoryFootprint(whole))
       const probe = mlpOf(model, 2).down_proj
       expect(probe.weight.tensor).toBeUndefined()
-      device.resetPeakMemory()
-      const resident = await settle()
+      const resident = await baselineMemory(device)
       for (let i = 0; i < 3; i++) await logits(model)
       // each thread of the CPU has a workspace of its own
       const working = 16 * 300 * 4 * 20 + 200_000 + availableParallelism() * 65536
@@ -119,7 +114,7 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
 
     it('leaves nothing behind, and saves what others save', async () => {
       const deviceMap = { '': main, 'model.layers.1': 'disk', lm_head: 'disk' }
-      const before = await settle()
+      const before = await baselineMemory(device)
       {
         using model = await load(folder, { deviceMap, quantizationConfig, offloadFolder })
         if (existsSync(offloadFolder)) expect(readdirSync(offloadFolder)).toEqual([])
@@ -132,7 +127,7 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
         using again = await load(out, { deviceMap, ...(quantizationConfig && { quantizationConfig }) })
         expect(await logits(again)).toEqual(wanted)
       }
-      expect(await settle()).toBeLessThanOrEqual(before)
+      expect(await allocatedMemory(device)).toBeLessThanOrEqual(before)
     })
   })
 
@@ -172,11 +167,11 @@ describe.each(devices())('parts on the disk, running on %s', (device) => {
     )
     const file = join(root, `file-${main.replace(':', '')}`)
     writeFileSync(file, '')
-    const before = await settle()
+    const before = await baselineMemory(device)
     const refused = await rejection(load(folder, { deviceMap, quantizationConfig, offloadFolder: file }))
     expect(refused.code).toBe('ERR_HALFBYTE_IO')
     expect(refused.message).toContain(file)
-    expect(await settle()).toBeLessThanOrEqual(before)
+    expect(await allocatedMemory(device)).toBeLessThanOrEqual(before)
   })
 
   it('lets loads that run at once share a folder', async () => {

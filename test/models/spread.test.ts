@@ -24,6 +24,7 @@ import {
 import { rejection, thrown } from '../support/errors'
 import { temporaryFolder } from '../support/files'
 import { goldenSubset } from '../support/golden'
+import { allocatedMemory, baselineMemory } from '../support/memory'
 import { relativeError } from '../support/reference'
 import { tinyWeights, writeTinyModel } from '../support/tiny_model'
 
@@ -255,11 +256,8 @@ describe.each(pairs)('a model on %s and %s', (a, b) => {
 
   it('frees both devices when it is disposed, and when loading fails', async () => {
     const deviceMap = { '': a, 'model.layers.1': b, lm_head: b }
-    const settle = async () => {
-      for (const name of [a, b]) await device(name).synchronize()
-      return [a, b].map((name) => device(name).memoryUsage().allocated)
-    }
-    const before = await settle()
+    const both = [a, b].map((name) => device(name))
+    const before = await Promise.all(both.map(baselineMemory))
     const model = await load(tied, { deviceMap })
     await model.generate(ids, { maxNewTokens: 3 })
     model.dispose()
@@ -269,7 +267,7 @@ describe.each(pairs)('a model on %s and %s', (a, b) => {
     expect((await rejection(load(path, { deviceMap }))).message).toMatch(
       /model.layers.1.mlp.up_proj.weight \(1\)/,
     )
-    const after = await settle()
+    const after = await Promise.all(both.map(allocatedMemory))
     after.forEach((bytes, i) => expect(bytes).toBeLessThanOrEqual(before[i]!))
   })
 })
@@ -400,17 +398,14 @@ describe.each(['cpu:1', ...(second ? [second] : [])])('layers on the CPU beside 
       ] as Float32Array[]
     const wanted = await run()
     dispatchModel(net, { 0: name, 1: 'cpu' })
-    await accelerator.synchronize()
     expect(layer.weight.device!.name).toBe('cpu')
-    const before = accelerator.memoryUsage().allocated
-    accelerator.resetPeakMemory()
+    const before = await baselineMemory(accelerator)
     layer.forward(few).dispose()
     await accelerator.synchronize()
     expect(accelerator.memoryUsage().peak).toBe(before)
     const found = await run()
     expect(accelerator.memoryUsage().peak - before).toBeGreaterThan((k * k) / 2)
-    await accelerator.synchronize()
-    expect(accelerator.memoryUsage().allocated).toBeLessThanOrEqual(before)
+    expect(await allocatedMemory(accelerator)).toBeLessThanOrEqual(before)
     found.forEach((values, i) => {
       if (accelerator.type === 'cpu') expect(values).toEqual(wanted[i])
       else expect(relativeError(values, wanted[i]!)).toBeLessThan(5e-3)
@@ -444,7 +439,7 @@ describe('fromPretrained', () => {
   })
 
   it('frees a model that cannot be prepared', async () => {
-    const { allocated } = device('cpu').memoryUsage()
+    const before = await baselineMemory(device('cpu'))
     const prepare = jest.spyOn(Decoder.prototype, 'prepare').mockImplementation(() => {
       throw new Error('no room')
     })
@@ -453,8 +448,7 @@ describe('fromPretrained', () => {
     } finally {
       prepare.mockRestore()
     }
-    await device('cpu').synchronize()
-    expect(device('cpu').memoryUsage().allocated).toBeLessThanOrEqual(allocated)
+    expect(await allocatedMemory(device('cpu'))).toBeLessThanOrEqual(before)
   })
 
   it('refuses a device beside a map', async () => {

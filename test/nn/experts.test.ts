@@ -19,6 +19,7 @@ import {
 } from '../../lib/index.js'
 import { rejection } from '../support/errors.js'
 import { temporaryFolder } from '../support/files.js'
+import { baselineMemory } from '../support/memory.js'
 import { noise, relativeError } from '../support/reference.js'
 
 const [count, hiddenSize, intermediateSize] = [3, 64, 32]
@@ -174,9 +175,7 @@ describe.each(devices())('experts on %s', (device) => {
       await saveStateDict(at, state)
       for (const tensor of state.values()) tensor.dispose()
       const largest = 16 * hidden * 2 * inner * 4
-      await device.synchronize()
-      const before = device.memoryUsage().allocated
-      device.resetPeakMemory()
+      const before = await baselineMemory(device)
       using net = build()
       await loadCheckpoint(net, at, { device, quantizationConfig })
       const result = getTrueFootprint(net)

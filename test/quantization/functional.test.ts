@@ -2,6 +2,7 @@
 import { devices, functional, Tensor, type DType } from '../../lib/index.js'
 import { thrown } from '../support/errors.js'
 import { readGolden } from '../support/golden.js'
+import { allocatedMemory, baselineMemory } from '../support/memory.js'
 import { product } from '../support/product.js'
 import { FLOATS, fromFloat16, randn, relativeError, rounded, uniform } from '../support/reference.js'
 
@@ -266,10 +267,8 @@ describe.each(devices())('functional on %s', (device) => {
       for (const tensor of [codes, rowAbsmax, outlierMask!]) tensor.dispose()
     }
     turn()
-    await device.synchronize()
-    const before = device.memoryUsage().allocated
+    const before = await baselineMemory(device)
     for (let i = 0; i < 20; i++) turn()
-    await device.synchronize()
-    expect(device.memoryUsage().allocated).toBeLessThanOrEqual(before)
+    expect(await allocatedMemory(device)).toBeLessThanOrEqual(before)
   })
 })

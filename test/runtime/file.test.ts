@@ -6,6 +6,7 @@ import { native } from '../../lib/native'
 import { rethrow } from '../../lib/tensor/rethrow'
 import { temporaryFolder } from '../support/files'
 import { rejection, thrown } from '../support/errors'
+import { baselineMemory } from '../support/memory'
 
 const folder = temporaryFolder()
 const write = (name: string, data: Uint8Array): string => {
@@ -92,9 +93,7 @@ describe.each(devices())('files on %s', (on) => {
     it('take their memory after what they are to come after', async () => {
       const file = open(path)
       using token = Tensor.zeros([1], 'uint8', on)
-      await on.synchronize()
-      const before = on.memoryUsage().allocated
-      on.resetPeakMemory()
+      const before = await baselineMemory(on)
       for (let i = 0; i < 8; i++) {
         const handle = rethrow(() => file.tensor(on.native, DTYPES.uint8.id, [size], 0, token.handle))
         tidy(() => {

@@ -1,21 +1,18 @@
 /** Whose memory it is, and that it comes back. */
 import { devices, ops, Tensor } from '../../lib/index'
 import { rejection, thrown } from '../support/errors'
+import { allocatedMemory, baselineMemory } from '../support/memory'
 
 const MiB = 1 << 20
 
 describe.each(devices())('memory of %s', (on) => {
   it('comes back when tensors are disposed', async () => {
-    await on.synchronize()
-    const before = on.memoryUsage().allocated
-    on.resetPeakMemory()
+    const before = await baselineMemory(on)
     const tensors = Array.from({ length: 8 }, () => Tensor.full([MiB / 4], 1, 'float32', on))
-    await on.synchronize()
-    expect(on.memoryUsage().allocated).toBeGreaterThanOrEqual(before + 8 * MiB)
+    expect(await allocatedMemory(on)).toBeGreaterThanOrEqual(before + 8 * MiB)
     for (const t of tensors) t.dispose()
-    await on.synchronize()
+    expect(await allocatedMemory(on)).toBeLessThanOrEqual(before)
     const after = on.memoryUsage()
-    expect(after.allocated).toBeLessThanOrEqual(before)
     expect(after.peak).toBeGreaterThanOrEqual(before + 8 * MiB)
     on.resetPeakMemory()
     expect(on.memoryUsage().peak).toBe(before)
@@ -25,9 +22,7 @@ describe.each(devices())('memory of %s', (on) => {
   })
 
   it('is taken in the order of the queue, so a chain of temporaries needs little', async () => {
-    await on.synchronize()
-    const before = on.memoryUsage().allocated
-    on.resetPeakMemory()
+    const before = await baselineMemory(on)
     let x = Tensor.full([MiB / 4], 1, 'float32', on)
     for (let i = 0; i < 64; i++) {
       const next = ops.activation(x, 'relu')
@@ -54,12 +49,10 @@ describe.each(devices())('memory of %s', (on) => {
       await Promise.all([w.data(), b.data(), on.synchronize()])
     }
     await turn()
-    await on.synchronize()
-    const before = on.memoryUsage().allocated
+    const before = await baselineMemory(on)
     for (let i = 0; i < 200; i++) await turn()
-    await on.synchronize()
     // what earlier tests left to the garbage collector may go meanwhile
-    expect(on.memoryUsage().allocated).toBeLessThanOrEqual(before)
+    expect(await allocatedMemory(on)).toBeLessThanOrEqual(before)
   })
 
   it('of an array is borrowed with copy: false, and not let go while in use', async () => {
@@ -108,8 +101,7 @@ describe.each(devices())('memory of %s', (on) => {
     }
 
     it('is an error with the bytes asked and free, and the device goes on', async () => {
-      await on.synchronize()
-      const before = on.memoryUsage().allocated
+      const before = await baselineMemory(on)
       for (let i = 0; i < 20; i++) {
         using huge = Tensor.empty([bytes], 'uint8', on)
         ops.fillInto(huge, 1)
@@ -126,8 +118,7 @@ describe.each(devices())('memory of %s', (on) => {
       expect((await x.data())[MiB - 1]).toBe(4)
       for (const tensor of [x, w, row, y]) tensor.dispose()
       graph.dispose()
-      await on.synchronize()
-      expect(on.memoryUsage().allocated).toBeLessThanOrEqual(before)
+      expect(await allocatedMemory(on)).toBeLessThanOrEqual(before)
     })
 
     it('for a result spoils that result alone', async () => {
@@ -185,9 +176,7 @@ describe.each(devices())('memory of %s', (on) => {
 
   it('on the host is known to V8, which collects tensors that nobody disposed', async () => {
     if (on.type !== 'cpu') return
-    await on.synchronize()
-    const before = on.memoryUsage().allocated
-    on.resetPeakMemory()
+    const before = await baselineMemory(on)
     for (let i = 0; i < 40; i++) {
       Tensor.full([8 * MiB], 1, 'uint8', on)
       await on.synchronize()
