@@ -6,6 +6,7 @@
 import { HalfbyteError } from '../errors.js'
 import type { CausalLM } from '../models/causal_lm.js'
 import { isSpread } from '../nn/hooks.js'
+import { noGrad } from '../tensor/autograd.js'
 import type { Graph } from '../tensor/device.js'
 import { add, addInto, argmax, sample, type SampleState } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
@@ -27,6 +28,9 @@ export interface DecodingOptions {
   signal?: AbortSignal | undefined
   onPrefill?: ((done: number, total: number) => void) | undefined
 }
+
+/** Nothing of it is kept but the result, neither tensors nor the way back. */
+const inference = <T>(fn: () => T): T => noGrad(() => tidy(fn))
 
 /** Settles like `promise`, or rejects with the signal's reason as soon as it is aborted. */
 export function abortable<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
@@ -162,7 +166,7 @@ class Decoding implements Disposable {
     const run = () => {
       const { batch, tokens } = this.#batch
       addInto(batch.lengths, this.#one)
-      tidy(() => {
+      inference(() => {
         this.#choose(this.#model.model.forward(tokens, batch, this.#cache, this.#positions))
       })
     }
@@ -177,7 +181,7 @@ class Decoding implements Disposable {
 
   /** From hidden states [S, hidden]. */
   #choose(hidden: Tensor): void {
-    tidy(() => {
+    inference(() => {
       let logits = this.#model.head(hidden).to(this.tokens.device)
       if (this.#bias) logits = add(logits.to('float32'), this.#bias)
       this.tokens.copyFrom(this.#state ? sample(logits, this.#state) : argmax(logits))
@@ -211,7 +215,9 @@ class Decoding implements Disposable {
   #runChunk(chunk: { entries: BatchEntry[] }): [Tensor, Promise<unknown>] {
     const packed = packBatch(chunk.entries, this.tokens.device)
     try {
-      const hidden = this.#model.model.forward(packed.tokens, packed.batch, this.#cache, this.#positions)
+      const hidden = inference(() =>
+        this.#model.model.forward(packed.tokens, packed.batch, this.#cache, this.#positions),
+      )
       const probe = tidy(() => hidden.slice(0, 0, 1).slice(1, 0, 1).clone())
       const reached = probe.data()
       probe.dispose()

@@ -18,6 +18,7 @@ import { dequantize, type ReplacementReport } from '../quantization/patch.js'
 import type { BitsAndBytesConfig } from '../quantization/config.js'
 import { Linear } from '../nn/linear.js'
 import { Module } from '../nn/module.js'
+import { noGrad } from '../tensor/autograd.js'
 import type { DType } from '../tensor/dtype.js'
 import { activation, concat, crossEntropy, mul } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
@@ -238,7 +239,7 @@ export class CausalLM extends Module {
     if (inputIds.length < 2) {
       throw new HalfbyteError('ERR_HALFBYTE_VALUE', `loss: ${inputIds.length} tokens; at least 2 are needed`)
     }
-    const losses = this.tokenLosses([inputIds])
+    const losses = noGrad(() => this.tokenLosses([inputIds]))
     try {
       const values = await losses.floats()
       return values.reduce((sum, value) => sum + value, 0) / values.length

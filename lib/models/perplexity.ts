@@ -1,6 +1,7 @@
 /** Perplexity over windows of a text. */
 import { HalfbyteError } from '../errors.js'
 import { abortable } from '../generation/decoding.js'
+import { noGrad } from '../tensor/autograd.js'
 import type { CausalLM } from './causal_lm.js'
 
 export interface PerplexityOptions {
@@ -47,7 +48,7 @@ export async function perplexity(
   for (let at = 0; at === 0 || at + window < ids.length; at += window) {
     signal?.throwIfAborted()
     const part = ids.slice(at, at + window + 1)
-    const losses = model.tokenLosses([part])
+    const losses = noGrad(() => model.tokenLosses([part]))
     tokens += losses.size
     const values = losses.floats().finally(() => losses.dispose())
     values.catch(() => {})

@@ -1,6 +1,7 @@
 /** Linear layers with a 4-bit weight: NF4 or FP4 in blocks, statistics optionally quantised too (QLoRA, arXiv 2305.14314). */
 import type { QuantState } from '../quantization/quant_state.js'
 import type { QuantStorage } from '../quantization/config.js'
+import { needsGrad } from '../tensor/autograd.js'
 import type { Device } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import {
@@ -137,7 +138,7 @@ export class Linear4bit extends Linear {
 
   /**
    * The layers as operands of one product with x, or undefined where they are to be called one by one: layers of another
-   * kind, with a forward() of their own, or that compute in another dtype than x's.
+   * kind, with a forward() of their own, or that compute in another dtype than x's; and where gradients are wanted.
    */
   static #together(
     x: Tensor,
@@ -150,6 +151,7 @@ export class Linear4bit extends Linear {
     )
     if (plain.length < layers.length || plain.some((layer) => layer.#computeDtypeFor(x) !== x.dtype))
       return undefined
+    if (needsGrad(x, ...plain.map((layer) => layer.bias?.value))) return undefined
     return {
       weights: plain.map((layer) => layer.#weight.operand(layer.toString())),
       biases: plain.map((layer) => layer.bias?.value),

@@ -91,8 +91,8 @@ export class Linear8bit extends Linear {
 
   override forward(x: Tensor, residual?: Tensor): Tensor {
     const { threshold, bnbExact } = this
-    return this.#weight.with(this.toString(), ({ codes, scb }) =>
-      linear8bit(x, codes, scb, { bias: this.bias?.value, residual, threshold, bnbExact }),
+    return this.#weight.with(this.toString(), ({ codes, scb, source }) =>
+      linear8bit(x, codes, scb, { bias: this.bias?.value, residual, threshold, bnbExact, source }),
     )
   }
 

@@ -134,6 +134,21 @@ export abstract class Module implements Disposable {
     return this.train(false)
   }
 
+  /** Whether backward() computes gradients of the parameters. A quantised one has none: ERR_HALFBYTE_DTYPE names it. */
+  requiresGrad_(wanted = true): this {
+    this.namePaths()
+    const parameters = this.parameters()
+    // refused before anything is changed
+    for (const parameter of wanted ? parameters : []) parameter.checkGradient()
+    for (const parameter of parameters) parameter.requiresGrad = wanted
+    return this
+  }
+
+  /** Frees the gradients of all parameters. */
+  zeroGrad(): void {
+    for (const parameter of this.parameters()) parameter.tensor?.zeroGrad()
+  }
+
   // -- parameters
 
   /** Parameters by full name, tied ones once unless removeDuplicate is false. */

@@ -1,5 +1,6 @@
 /** Moving and casting whole models; see Module.to. */
 import { HalfbyteError } from '../errors.js'
+import { noGrad } from '../tensor/autograd.js'
 import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
 import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
 import type { Tensor } from '../tensor/tensor.js'
@@ -67,7 +68,7 @@ export function relocate(
       parameter.retarget(target)
       continue
     }
-    const value = values.get(old) ?? moved(old, target)
+    const value = values.get(old) ?? noGrad(() => moved(old, target))
     values.set(old, value)
     if (value !== old) parameter.replace(value)
   }

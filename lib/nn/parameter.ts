@@ -3,6 +3,7 @@
  * initialised or loaded, so that a model can be built on no memory at all and filled tensor by tensor.
  */
 import { HalfbyteError } from '../errors.js'
+import { noGrad } from '../tensor/autograd.js'
 import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
 import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
 import { sizeOf, Tensor, type Shape } from '../tensor/tensor.js'
@@ -71,6 +72,7 @@ export class Parameter implements Disposable {
   /** Makes the value anew whenever it is needed. */
   #source: (() => Tensor) | undefined
   #disposed = false
+  #requiresGrad = false
 
   constructor(shape: Shape, options: ParameterOptions = {}) {
     this.shape = [...shape]
@@ -147,6 +149,33 @@ export class Parameter implements Disposable {
     return sizeOf(this.shape) * DTYPES[this.dtype ?? 'float32'].bytes
   }
 
+  /** Whether backward() computes a gradient for the value, and for those that take its place. Float dtypes only. */
+  get requiresGrad(): boolean {
+    return this.#value?.requiresGrad ?? this.#requiresGrad
+  }
+
+  set requiresGrad(wanted: boolean) {
+    if (wanted) this.checkGradient()
+    this.#requiresGrad = wanted
+    if (this.#value) this.#value.requiresGrad = wanted
+  }
+
+  /** ERR_HALFBYTE_DTYPE when there can be no gradient. */
+  checkGradient(): void {
+    const { dtype } = this
+    if (!dtype || DTYPES[dtype].isFloat) return
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_DTYPE',
+      `requiresGrad: ${this.path || 'the parameter'} is ${dtype}, which has no gradient; ` +
+        'a quantised weight is not learnt, what is added to its product is',
+    )
+  }
+
+  /** Of the value: see Tensor.grad. */
+  get grad(): Tensor | undefined {
+    return this.#value?.grad
+  }
+
   /** What makes two parameters one: the same tensor, or the same unloaded place. */
   get identity(): object {
     return this.#value ?? this
@@ -170,9 +199,9 @@ export class Parameter implements Disposable {
     this.#value = undefined
   }
 
-  /** The value as a tensor of the caller's own, also of an offloaded parameter. */
+  /** The value as a tensor of the caller's own, without gradient, also of an offloaded parameter. */
   share(): Tensor {
-    return this.#value || !this.#source ? this.value.share() : this.#source()
+    return this.#value || !this.#source ? this.value.detach() : this.#source()
   }
 
   /** Why a tensor cannot be loaded here, or undefined when it can. */
@@ -196,7 +225,7 @@ export class Parameter implements Disposable {
       throw new HalfbyteError('ERR_HALFBYTE_STATE_DICT', `${this.path || 'parameter'} ${problem}`)
     }
     const dtype = this.#dtype ?? tensor.dtype
-    const converted = tensor.to({ dtype, device: this.#device ?? tensor.device })
+    const converted = noGrad(() => tensor.to({ dtype, device: this.#device ?? tensor.device }))
     if (converted !== tensor) tensor.dispose()
     const old = this.#value
     this.replace(converted)
@@ -207,6 +236,7 @@ export class Parameter implements Disposable {
   replace(tensor: Tensor | undefined): void {
     this.#value = tensor && keep(tensor)
     if (!tensor) return
+    if (this.#requiresGrad) tensor.requiresGrad = true
     this.#disposed = false
     this.#dtype = tensor.dtype
     this.#device = tensor.device

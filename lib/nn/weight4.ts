@@ -200,7 +200,8 @@ export class Weight4 implements PackedWeight {
   quantize(weight: Tensor): void {
     const { quantType, blocksize, compressStatistics, transposed, dtype } = this.#options
     tidy(() => {
-      const turned = transposed ? weight.transpose(0, 1) : weight
+      const plain = weight.detach()
+      const turned = transposed ? plain.transpose(0, 1) : plain
       const source = turned.to(dtype ?? turned.dtype).contiguous()
       this.#finite.begin(source)
       const { codes, state } = quantize4bit(source, { quantType, blocksize, compressStatistics })

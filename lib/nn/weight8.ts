@@ -4,6 +4,7 @@
  * 'weight_format', which must say rows). With keepFloat the weight stays as it is and is quantised for each product.
  */
 import { HalfbyteError } from '../errors.js'
+import { noGrad } from '../tensor/autograd.js'
 import type { Device } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { int8DequantizeRows, int8QuantizeRows } from '../tensor/ops.js'
@@ -26,6 +27,8 @@ export interface Weight8Options {
 interface Int8Operand {
   codes: Tensor
   scb: Tensor
+  /** The float weight that the codes were made from, with keepFloat. */
+  source?: Tensor
 }
 
 const PARTS = ['weight', 'SCB', 'weight_format']
@@ -63,9 +66,9 @@ export class Weight8 implements PackedWeight {
     const value = this.place.value
     this.#finite.refuse(this.place.path || layer)
     if (!this.#options.keepFloat) return use({ codes: value, scb: this.#scb! })
-    const { codes, rowAbsmax } = int8QuantizeRows(value, 0, true)
+    const { codes, rowAbsmax } = noGrad(() => int8QuantizeRows(value, 0, true))
     try {
-      return use({ codes, scb: rowAbsmax })
+      return use({ codes, scb: rowAbsmax, source: value })
     } finally {
       codes.dispose()
       rowAbsmax.dispose()
@@ -78,7 +81,7 @@ export class Weight8 implements PackedWeight {
     if (!this.#options.keepFloat) {
       return int8DequantizeRows(value, this.#scb!, dtype ?? this.sourceDtype ?? 'float16')
     }
-    return dtype === undefined || value.dtype === dtype ? value.share() : value.to(dtype)
+    return noGrad(() => (dtype === undefined || value.dtype === dtype ? value.share() : value.to(dtype)))
   }
 
   // -- loading
@@ -155,6 +158,10 @@ export class Weight8 implements PackedWeight {
 
   /** Quantises a float weight, which stays the caller's. */
   quantize(weight: Tensor): void {
+    noGrad(() => this.#quantize(weight))
+  }
+
+  #quantize(weight: Tensor): void {
     const { keepFloat, transposed, dtype } = this.#options
     this.sourceDtype = dtype ?? weight.dtype
     if (keepFloat) {

@@ -1,5 +1,7 @@
+export { isGradEnabled, noGrad } from './autograd.js'
 export { Device, Graph, defaultDevice, device, devices, type DeviceLike, type MemoryUsage } from './device.js'
 export { DTYPES, type DType, type TypedArray } from './dtype.js'
-export { Tensor, sizeOf, type Nested, type Shape, type TensorOptions } from './tensor.js'
+export type { Nested } from './host_data.js'
+export { Tensor, sizeOf, type Shape, type TensorOptions } from './tensor.js'
 export { keep, tidy } from './tidy.js'
 export { denseLibrary, measureCpu, systemInfo, type CpuPeaks, type SystemInfo } from './system.js'

@@ -1,14 +1,16 @@
 import { markAsUntransferable } from 'node:worker_threads'
 import { HalfbyteError } from '../errors.js'
 import type { NativeTensor } from '../native.js'
+import { backward, needsGrad, noGrad, record, type GradNode } from './autograd.js'
 import { defaultDevice, device as toDevice, type Device, type DeviceLike } from './device.js'
 import { checkDType, DTYPES, isArrayOf, type DType, type TypedArray } from './dtype.js'
 import { rethrow, rethrowAsync } from './rethrow.js'
 import { track } from './tidy.js'
+import { dtypeOf, fromNested, type Nested } from './host_data.js'
 import { copyInto, fillInto } from './ops/layout.js'
+import { sumTo } from './ops/reduce.js'
 
 export type Shape = readonly number[]
-export type Nested = number | boolean | readonly Nested[]
 
 export interface TensorOptions {
   dtype?: DType
@@ -58,7 +60,12 @@ export class Tensor implements Disposable {
   readonly dtype: DType
   readonly device: Device
   readonly #handle: NativeTensor
+  /** Of the memory: the same object in all views of it. */
+  readonly #writes: { count: number }
   #disposed = false
+  #isLeaf = false
+  #node: GradNode | undefined
+  #grad: Tensor | undefined
 
   /** @internal Use Tensor.from(), Tensor.empty(), ... or an op. */
   constructor(
@@ -68,8 +75,10 @@ export class Tensor implements Disposable {
     shape: Shape,
     strides?: readonly number[],
     offset = 0,
+    of?: Tensor,
   ) {
     this.#handle = handle
+    this.#writes = of ? of.#writes : { count: 0 }
     this.device = device
     this.dtype = dtype
     this.shape = shape
@@ -144,10 +153,13 @@ export class Tensor implements Disposable {
 
   /** @internal */
   get handle(): NativeTensor {
-    if (this.#disposed) {
-      throw new HalfbyteError('ERR_HALFBYTE_DISPOSED', `This ${this.toString()} was disposed`)
-    }
+    this.#checkAlive()
     return this.#handle
+  }
+
+  #checkAlive(): void {
+    if (!this.#disposed) return
+    throw new HalfbyteError('ERR_HALFBYTE_DISPOSED', `This ${this.toString()} was disposed`)
   }
 
   get ndim(): number {
@@ -190,7 +202,7 @@ export class Tensor implements Disposable {
 
   /** The elements in row-major order, once computed. 16-bit floats come as raw bits; see `floats()`. */
   async data(): Promise<TypedArray> {
-    const source = this.contiguous()
+    const source = noGrad(() => this.contiguous())
     try {
       const buffer = await rethrowAsync(this.device.native.read(source.handle))
       return new DTYPES[this.dtype].array(buffer)
@@ -202,7 +214,7 @@ export class Tensor implements Disposable {
   /** The elements as float32, converted from any dtype. */
   async floats(): Promise<Float32Array> {
     if (this.dtype === 'float32') return (await this.data()) as Float32Array
-    const converted = this.to('float32')
+    const converted = noGrad(() => this.to('float32'))
     try {
       return (await converted.data()) as Float32Array
     } finally {
@@ -228,7 +240,12 @@ export class Tensor implements Disposable {
     // an empty view may begin at the very end of the memory, which is no element's place
     const offset = sizeOf(shape) === 0 ? 0 : start
     const handle = rethrow(() => this.handle.view(DTYPES[this.dtype].id, shape, strides, offset))
-    return new Tensor(handle, this.device, this.dtype, shape, strides, offset)
+    return new Tensor(handle, this.device, this.dtype, shape, strides, offset, this)
+  }
+
+  /** What `make` gives of this tensor, with the way back to it. */
+  #derive(op: string, make: () => Tensor, by: (dy: Tensor) => Tensor): Tensor {
+    return needsGrad(this) ? record(op, make, [{ of: this, by }]) : make()
   }
 
   /** Another shape of as many elements; one length may be -1. A view where the memory allows it, else a copy. */
@@ -242,6 +259,15 @@ export class Tensor implements Disposable {
         `reshape: ${this.toString()} does not have the elements of [${lengths.join(', ')}]`,
       )
     }
+    const own = this.shape
+    return this.#derive(
+      'reshape',
+      () => this.#reshaped(shape),
+      (dy) => dy.reshape(...own),
+    )
+  }
+
+  #reshaped(shape: Shape): Tensor {
     if (this.isContiguous) return this.#view(shape, contiguousStrides(shape), this.offset)
     const copy = this.contiguous()
     try {
@@ -261,8 +287,17 @@ export class Tensor implements Disposable {
         `slice: ${begin} .. ${end} is not within dimension ${d} of ${this.toString()}`,
       )
     }
-    const shape = this.shape.with(d, end - begin)
-    return this.#view(shape, this.strides, this.offset + begin * this.strides[d]!)
+    const whole = this.shape
+    const shape = whole.with(d, end - begin)
+    return this.#derive(
+      'slice',
+      () => this.#view(shape, this.strides, this.offset + begin * this.strides[d]!),
+      (dy) => {
+        const gradient = Tensor.zeros(whole, dy.dtype, dy.device)
+        gradient.slice(d, begin, end).copyFrom(dy)
+        return gradient
+      },
+    )
   }
 
   /** The dimensions in another order. */
@@ -274,11 +309,13 @@ export class Tensor implements Disposable {
         `permute: [${order.join(', ')}] does not order ${this.toString()}`,
       )
     }
-    return this.#view(
-      dims.map((d) => this.shape[d]!),
-      dims.map((d) => this.strides[d]!),
-      this.offset,
-    )
+    const make = () =>
+      this.#view(
+        dims.map((d) => this.shape[d]!),
+        dims.map((d) => this.strides[d]!),
+        this.offset,
+      )
+    return this.#derive('permute', make, (dy) => dy.permute(...dims.map((_, d) => dims.indexOf(d))))
   }
 
   transpose(a: number, b: number): Tensor {
@@ -305,11 +342,25 @@ export class Tensor implements Disposable {
         `expand: ${this.toString()} does not expand to [${shape.join(', ')}]`,
       )
     }
-    return this.#view(shape, strides, this.offset)
+    const own = this.shape
+    return this.#derive(
+      'expand',
+      () => this.#view(shape, strides, this.offset),
+      (dy) => sumTo(dy, own),
+    )
   }
 
-  /** A second tensor on the same memory, with a life of its own. */
+  /** A second tensor on the same memory, with a life of its own. Gradients pass through it. */
   share(): Tensor {
+    return this.#derive(
+      'share',
+      () => this.#view(this.shape, this.strides, this.offset),
+      (dy) => dy,
+    )
+  }
+
+  /** A second tensor on the same memory that gradients do not pass through. */
+  detach(): Tensor {
     return this.#view(this.shape, this.strides, this.offset)
   }
 
@@ -319,10 +370,11 @@ export class Tensor implements Disposable {
    */
   bitcast(dtype: DType): Tensor {
     const { id, bytes } = DTYPES[checkDType(dtype, 'bitcast')]
+    if (needsGrad(this)) throw withoutGradient('bitcast', this)
     const own = DTYPES[this.dtype].bytes
     const make = (shape: Shape, strides: readonly number[], offset: number) => {
       const handle = rethrow(() => this.handle.view(id, shape, strides, offset))
-      return new Tensor(handle, this.device, dtype, shape, strides, offset)
+      return new Tensor(handle, this.device, dtype, shape, strides, offset, this)
     }
     if (bytes === own) return make(this.shape, this.strides, this.offset)
     const last = ((this.shape.at(-1) ?? 1) * own) / bytes
@@ -353,7 +405,11 @@ export class Tensor implements Disposable {
   }
 
   clone(): Tensor {
-    return copyInto(Tensor.empty(this.shape, this.dtype, this.device), this)
+    return this.#derive(
+      'clone',
+      () => copyInto(Tensor.empty(this.shape, this.dtype, this.device), this),
+      (dy) => dy,
+    )
   }
 
   /** Overwrites this tensor's elements with another's of the same shape, converted. Both on one device. */
@@ -370,6 +426,7 @@ export class Tensor implements Disposable {
         `write: a contiguous ${this.toString()} takes a ${DTYPES[this.dtype].array.name} of ${this.size}`,
       )
     }
+    this.beWritten('write')
     rethrow(() => this.device.native.write(this.handle, data))
     return this
   }
@@ -384,6 +441,13 @@ export class Tensor implements Disposable {
           : target
     const dtype = checkDType(wanted.dtype ?? this.dtype, 'to')
     const on = toDevice(wanted.device ?? this.device)
+    if (dtype === this.dtype && on === this.device) return this
+    const own = { dtype: this.dtype, device: this.device }
+    const make = () => this.#converted(dtype, on)
+    return DTYPES[dtype].isFloat ? this.#derive('to', make, (dy) => dy.to(own)) : noGrad(make)
+  }
+
+  #converted(dtype: DType, on: Device): Tensor {
     let result: Tensor = this
     if (dtype !== this.dtype) result = copyInto(Tensor.empty(this.shape, dtype, this.device), this)
     if (on === this.device) return result
@@ -399,12 +463,91 @@ export class Tensor implements Disposable {
     return moved
   }
 
+  // -- gradients
+
+  /**
+   * Whether backward() computes a gradient for this tensor. Set it on float tensors that are to be learnt; results of ops
+   * on them have it by themselves.
+   */
+  get requiresGrad(): boolean {
+    return this.#isLeaf || this.#node !== undefined
+  }
+
+  set requiresGrad(wanted: boolean) {
+    if (wanted === this.requiresGrad) return
+    if (this.#node) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_USAGE',
+        `requiresGrad: ${this.toString()} is the result of ${this.#node.op}; detach() gives one without gradient`,
+      )
+    }
+    if (!DTYPES[this.dtype].isFloat) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_DTYPE',
+        `requiresGrad: ${this.toString()} is not of a float dtype, and has no gradient`,
+      )
+    }
+    this.#isLeaf = wanted
+  }
+
+  /** The sum of the gradients of every backward() so far, in shape and dtype of this tensor, which owns it. */
+  get grad(): Tensor | undefined {
+    return this.#grad
+  }
+
+  set grad(gradient: Tensor | undefined) {
+    this.#grad = gradient
+  }
+
+  /** Frees the gradient. */
+  zeroGrad(): void {
+    this.#grad?.dispose()
+    this.#grad = undefined
+  }
+
+  /**
+   * Adds the gradient of this tensor to `grad` of every tensor that it was computed from and that requires one. Of one
+   * element it needs no `gradient` (1); else one of its shape, dtype and device. What the ops had kept for it is freed,
+   * unless `retainGraph`.
+   */
+  backward(gradient?: Tensor, options: { retainGraph?: boolean } = {}): void {
+    this.#checkAlive()
+    backward(this, gradient, options.retainGraph ?? false)
+  }
+
+  /** @internal The op that it is the result of, when gradients go back through it. */
+  get gradNode(): GradNode | undefined {
+    return this.#node
+  }
+
+  set gradNode(node: GradNode | undefined) {
+    this.#node = node
+  }
+
+  /** @internal Changes when the memory is written to. */
+  get version(): number {
+    return this.#writes.count
+  }
+
+  /** @internal Before something writes to the memory. */
+  beWritten(op: string): void {
+    if (needsGrad(this)) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_USAGE',
+        `${op}: would write over ${this.toString()}, which requires a gradient; do it in noGrad()`,
+      )
+    }
+    this.#writes.count++
+  }
+
   // -- life
 
   dispose(): void {
     if (this.#disposed) return
     this.#disposed = true
     this.#handle.dispose()
+    this.#node?.release()
+    this.zeroGrad()
   }
 
   [Symbol.dispose](): void {
@@ -412,47 +555,10 @@ export class Tensor implements Disposable {
   }
 }
 
-function dtypeOf(data: ArrayBufferView): DType {
-  if (isArrayOf('float16', data)) {
-    throw new HalfbyteError(
-      'ERR_HALFBYTE_DTYPE',
-      'Tensor.from: a Uint16Array needs dtype float16 or bfloat16',
-    )
-  }
-  for (const name of Object.keys(DTYPES) as DType[]) if (isArrayOf(name, data)) return name
-  throw new HalfbyteError(
-    'ERR_HALFBYTE_DTYPE',
-    `Tensor.from: cannot read a ${(data as object).constructor.name}`,
+/** @internal */
+export function withoutGradient(op: string, tensor: Tensor): HalfbyteError {
+  return new HalfbyteError(
+    'ERR_HALFBYTE_UNSUPPORTED',
+    `${op}: has no gradient, and ${tensor.toString()} requires one; detach() it, or call the op in noGrad()`,
   )
-}
-
-function fromNested(data: Nested, options: TensorOptions, target: Device): Tensor {
-  const shape: number[] = []
-  for (let level: Nested = data; Array.isArray(level); level = level[0] as Nested) {
-    shape.push(level.length)
-    if (level.length === 0) break
-  }
-  const flat = (Array.isArray(data) ? data.flat(Infinity) : [data]) as number[]
-  if (flat.length !== sizeOf(shape) || flat.some((x) => typeof x !== 'number' && typeof x !== 'boolean')) {
-    throw new HalfbyteError(
-      'ERR_HALFBYTE_SHAPE',
-      'Tensor.from: the nested arrays are ragged or hold other than numbers',
-    )
-  }
-  const dtype = options.dtype ?? 'float32'
-  const final = options.shape ?? shape
-  if (dtype === 'int64') {
-    const integers = BigInt64Array.from(flat, (x) => BigInt(Math.trunc(Number(x))))
-    return Tensor.from(integers, { dtype, shape: final, device: target })
-  }
-  if (dtype === 'float32' || dtype === 'float16' || dtype === 'bfloat16') {
-    const single = Tensor.from(Float32Array.from(flat, Number), { shape: final, device: target })
-    if (dtype === 'float32') return single
-    const converted = single.to(dtype)
-    single.dispose()
-    return converted
-  }
-  const array = { int8: Int8Array, uint8: Uint8Array, int32: Int32Array }[dtype]
-  if (!array) checkDType(dtype, 'Tensor.from')
-  return Tensor.from(new array(flat.map(Number)), { shape: final, device: target })
 }

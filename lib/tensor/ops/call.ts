@@ -1,10 +1,11 @@
 /** What every op uses: queueing by name, and the checks on operands. Nothing here computes. */
 import { HalfbyteError } from '../../errors.js'
 import { native, type NativeTensor } from '../../native.js'
+import { isGradEnabled } from '../autograd.js'
 import type { Device } from '../device.js'
 import { DTYPES, type DType } from '../dtype.js'
 import { convertError } from '../rethrow.js'
-import type { Tensor } from '../tensor.js'
+import { withoutGradient, type Tensor } from '../tensor.js'
 
 const ids = new Map(native.ops.map((name, id) => [name, id]))
 
@@ -21,6 +22,8 @@ export function call(
   if (id === undefined) {
     throw new HalfbyteError('ERR_HALFBYTE_UNSUPPORTED', `${op}: this build of the addon does not have the op`)
   }
+  for (const output of outputs) output?.beWritten(op)
+  if (isGradEnabled()) checkGradients(op, outputs, inputs)
   const { device } = outputs.find((t) => t)!
   const written = handles(op, device, outputs)
   const read = handles(op, device, inputs)
@@ -29,6 +32,12 @@ export function call(
   } catch (error) {
     throw convertError(error)
   }
+}
+
+/** Ops with a gradient come here while nothing is recorded: see record(). Integers carry no gradient on. */
+function checkGradients(op: string, outputs: readonly Operand[], inputs: readonly Operand[]): void {
+  const bad = inputs.find((input) => input?.requiresGrad)
+  if (bad && outputs.some((output) => output && DTYPES[output.dtype].isFloat)) throw withoutGradient(op, bad)
 }
 
 function handles(op: string, device: Device, operands: readonly Operand[]): (NativeTensor | null)[] {

@@ -1,3 +1,4 @@
+import { needsGrad, record, type Gradient } from '../autograd.js'
 import { Tensor, type Shape } from '../tensor.js'
 import {
   call,
@@ -10,6 +11,7 @@ import {
   show,
   withContiguous,
 } from './call.js'
+import { sumTo } from './reduce.js'
 
 /** y[...] = value. */
 export function fillInto(y: Tensor, value: number): Tensor {
@@ -42,16 +44,57 @@ function binary(op: keyof typeof BINARY, a: Tensor, b: Tensor | number): Tensor 
   checkDTypes(op, 'a', a, 'float32', 'float16', 'bfloat16', 'int32')
   checkSameDType(op, a, other)
   const shape = broadcastShape(op, a.shape, other.shape)
-  const left = sameShape(a.shape, shape) ? a : a.expand(...shape)
-  const right = sameShape(other.shape, shape) ? other : other.expand(...shape)
+  const forward = () => {
+    const left = sameShape(a.shape, shape) ? a : a.expand(...shape)
+    const right = sameShape(other.shape, shape) ? other : other.expand(...shape)
+    try {
+      const y = Tensor.empty(shape, a.dtype, a.device)
+      call('binary', [y], [left, right], [BINARY[op]])
+      return y
+    } finally {
+      if (left !== a) left.dispose()
+      if (right !== other) right.dispose()
+    }
+  }
   try {
-    const y = Tensor.empty(shape, a.dtype, a.device)
-    call('binary', [y], [left, right], [BINARY[op]])
-    return y
+    const gradients = needsGrad(a, other) ? binaryGradients(op, a, other) : undefined
+    return gradients ? record(op, forward, gradients) : forward()
   } finally {
-    if (left !== a) left.dispose()
-    if (right !== other) right.dispose()
     if (other !== b) other.dispose()
+  }
+}
+
+/** min and max have none here. */
+function binaryGradients(op: keyof typeof BINARY, a: Tensor, b: Tensor): Gradient[] | undefined {
+  const [left, right] = [a.shape, b.shape]
+  switch (op) {
+    case 'add':
+      return [
+        { of: a, by: (dy) => sumTo(dy, left) },
+        { of: b, by: (dy) => sumTo(dy, right) },
+      ]
+    case 'sub':
+      return [
+        { of: a, by: (dy) => sumTo(dy, left) },
+        { of: b, by: (dy) => activation(sumTo(dy, right), 'neg') },
+      ]
+    case 'mul':
+      return [
+        { of: a, from: [b], by: (dy, y) => sumTo(mul(dy, y), left) },
+        { of: b, from: [a], by: (dy, x) => sumTo(mul(dy, x), right) },
+      ]
+    case 'div':
+      return [
+        { of: a, from: [b], by: (dy, y) => sumTo(div(dy, y), left) },
+        // a / b falls by a / b^2
+        {
+          of: b,
+          from: [a, b],
+          by: (dy, x, y) => activation(sumTo(div(mul(dy, x), mul(y, y)), right), 'neg'),
+        },
+      ]
+    default:
+      return undefined
   }
 }
 
@@ -129,41 +172,32 @@ export function gatherRows(table: Tensor, ids: Tensor): Tensor {
   })
 }
 
-/** Mean of all elements of a float32 tensor, as a float32 [1]; summed in double. */
-export function mean(x: Tensor): Tensor {
-  checkDTypes('mean', 'x', x, 'float32')
-  return withContiguous([x], (input) => {
-    const y = Tensor.empty([1], 'float32', x.device)
-    call('mean', [y], [input])
-    return y
-  })
-}
-
-/** Number of NaN and infinite elements of a float tensor, as an int32 [1]. */
-export function countNonfinite(x: Tensor): Tensor {
-  checkFloat('countNonfinite', 'x', x)
-  return withContiguous([x], (input) => {
-    const y = Tensor.empty([1], 'int32', x.device)
-    call('count_nonfinite', [y], [input])
-    return y
-  })
-}
-
 /** Joins tensors of one dtype along a dimension. */
 export function concat(tensors: readonly Tensor[], dim = 0): Tensor {
   const first = tensors[0] ?? fail('concat', 'no tensors')
   const d = dim < 0 ? dim + first.ndim : dim
-  const length = tensors.reduce((sum, t) => sum + (t.shape[d] ?? 0), 0)
-  const y = Tensor.empty(first.shape.with(d, length), first.dtype, first.device)
-  let at = 0
   for (const t of tensors) {
     checkSameDType('concat', first, t)
     if (!sameShape(t.shape.with(d, 0), first.shape.with(d, 0))) {
       fail('concat', `${show(t.shape)} and ${show(first.shape)} along dimension ${d}`)
     }
-    const part = y.slice(d, at, (at += t.shape[d]!))
-    copyInto(part, t)
-    part.dispose()
   }
-  return y
+  let length = 0
+  const begins = tensors.map((t) => (length += t.shape[d]!) - t.shape[d]!)
+  const place = (whole: Tensor, i: number) => whole.slice(d, begins[i]!, begins[i + 1] ?? length)
+  const forward = () => {
+    const y = Tensor.empty(first.shape.with(d, length), first.dtype, first.device)
+    for (const [i, t] of tensors.entries()) {
+      const part = place(y, i)
+      copyInto(part, t)
+      part.dispose()
+    }
+    return y
+  }
+  if (!needsGrad(...tensors)) return forward()
+  return record(
+    'concat',
+    forward,
+    tensors.map((of, i) => ({ of, by: (dy) => place(dy, i) })),
+  )
 }

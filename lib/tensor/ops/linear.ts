@@ -1,3 +1,5 @@
+import { needsGrad, record, type Gradient } from '../autograd.js'
+import type { DType } from '../dtype.js'
 import { Tensor } from '../tensor.js'
 import {
   call,
@@ -11,7 +13,15 @@ import {
   withContiguous,
 } from './call.js'
 import { ACTIVATIONS, type Activation } from './layout.js'
-import { checkThreshold, packedOperands, type Packed4 } from './quantize.js'
+import {
+  checkThreshold,
+  dequantizeBlocks4,
+  int8DequantizeRows,
+  packedOperands,
+  packedTensors,
+  type Packed4,
+} from './quantize.js'
+import { sumTo } from './reduce.js'
 
 export interface LinearOptions {
   /** float [N]. */
@@ -50,19 +60,72 @@ function run(
   })
 }
 
+/** A tensor as rows of its last dimension. */
+const asRows = (t: Tensor): Tensor => t.reshape(-1, t.shape.at(-1)!)
+
+/**
+ * Gradients of y = x W^T + bias + residual: dy W, with W [N, K] as `weightOf` makes it of what was saved, preferably in
+ * dy's dtype; the sum of the rows of dy; dy itself.
+ */
+function gradients(
+  x: Tensor,
+  saved: readonly Tensor[],
+  weightOf: (saved: Tensor[], dtype: DType) => Tensor,
+  { bias, residual }: LinearOptions,
+): Gradient[] {
+  const { shape } = x
+  const biasDtype = bias?.dtype
+  return [
+    {
+      of: x,
+      from: saved,
+      by: (dy, ...parts) => linear(asRows(dy), weightOf(parts, dy.dtype).transpose(0, 1)).reshape(...shape),
+    },
+    {
+      of: bias,
+      by: (dy) => {
+        const rows = asRows(biasDtype === 'float32' ? dy.to('float32') : dy)
+        return sumTo(rows, [1, rows.shape[1]!]).reshape(-1).to(biasDtype!)
+      },
+    },
+    { of: residual, by: (dy) => dy },
+  ]
+}
+
+/** dW = dy^T x, of a float weight. */
+function weightGradient(weight: Tensor, x: Tensor): Gradient {
+  const { dtype } = weight
+  return {
+    of: weight,
+    from: [x],
+    by: (dy, input) => linear(asRows(dy).transpose(0, 1), asRows(input).transpose(0, 1)).to(dtype),
+  }
+}
+
 /** y [..., N] = x [..., K] weight [N, K]^T + bias + residual; weight of any float dtype, y of x's. */
 export function linear(x: Tensor, weight: Tensor, options: LinearOptions = {}): Tensor {
   checkFloat('linear', 'weight', weight)
   if (weight.ndim !== 2) fail('linear', `the weight is ${show(weight.shape)}, it must be [N, K]`)
-  return withContiguous([weight], (w) =>
-    run('linear', x, weight.shape[0]!, weight.shape[1]!, options, [w], []),
-  )
+  const forward = () =>
+    withContiguous([weight], (w) => run('linear', x, weight.shape[0]!, weight.shape[1]!, options, [w], []))
+  if (!needsGrad(x, weight, options.bias, options.residual)) return forward()
+  return record('linear', forward, [
+    ...gradients(x, [weight], ([w]) => w!, options),
+    weightGradient(weight, x),
+  ])
 }
 
 /** The same with a 4-bit weight: exact to the rounding of x's dtype against the dequantised weight. */
 export function linear4bit(x: Tensor, weight: Packed4, options: LinearOptions = {}): Tensor {
   const { inputs, scalars } = packedOperands('linear4bit', weight)
-  return run('linear_4bit', x, weight.n, weight.k, options, inputs, scalars)
+  const forward = () => run('linear_4bit', x, weight.n, weight.k, options, inputs, scalars)
+  if (!needsGrad(x, options.bias, options.residual)) return forward()
+  const [saved, packed] = packedTensors(weight)
+  return record(
+    'linear4bit',
+    forward,
+    gradients(x, saved, (parts, dtype) => dequantizeBlocks4(packed(parts), dtype), options),
+  )
 }
 
 /** Most weights that linear4bitGroup() takes: q, k and v. */
@@ -142,13 +205,14 @@ export function linear4bitGated(
 /**
  * The LLM.int8() forward (arXiv 2208.07339): weight int8 [N, K] with row absmax scb float32 [N]. Columns of x with an
  * element of at least `threshold` are multiplied in x's precision; 0 turns that off. bnbExact reproduces bitsandbytes'
- * float16 roundings.
+ * float16 roundings. `source`: the float [N, K] that the codes were made from, to which gradients of the weight go, as if
+ * it had not been rounded: dy^T x. (bitsandbytes rounds dy and x to int8 there, and mixes rows up: docs/modules.md.)
  */
 export function linear8bit(
   x: Tensor,
   weight: Tensor,
   scb: Tensor,
-  options: LinearOptions & { threshold?: number; bnbExact?: boolean } = {},
+  options: LinearOptions & { threshold?: number; bnbExact?: boolean; source?: Tensor | undefined } = {},
 ): Tensor {
   checkDTypes('linear8bit', 'weight', weight, 'int8')
   if (weight.ndim !== 2) fail('linear8bit', `the weight is ${show(weight.shape)}, it must be [N, K]`)
@@ -157,7 +221,23 @@ export function linear8bit(
   const threshold = options.threshold ?? 0
   checkThreshold('linear8bit', threshold)
   const [n, k] = weight.shape as [number, number]
-  return withContiguous([weight, scb], (codes, stats) =>
-    run('linear_8bit', x, n, k, options, [codes, stats], [threshold, options.bnbExact ? 1 : 0]),
-  )
+  const { source } = options
+  if (source) {
+    checkFloat('linear8bit', 'source', source)
+    checkShape('linear8bit', 'source', source, [n, k])
+  }
+  const forward = () =>
+    withContiguous([weight, scb], (codes, stats) =>
+      run('linear_8bit', x, n, k, options, [codes, stats], [threshold, options.bnbExact ? 1 : 0]),
+    )
+  if (!needsGrad(x, source, options.bias, options.residual)) return forward()
+  return record('linear8bit', forward, [
+    ...gradients(
+      x,
+      [weight, scb],
+      ([codes, stats], dtype) => int8DequantizeRows(codes!, stats!, dtype),
+      options,
+    ),
+    ...(source ? [weightGradient(source, x)] : []),
+  ])
 }

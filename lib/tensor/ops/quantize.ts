@@ -82,6 +82,17 @@ export function packedOperands(
   }
 }
 
+/** The tensors of a packed weight, and the weight again from such a list. */
+export function packedTensors(w: Packed4): [Tensor[], (tensors: readonly Tensor[]) => Packed4] {
+  const names = (['codes', 'absmax', 'nestedAbsmax', 'nestedCode', 'offset'] as const).filter(
+    (name) => w[name],
+  )
+  return [
+    names.map((name) => w[name]!),
+    (tensors) => ({ ...w, ...Object.fromEntries(names.map((name, i) => [name, tensors[i]])) }),
+  ]
+}
+
 function badQuantType(op: string, type: unknown): never {
   throw new HalfbyteError(
     'ERR_HALFBYTE_VALUE',

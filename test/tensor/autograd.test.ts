@@ -1,0 +1,384 @@
+/** Gradients: against finite differences, what they accumulate to, what is refused, and that nothing is left behind. */
+import { devices, isGradEnabled, noGrad, ops, Tensor, tidy, type Device } from '../../lib/index'
+import { rejection, thrown } from '../support/errors'
+import { allocatedMemory, baselineMemory } from '../support/memory'
+import { randn, relativeError } from '../support/reference'
+
+const { add, addInto, concat, div, linear, linear4bit, linear8bit, mean, mul, sub } = ops
+
+describe.each(devices())('gradients on %s', (on: Device) => {
+  let seed = 1
+  const random = (...shape: number[]) =>
+    Tensor.from(
+      randn(
+        shape.reduce((a, b) => a * b, 1),
+        seed++,
+      ),
+      { shape, device: on },
+    )
+  const leaf = (...shape: number[]) => {
+    const x = random(...shape)
+    x.requiresGrad = true
+    return x
+  }
+  const sumOf = (a: ArrayLike<number>, b: ArrayLike<number>) =>
+    Array.from(a).reduce((s, v, i) => s + v * b[i]!, 0)
+
+  /** d <y, weights> along a direction, by the gradients of all inputs and by a step to either side. */
+  async function check(inputs: Tensor[], fn: (...inputs: Tensor[]) => Tensor, step = 0.25, limit = 2e-4) {
+    const y = fn(...inputs)
+    const weights = random(...y.shape)
+    y.backward(weights)
+    const directions = inputs.map((x) => random(...x.shape))
+    let found = 0
+    for (const [i, x] of inputs.entries()) {
+      expect(x.grad!.shape).toEqual(x.shape)
+      expect(x.grad!.dtype).toBe(x.dtype)
+      expect(x.grad!.requiresGrad).toBe(false)
+      found += sumOf(await x.grad!.floats(), await directions[i]!.floats())
+    }
+    const at = async (t: number) => {
+      const moved = noGrad(() => fn(...inputs.map((x, i) => add(x, mul(directions[i]!, t)))))
+      return sumOf(await moved.floats(), await weights.floats())
+    }
+    const wanted = ((await at(step)) - (await at(-step))) / (2 * step)
+    const scale = Math.hypot(...(await weights.floats())) + Math.abs(wanted)
+    expect(Math.abs(found - wanted) / scale).toBeLessThan(limit)
+  }
+
+  describe('agree with finite differences', () => {
+    it.each<[string, number[][], (...x: Tensor[]) => Tensor]>([
+      [
+        'add',
+        [
+          [3, 4],
+          [3, 4],
+        ],
+        (a, b) => add(a, b),
+      ],
+      [
+        'add, both repeated',
+        [
+          [3, 1, 5],
+          [4, 1],
+        ],
+        (a, b) => add(a, b),
+      ],
+      ['sub of a row', [[6, 5], [5]], (a, b) => sub(a, b)],
+      ['sub from a scalar', [[], [2, 3]], (a, b) => sub(a, b)],
+      [
+        'mul',
+        [
+          [3, 4],
+          [3, 4],
+        ],
+        (a, b) => mul(a, b),
+      ],
+      [
+        'mul by a column',
+        [
+          [3, 4],
+          [3, 1],
+        ],
+        (a, b) => mul(a, b),
+      ],
+      ['mul by itself', [[7]], (a) => mul(a, a)],
+      ['mul by a number', [[2, 3]], (a) => mul(a, 3)],
+      ['reshape', [[2, 6]], (a) => mul(a.reshape(3, -1), a.reshape(3, 4))],
+      ['reshape of what is strided', [[2, 6]], (a) => a.transpose(0, 1).reshape(4, 3)],
+      ['slice', [[5, 4]], (a) => add(a.slice(0, 1, 3), a.slice(0, 2, 4))],
+      ['slice of the last dimension', [[2, 3, 4]], (a) => a.slice(-1, 1, 3)],
+      ['permute', [[2, 3, 4]], (a) => a.permute(2, 0, 1)],
+      ['expand', [[3, 1]], (a) => mul(a.expand(2, 3, 4), 2)],
+      ['share and clone', [[3]], (a) => add(a.share(), a.clone())],
+      ['a copy of what is strided', [[3, 2]], (a) => a.transpose(0, 1).contiguous()],
+      [
+        'concat',
+        [
+          [2, 3],
+          [2, 1],
+        ],
+        (a, b) => concat([a, b, a], 1),
+      ],
+      ['mean', [[4, 5]], (a) => mean(mul(a, a))],
+      ['mean of a scalar', [[]], (a) => mean(a)],
+      [
+        'linear',
+        [
+          [3, 8],
+          [5, 8],
+        ],
+        (x, w) => linear(x, w),
+      ],
+      ['linear of one row', [[8], [5, 8]], (x, w) => linear(x, w)],
+      [
+        'linear with bias and residual',
+        [[2, 3, 8], [5, 8], [5], [2, 3, 5]],
+        (x, w, bias, residual) => linear(x, w, { bias, residual }),
+      ],
+      [
+        'linear of strided operands',
+        [
+          [8, 3],
+          [8, 5],
+        ],
+        (x, w) => linear(x.transpose(0, 1), w.transpose(0, 1)),
+      ],
+    ])('%s', async (_, shapes, fn) => {
+      await check(
+        shapes.map((shape) => leaf(...shape)),
+        fn,
+      )
+    })
+
+    it('div', async () => {
+      const bottom = noGrad(() => add(mul(random(4), random(4)), 6))
+      bottom.requiresGrad = true
+      await check([leaf(3, 4), bottom], (a, b) => div(a, b), 0.02, 1e-3)
+    })
+
+    it('a chain of everything', async () => {
+      await check(
+        [leaf(3, 6), leaf(4, 6), leaf(4)],
+        (x, w, b) => {
+          const y = linear(x, w, { bias: b })
+          const z = add(mul(y, 0.5), y.slice(0, 0, 1))
+          return concat([z, linear(z.reshape(4, 3).transpose(0, 1), w.slice(1, 0, 4))], 1)
+        },
+        0.02,
+        1e-3,
+      )
+    })
+  })
+
+  describe('of quantised products', () => {
+    const [n, k] = [32, 64]
+
+    it.each([true, false])('in 4 bits, statistics quantised too: %s', async (compress) => {
+      const { codes, state } = (await import('../../lib/index.js')).functional.quantize4bit(random(n, k), {
+        quantType: 'nf4',
+        compressStatistics: compress,
+      })
+      const packed = {
+        codes,
+        absmax: state.absmax,
+        nestedAbsmax: state.state2?.absmax,
+        nestedCode: state.state2?.code,
+        offset: state.offset,
+        quantType: 'nf4' as const,
+        blocksize: 64,
+        n,
+        k,
+      }
+      await check([leaf(5, k), leaf(n), leaf(5, n)], (x, bias, residual) =>
+        linear4bit(x, packed, { bias, residual }),
+      )
+    })
+
+    it('in int8, as if what is quantised were not rounded', async () => {
+      const [x, w, bias] = [leaf(5, k), leaf(n, k), leaf(n)]
+      const { codes, rowAbsmax } = noGrad(() => ops.int8QuantizeRows(w))
+      const y = linear8bit(x, codes, rowAbsmax, { bias, threshold: 2, source: w })
+      const dy = random(5, n)
+      y.backward(dy)
+      const values = ops.int8DequantizeRows(codes, rowAbsmax, 'float32')
+      const product = async (a: Tensor, b: Tensor) => noGrad(() => linear(a, b)).floats()
+      expect(relativeError(await x.grad!.floats(), await product(dy, values.transpose(0, 1)))).toBeLessThan(
+        1e-6,
+      )
+      const wanted = await product(
+        dy.transpose(0, 1),
+        noGrad(() => x.transpose(0, 1)),
+      )
+      expect(relativeError(await w.grad!.floats(), wanted)).toBeLessThan(1e-6)
+      const ones = Tensor.full([1, 5], 1, 'float32', on)
+      expect(relativeError(await bias.grad!.floats(), await product(ones, dy.transpose(0, 1)))).toBeLessThan(
+        1e-6,
+      )
+    })
+  })
+
+  it('have the dtype of the tensor, through casts', async () => {
+    const x = random(3, 4).to('bfloat16')
+    const bias = random(6)
+    x.requiresGrad = bias.requiresGrad = true
+    const w = random(6, 4).to('bfloat16')
+    const y = linear(x, w, { bias }).to('float32')
+    expect(y.requiresGrad).toBe(true)
+    mean(y).backward()
+    expect([x.grad!.dtype, bias.grad!.dtype]).toEqual(['bfloat16', 'float32'])
+    for (const value of await bias.grad!.floats()) expect(value).toBeCloseTo(3 / 18, 2)
+    expect(y.to('int32').requiresGrad).toBe(false)
+  })
+
+  it('add up until they are freed', async () => {
+    const x = leaf(3)
+    for (const times of [1, 2, 3]) {
+      mul(x, 2).backward(Tensor.full([3], 1, 'float32', on))
+      expect(await x.grad!.data()).toEqual(new Float32Array(3).fill(2 * times))
+    }
+    const y = mul(x, x)
+    const ones = Tensor.full([3], 1, 'float32', on)
+    x.zeroGrad()
+    expect(x.grad).toBeUndefined()
+    y.backward(ones, { retainGraph: true })
+    const once = await x.grad!.floats()
+    y.backward(ones)
+    expect(await x.grad!.floats()).toEqual(once.map((v) => 2 * v))
+    const error = thrown(() => y.backward(ones))
+    expect(error.code).toBe('ERR_HALFBYTE_USAGE')
+    expect(error.message).toMatch(/mul had saved was freed .* retainGraph/)
+  })
+
+  it('are memory of their own', async () => {
+    const [x, y] = [leaf(2), leaf(2)]
+    const dy = Tensor.from([1, 2], { device: on })
+    add(x, y.reshape(2)).backward(dy)
+    expect(new Set([x.grad, y.grad, dy].map((t) => t!.storageId)).size).toBe(3)
+    x.zeroGrad()
+    x.backward(dy)
+    expect(await x.grad!.data()).toEqual(await dy.data())
+    expect(x.grad!.storageId).not.toBe(dy.storageId)
+  })
+
+  it('reach a tensor on every way that there is, each op once', async () => {
+    let y = leaf(1)
+    const x = y
+    for (let i = 0; i < 40; i++) y = add(y, y) // 2^40 ways
+    y.backward()
+    expect(await x.grad!.item()).toBe(2 ** 40)
+  })
+
+  it('go only where they are wanted', async () => {
+    const [x, w] = [leaf(2, 4), leaf(3, 4)]
+    expect(noGrad(() => linear(x, w)).requiresGrad).toBe(false)
+    expect(isGradEnabled()).toBe(true)
+    expect(() => noGrad(() => Promise.resolve())).toThrow(/synchronous/)
+    linear(x.detach(), w).backward(random(2, 3))
+    expect(x.grad).toBeUndefined()
+    expect(w.grad).toBeDefined()
+    x.requiresGrad = false
+    w.requiresGrad = false
+    expect(linear(x, w).requiresGrad).toBe(false)
+    // what has no gradient is of no matter where none is wanted
+    ops.activation(x, 'silu').dispose()
+    // integers have none
+    const z = leaf(4)
+    expect(await ops.countNonfinite(z).item()).toBe(0)
+  })
+
+  describe('are refused', () => {
+    it.each<[string, (x: Tensor) => unknown, string, RegExp]>([
+      [
+        'an op that has none',
+        (x) => ops.activation(x, 'silu'),
+        'UNSUPPORTED',
+        /activation: has no gradient, and Tensor\(float32 \[2, 3\]/,
+      ],
+      [
+        'a norm',
+        (x) => ops.rmsNorm(x, Tensor.full([3], 1, 'float32', x.device), 1e-6),
+        'UNSUPPORTED',
+        /rms_norm.*noGrad/,
+      ],
+      ['minimum', (x) => ops.minimum(x, 1), 'UNSUPPORTED', /binary: has no gradient/],
+      ['bitcast', (x) => x.bitcast('int32'), 'UNSUPPORTED', /bitcast/],
+      ['writing to a leaf', (x) => x.write(new Float32Array(6)), 'USAGE', /write: would write over .*noGrad/],
+      ['adding into a leaf', (x) => addInto(x, x), 'USAGE', /would write over/],
+      ['copying into a leaf', (x) => x.copyFrom(x.detach()), 'USAGE', /would write over/],
+      ['many elements alone', (x) => mul(x, 2).backward(), 'SHAPE', /has 6 elements; give the gradient/],
+      [
+        'a gradient of another shape',
+        (x) => mul(x, 2).backward(Tensor.zeros([3], 'float32', x.device)),
+        'SHAPE',
+        /\[3\].* is not one of .*\[2, 3\]/,
+      ],
+      [
+        'a gradient of another dtype',
+        (x) => mul(x, 2).backward(Tensor.zeros([2, 3], 'float16', x.device)),
+        'SHAPE',
+        /float16/,
+      ],
+      [
+        'a result that needs none',
+        (x) => mul(x.detach(), 2).backward(),
+        'USAGE',
+        /was not computed from a tensor that requires/,
+      ],
+      [
+        'turning it off on a result',
+        (x) => void (mul(x, 2).requiresGrad = false),
+        'USAGE',
+        /is the result of mul; detach\(\)/,
+      ],
+      ['integers', (x) => void (x.detach().to('int32').requiresGrad = true), 'DTYPE', /not of a float dtype/],
+    ])('for %s', (_, fn, code, message) => {
+      const x = leaf(2, 3)
+      const error = thrown(() => fn(x))
+      expect(error.code).toBe(`ERR_HALFBYTE_${code}`)
+      expect(error.message).toMatch(message)
+    })
+
+    it('when what they need was written to since', () => {
+      const [x, w] = [leaf(2, 4), random(3, 4)]
+      const y = linear(x, w)
+      w.slice(0, 0, 1).copyFrom(random(1, 4))
+      const error = thrown(() => y.backward(random(2, 3)))
+      expect(error.code).toBe('ERR_HALFBYTE_USAGE')
+      expect(error.message).toMatch(/\[3, 4\].*gradient of linear is made from, was written to since/)
+      // a step of learning lies between two passes
+      const v = leaf(3, 4)
+      for (let i = 0; i < 2; i++) {
+        linear(x, v).backward(random(2, 3))
+        noGrad(() => v.copyFrom(sub(v, v.grad!)))
+      }
+    })
+
+    it('of a disposed tensor', async () => {
+      const y = mean(leaf(3))
+      y.dispose()
+      expect((await rejection(Promise.resolve().then(() => y.backward()))).code).toBe('ERR_HALFBYTE_DISPOSED')
+    })
+  })
+
+  describe('leave nothing behind', () => {
+    const turn = (use: (loss: Tensor, x: Tensor) => void) => {
+      const [x, w] = [leaf(64, 32), leaf(16, 32)]
+      tidy(() => {
+        const loss = tidy(() => {
+          const y = mul(linear(x, w), 0.5)
+          return mean(mul(sub(y, 1), sub(y, 1)))
+        })
+        use(loss, x)
+      })
+      x.dispose()
+      w.dispose()
+    }
+
+    it.each<[string, (loss: Tensor) => void]>([
+      ['backward()', (loss) => loss.backward()],
+      ['backward() that keeps the graph', (loss) => loss.backward(undefined, { retainGraph: true })],
+      ['no backward()', () => {}],
+      [
+        'a backward() that fails',
+        (loss) => void thrown(() => loss.backward(Tensor.zeros([2], 'float32', on))),
+      ],
+    ])('after %s', async (_, use) => {
+      tidy(() => turn(use))
+      const before = await baselineMemory(on)
+      for (let i = 0; i < 5; i++) tidy(() => turn(use))
+      expect(await allocatedMemory(on)).toBeLessThanOrEqual(before)
+    })
+
+    it('free what a node keeps as soon as its result is disposed', async () => {
+      const [x, w] = [leaf(512, 256), random(256, 256)]
+      const before = await baselineMemory(on)
+      const y = mul(linear(x, w), linear(x, w))
+      expect(await allocatedMemory(on)).toBeGreaterThanOrEqual(before + 3 * 512 * 256 * 4)
+      y.dispose()
+      // the two products were never disposed by name: they live until they are collected
+      expect(await baselineMemory(on)).toBeLessThanOrEqual(before)
+      for (const t of [x, w]) t.dispose()
+    })
+  })
+})
