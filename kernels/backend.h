@@ -166,7 +166,10 @@ struct AttentionOptions {
   bool causal = true;
   int64_t window = 0;    // keys at least this many positions back are masked; 0: no limit
   float softcap = 0.0f;  // scores become softcap * tanh(score / softcap); 0: off
-  View alibi_slopes;     // float32 [H], optional: score += slope * (key position - query position)
+  // Softmax weights, not their sum, are rounded to q's dtype before they multiply values. For the CPU: CUDA's
+  // tensor-core kernels, which take 16-bit heads of a multiple of 8, always do, its general kernel never.
+  bool round_weights = false;
+  View alibi_slopes;  // float32 [H], optional: score += slope * (key position - query position)
   View sinks;  // float [H], optional: an extra logit per head that takes probability and gives no value
 };
 
@@ -235,8 +238,9 @@ class Backend {
 
   // -- norms over the last dimension
 
-  /// y = x * rsqrt(mean(x^2) + eps) * (weight + weight_offset). With `residual` the norm is of x + residual,
-  /// which is rounded to x's dtype first and also written to `sum`.
+  /// y = x * rsqrt(mean(x^2) + eps) * (weight + weight_offset), without the last factor where there is no
+  /// weight. With `residual` the norm is of x + residual, which is rounded to x's dtype first and also
+  /// written to `sum`.
   virtual Status rms_norm(Queue queue, View y, View sum, View x, View residual, View weight, float eps,
                           float weight_offset) = 0;
   /// y = (x - mean) * rsqrt(var + eps) * weight + bias; weight and bias optional; residual and sum as above.

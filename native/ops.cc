@@ -250,6 +250,7 @@ Status paged_attention(Backend& b, Queue q, A a, View workspace) {
   options.causal = a.scalars[1] != 0;
   options.window = whole(a.scalars[2]);
   options.softcap = real(a.scalars[3]);
+  options.round_weights = a.scalars[4] != 0;
   options.alibi_slopes = a.in[6];
   options.sinks = a.in[7];
   if (options.window < 0) return Status::error(Code::value, "the window is not a length");
@@ -281,7 +282,7 @@ const Op kOps[] = {
     {"gather_rows", "r", "rr", 0, gather_rows, nullptr},
     {"mean", "r", "r", 0, mean, mean_space},
     {"count_nonfinite", "r", "r", 0, count_nonfinite, nullptr},
-    {"rms_norm", "ro", "ror", 2, rms_norm, nullptr},
+    {"rms_norm", "ro", "roo", 2, rms_norm, nullptr},
     {"layer_norm", "ro", "rooo", 1, layer_norm, nullptr},
     {"quantize_4bit", "rr", "r", 2, quantize_4bit, nullptr},
     {"dequantize_4bit", "r", "rrooo", 5, dequantize_4bit, nullptr},
@@ -303,7 +304,7 @@ const Op kOps[] = {
     {"ragged_positions", "r", "rrr", 0, ragged_positions, nullptr},
     {"rope", "r", "rrrr", 1, rope, nullptr},
     {"paged_write", "RR", "rrrrr", 0, paged_write, nullptr},
-    {"paged_attention", "r", "rrrrrroo", 4, paged_attention, paged_attention_space},
+    {"paged_attention", "r", "rrrrrroo", 5, paged_attention, paged_attention_space},
     {"cross_entropy", "r", "rr", 0, cross_entropy, nullptr},
     {"argmax", "r", "r", 0, argmax, nullptr},
     {"sample", "rRO", "rr", 0, sample, sample_space},

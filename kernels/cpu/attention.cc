@@ -36,7 +36,7 @@ struct AttentionJob {
   const float* slopes = nullptr;
   int64_t q_stride = 0, heads = 0, kv_heads = 0, group = 0, dim = 0, value_dim = 0, block_len = 0, blocks = 0;
   float scale = 1, softcap = 0;
-  bool causal = true;
+  bool causal = true, round_weights = false;
   int64_t window = 0, splits = 1;
   float* partial = nullptr;  // [T, heads, splits, value_dim + 2]: maximum, sum, output
 
@@ -299,6 +299,7 @@ static void few_values(const Tile<T>& tile, const float* p, const float* scale, 
 
 /// Scores of one row to weights in place; updates its maximum and sum, returns what older output is scaled
 /// by.
+template <typename T>
 static float few_softmax(const AttentionJob& job, float* s, const float* at, int64_t n, int64_t base,
                          Range range, int64_t position, int64_t head, float* maximum, float* sum) {
   const int64_t padded = round_up(n, W);
@@ -323,7 +324,7 @@ static float few_softmax(const AttentionJob& job, float* s, const float* at, int
   for (int64_t j = 0; j < n; j += W) {
     const F x = load(s + j);
     const F p = where_greater(set1(kLowest), x, zero(), exp(sub(x, set1(top))));
-    store(s + j, p);
+    store(s + j, job.round_weights ? rounded<T>(p) : p);
     total = add(total, p);
   }
   float change[W];
@@ -367,9 +368,9 @@ static void attend_few(const AttentionJob& job, const Ragged& batch, const Atten
     }
     for (int64_t r = 0; r < item.rows; ++r) {
       const int64_t row = item.first_row + r;
-      change[r] = few_softmax(job, scores + r * kTileKeys, tile.at, tile.n, tile.base,
-                              visible(job, item, row), item.first_position + row / job.group,
-                              item.kv_head * job.group + row % job.group, &maximum[r], &sum[r]);
+      change[r] = few_softmax<T>(job, scores + r * kTileKeys, tile.at, tile.n, tile.base,
+                                 visible(job, item, row), item.first_position + row / job.group,
+                                 item.kv_head * job.group + row % job.group, &maximum[r], &sum[r]);
     }
     for (int64_t r = 0; r < item.rows;) {
       const int64_t left = item.rows - r;
@@ -430,7 +431,7 @@ struct Rows {
 };
 
 /// One tile of keys for one group of rows.
-template <int V>
+template <typename T, int V>
 static void step(const AttentionJob& job, const Rows& rows, int64_t lane, const float* q, const float* k,
                  const float* v, const float* at, int64_t n, bool masked, float* p, float* out) {
   product<V>(p, n, k, job.dim, 1, q, job.dim, nullptr);
@@ -461,7 +462,7 @@ static void step(const AttentionJob& job, const Rows& rows, int64_t lane, const 
     for (int i = 0; i < V; ++i) {
       const F s = load(p + j * kLanes + i * W);
       const F w = where_greater(set1(kLowest), s, zero(), exp(sub(s, most[i])));
-      store(p + j * kLanes + i * W, w);
+      store(p + j * kLanes + i * W, job.round_weights ? rounded<T>(w) : w);
       total[i] = add(total[i], w);
     }
   }
@@ -525,9 +526,9 @@ static void attend_many(const AttentionJob& job, const Ragged& batch, const Atte
       const float* queries = q + g * kLanes * job.dim;
       float* to = out + g * kLanes * job.value_dim;
       if (item.rows - g * kLanes > W) {
-        step<2>(job, rows, g * kLanes, queries, k, v, tile.at, tile.n, masked, p, to);
+        step<T, 2>(job, rows, g * kLanes, queries, k, v, tile.at, tile.n, masked, p, to);
       } else {
-        step<1>(job, rows, g * kLanes, queries, k, v, tile.at, tile.n, masked, p, to);
+        step<T, 1>(job, rows, g * kLanes, queries, k, v, tile.at, tile.n, masked, p, to);
       }
     }
   }
@@ -713,6 +714,7 @@ Status CpuBackend::paged_attention(Queue, View y, View q, View key_cache, View v
   job.scale = options.scale;
   job.softcap = options.softcap;
   job.causal = options.causal;
+  job.round_weights = options.round_weights;
   job.window = options.window;
   job.splits = count_splits(q, key_cache, batch);
 

@@ -71,16 +71,4 @@ static inline uint32_t bits_from(F x, F limit) {
 #endif
 }
 
-/// x rounded to T and back.
-template <typename T>
-static inline F rounded(F x) {
-  T buffer[W];
-  store(buffer, x);
-  return load(buffer);
-}
-template <>
-inline F rounded<float>(F x) {
-  return x;
-}
-
 }  // namespace halfbyte::cpu::HALFBYTE_ISA

@@ -183,6 +183,18 @@ static inline void store_n(T* p, F x, int64_t n) {
   __builtin_memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
 }
 
+/// x rounded to T and back.
+template <typename T>
+static inline F rounded(F x) {
+  T buffer[W];
+  store(buffer, x);
+  return load(buffer);
+}
+template <>
+inline F rounded<float>(F x) {
+  return x;
+}
+
 /// e^x to about 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, then a degree-6 polynomial. Below -87.3 it stays
 /// at the smallest normal number, above 88.7 it is that range's end; NaN stays NaN.
 static inline F exp(F x) {

@@ -9,7 +9,7 @@ import {
   runAttention,
   type Case,
 } from '../support/attention'
-import { relativeError } from '../support/reference'
+import { relativeError, rounded } from '../support/reference'
 
 const base = { heads: 4, kvHeads: 2, headDim: 16 }
 const mixed = { queries: [1, 37, 0, 5, 1], lengths: [1, 100, 9, 5, 200] }
@@ -34,6 +34,7 @@ const cases: [string, Case][] = [
   ['sinks', { ...base, ...mixed, sinks: true }],
   ['sinks and splits', { ...base, kvHeads: 1, queries: [1], lengths: [1500], sinks: true }],
   ['everything', { ...everything, ...mixed }],
+  ['rounded weights', { ...base, ...mixed, roundWeights: true }],
   ['large scores', { ...base, ...mixed, scale: 60 }],
   ['values of another size', { ...base, ...mixed, headDim: 24, valueDim: 10 }],
   ['one element a head', { ...base, ...mixed, headDim: 1 }],
@@ -94,6 +95,25 @@ describe.each(devices())('paged attention on %s', (device) => {
       const y = await runAttention(c, p, device)
       expect(relativeError(y, referenceAttention(c, p))).toBeLessThan(bound)
     })
+  })
+
+  // elsewhere weights are rounded in any case, relative to the largest score of whatever part of the keys comes first
+  const onCpu = device.type === 'cpu' ? it : it.skip
+  onCpu.each([
+    ['few queries', [1, 2], [61, 40]],
+    ['many queries', [60], [60]],
+  ])('rounds weights to float16 when asked to, %s', async (_, queries, lengths) => {
+    const c: Case = { ...base, queries, lengths, dtype: 'float16' }
+    const p = await makeProblem(c, device)
+    /** The share of results that are the float16 next to the reference. */
+    const share = async (asked: boolean, expected: boolean) => {
+      const y = await runAttention({ ...c, roundWeights: asked }, p, device)
+      const wanted = referenceAttention({ ...c, roundWeights: expected }, p)
+      return y.filter((v, i) => v === rounded(wanted[i]!, 'float16')).length / y.length
+    }
+    expect(await share(true, true)).toBeGreaterThan(0.98)
+    expect(await share(false, false)).toBeGreaterThan(0.98)
+    expect(await share(true, false)).toBeLessThan(0.9)
   })
 
   it.each(chunkBounds)(

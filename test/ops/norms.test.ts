@@ -82,10 +82,12 @@ describe.each(devices())('norms on %s', (device) => {
         await check(normed.y, reference('layer', rows, cols, { ...withSum, bias: layer.bias }, 1e-5))
       }
       const bare = { x: await read(x), weight: undefined, bias: undefined }
-      const y = ops.layerNorm(x, undefined, undefined, 1e-5)
-      expect(relativeError(await read(y), reference('layer', rows, cols, bare, 1e-5))).toBeLessThan(
-        TOLERANCE[dtype],
-      )
+      for (const kind of ['rms', 'layer'] as const) {
+        const y =
+          kind === 'rms' ? ops.rmsNorm(x, undefined, 1e-5) : ops.layerNorm(x, undefined, undefined, 1e-5)
+        const wanted = reference(kind, rows, cols, bare, 1e-5)
+        expect(relativeError(await read(y), wanted)).toBeLessThan(TOLERANCE[dtype])
+      }
     })
   })
 

@@ -1,6 +1,6 @@
 /** Ragged batches over a scattered paged cache, and attention in double precision over plain arrays. */
 import { Tensor, ops, type DeviceLike, type DType } from '../../lib/index'
-import { noise } from './reference'
+import { noise, rounded as roundedTo } from './reference'
 
 export interface Case {
   /** Query tokens of each sequence, and its cached tokens with these. */
@@ -18,6 +18,8 @@ export interface Case {
   alibi?: boolean
   sinks?: boolean
   scale?: number
+  /** Softmax weights are rounded to the dtype before they multiply values. */
+  roundWeights?: boolean
 }
 
 export interface Problem {
@@ -81,10 +83,11 @@ export function referenceAttention(c: Case, p: Problem): Float64Array {
         const top = Math.max(...scores, c.sinks ? p.sinks[h]! : -Infinity)
         const weights = scores.map((x) => Math.exp(x - top))
         const sum = weights.reduce((a, b) => a + b, c.sinks ? Math.exp(p.sinks[h]! - top) : 0)
+        const factors = c.roundWeights ? weights.map((w) => roundedTo(w, c.dtype ?? 'float32')) : weights
         seen.forEach((j, at) => {
           for (let d = 0; d < valueDim; d++)
             y[(token * heads + h) * valueDim + d]! +=
-              (weights[at]! / sum) * p.values[s]![(j * kvHeads + kv) * valueDim + d]!
+              (factors[at]! / sum) * p.values[s]![(j * kvHeads + kv) * valueDim + d]!
         })
       }
     }
@@ -165,6 +168,7 @@ export function attentionOptions(c: Case, p: Problem, device: DeviceLike): ops.A
     causal: c.causal ?? true,
     window: c.window ?? 0,
     softcap: c.softcap ?? 0,
+    roundWeights: c.roundWeights ?? false,
     alibiSlopes: c.alibi ? Tensor.from(p.slopes, { device }) : undefined,
     sinks: c.sinks ? Tensor.from(p.sinks, { device }) : undefined,
   }

@@ -102,6 +102,11 @@ export interface AttentionOptions {
   window?: number
   /** Scores become softcap * tanh(score / softcap); 0: off. */
   softcap?: number
+  /**
+   * The softmax weights, not their sum, are rounded to q's dtype before they multiply the values. For the CPU: on CUDA
+   * tensor cores need that always (16-bit heads of a multiple of 8), and the kernel for other heads never does it.
+   */
+  roundWeights?: boolean
   /** float32 [H]. */
   alibiSlopes?: Tensor | undefined
   /** float [H]: an extra logit a head that takes probability and gives no value. */
@@ -142,6 +147,7 @@ export function pagedAttention(
       (options.causal ?? true) ? 1 : 0,
       options.window ?? 0,
       options.softcap ?? 0,
+      options.roundWeights ? 1 : 0,
     ],
   )
   return y

@@ -8,20 +8,20 @@ export interface NormResult {
 }
 
 /**
- * x * rsqrt(mean(x^2) + eps) * (weight + weightOffset) over the last dimension; weight [D] of any float dtype.
+ * x * rsqrt(mean(x^2) + eps) * (weight + weightOffset) over the last dimension; weight [D] of any float dtype, optional.
  * With a residual the norm is of x + residual, which comes back as `sum`. Source: arXiv 1910.07467.
  */
-export function rmsNorm(x: Tensor, weight: Tensor, eps: number, weightOffset?: number): Tensor
+export function rmsNorm(x: Tensor, weight: Tensor | undefined, eps: number, weightOffset?: number): Tensor
 export function rmsNorm(
   x: Tensor,
-  weight: Tensor,
+  weight: Tensor | undefined,
   eps: number,
   weightOffset: number,
   residual: Tensor,
 ): NormResult
 export function rmsNorm(
   x: Tensor,
-  weight: Tensor,
+  weight: Tensor | undefined,
   eps: number,
   weightOffset = 0,
   residual?: Tensor,
