@@ -5,8 +5,9 @@ import { Conv1D, Linear } from '../nn/linear.js'
 import { Linear4bit } from '../nn/linear4bit.js'
 import { Module } from '../nn/module.js'
 import { Parameter } from '../nn/parameter.js'
+import type { StepRounding } from '../nn/rounding.js'
 import type { Device } from '../tensor/device.js'
-import { pagedAttention, pagedWrite, type RaggedBatch } from '../tensor/ops.js'
+import { mul, pagedAttention, pagedWrite, type RaggedBatch } from '../tensor/ops.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { makeNorm, type Norm } from './norm.js'
 import type { DecoderSpec, LayerSpec } from './spec.js'
@@ -25,7 +26,8 @@ export interface ForwardContext {
   on(device: Device): ForwardContext
 }
 
-export class Attention extends Module {
+export class Attention extends Module implements StepRounding {
+  bnbExact = false
   readonly index: number
   q_proj?: Linear
   k_proj?: Linear
@@ -106,10 +108,13 @@ export class Attention extends Module {
     const { batch, cache, alibiSlopes } = context
     const [keys, values] = [cache.keys[this.index]!, cache.values[this.index]!]
     const [queries, plainKeys, v] = this.#project(x)
-    const [q, k] = [context.rotate(queries, layer), context.rotate(plainKeys, layer)]
+    const [rotated, k] = [context.rotate(queries, layer), context.rotate(plainKeys, layer)]
     pagedWrite(keys, values, k, v, batch)
+    const scaled = this.bnbExact && spec.rounding.scaledQueries
+    const q = scaled ? mul(rotated.to('float32'), spec.attentionScale).to(x.dtype) : rotated
     const y = pagedAttention(q, keys, values, batch, {
-      scale: spec.attentionScale,
+      scale: scaled ? 1 : spec.attentionScale,
+      roundWeights: this.bnbExact,
       softcap: spec.attentionSoftcap,
       window: layer.window,
       alibiSlopes,

@@ -10,6 +10,7 @@ import { Linear } from '../nn/linear.js'
 import { zeros } from '../nn/init.js'
 import { Module } from '../nn/module.js'
 import { Buffer } from '../nn/parameter.js'
+import type { StepRounding } from '../nn/rounding.js'
 import type { Device } from '../tensor/device.js'
 import {
   activation,
@@ -163,7 +164,8 @@ function clampedGlu(limit: number): ExpertActivation {
   }
 }
 
-export class SparseMlp extends Module {
+export class SparseMlp extends Module implements StepRounding {
+  bnbExact = false
   /** The router. */
   gate: Linear
   experts: Module & Experts
@@ -194,18 +196,25 @@ export class SparseMlp extends Module {
         this.gate instanceof BiasedRouter ? this.gate.e_score_correction_bias.value.to(x.device) : undefined
       const logits = this.gate.forward(x).to('float32')
       const { chosen, weights } = this.#router(x.device).choose(logits, bias)
-      const [taken, shares] = [chosen.to(x.dtype), weights.to(x.dtype)]
-      let sum = this.shared_experts ? this.shared_experts.forward(x, residual) : residual
-      for (let e = 0; e < this.#spec.count; e++) {
-        sum = tidy(() => {
-          // tokens of other experts go in as zeros: nothing that they would overflow to can reach the sum
-          const y = this.experts.run(e, mul(x, taken.slice(1, e, e + 1))).to(x.device)
-          const part = mul(y, shares.slice(1, e, e + 1))
-          return sum ? add(sum, part) : part
-        })
-      }
-      return sum!
+      const first = this.shared_experts ? this.shared_experts.forward(x, residual) : residual
+      if (!this.bnbExact) return this.#sum(x, chosen, weights.to(x.dtype), first)
+      const sum = this.#sum(x, chosen, weights).to(x.dtype)
+      return first ? add(first, sum) : sum
     })
+  }
+
+  /** The experts' results times their weights [T, experts], added to `sum`, in the dtype of the weights. */
+  #sum(x: Tensor, chosen: Tensor, weights: Tensor, sum?: Tensor): Tensor {
+    const taken = chosen.to(x.dtype)
+    for (let e = 0; e < this.#spec.count; e++) {
+      sum = tidy(() => {
+        // tokens of other experts go in as zeros: nothing that they would overflow to can reach the sum
+        const y = this.experts.run(e, mul(x, taken.slice(1, e, e + 1)))
+        const part = mul(y.to({ device: x.device, dtype: weights.dtype }), weights.slice(1, e, e + 1))
+        return sum ? add(sum, part) : part
+      })
+    }
+    return sum!
   }
 
   #router(device: Device): Routing {

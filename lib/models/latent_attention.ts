@@ -6,6 +6,7 @@
 import { Linear } from '../nn/linear.js'
 import { Module } from '../nn/module.js'
 import { RMSNorm } from '../nn/norms.js'
+import type { StepRounding } from '../nn/rounding.js'
 import { concat, pagedAttention, pagedWrite } from '../tensor/ops.js'
 import type { Tensor } from '../tensor/tensor.js'
 import type { ForwardContext } from './attention.js'
@@ -14,7 +15,8 @@ import type { DecoderSpec, LatentSpec } from './spec.js'
 /** Of the norms on latent vectors, in every config. */
 const EPS = 1e-6
 
-export class LatentAttention extends Module {
+export class LatentAttention extends Module implements StepRounding {
+  bnbExact = false
   readonly index: number
   q_proj?: Linear
   q_a_proj?: Linear
@@ -74,7 +76,11 @@ export class LatentAttention extends Module {
     const k = concat([made.slice(2, 0, plainDim), rotated], 2)
     const v = made.slice(2, plainDim, plainDim + valueDim).contiguous()
     pagedWrite(keys, values, k, v, batch)
-    const y = pagedAttention(q, keys, values, batch, { scale: attentionScale, window: layer.window })
+    const y = pagedAttention(q, keys, values, batch, {
+      scale: attentionScale,
+      window: layer.window,
+      roundWeights: this.bnbExact,
+    })
     return this.o_proj.forward(y.reshape(tokens, numHeads * valueDim), residual)
   }
 }

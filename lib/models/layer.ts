@@ -1,6 +1,7 @@
 /** A layer of a decoder: attention, then an MLP, each added to the stream; or both from the same input. */
 import { Linear } from '../nn/linear.js'
 import { Module } from '../nn/module.js'
+import type { StepRounding } from '../nn/rounding.js'
 import { activation, add, mul, type Activation } from '../tensor/ops.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { tidy } from '../tensor/tidy.js'
@@ -70,15 +71,18 @@ export class DecoderLayer extends Module {
 }
 
 /** x + attention(norm(x)) + mlp(norm(x)), the norms being one or two. */
-export class ParallelLayer extends Module {
+export class ParallelLayer extends Module implements StepRounding {
+  bnbExact = false
   self_attn: Attention
   mlp: Mlp
   input_layernorm: Norm
   post_attention_layernorm?: Norm
+  readonly #inputLast: boolean
 
   constructor(spec: DecoderSpec, index: number) {
     super()
     this._names = spec.names
+    this.#inputLast = spec.rounding.inputLast ?? false
     this.self_attn = new Attention(spec, index)
     this.mlp = makeMlp(spec, index)
     this.input_layernorm = makeNorm(spec)
@@ -89,6 +93,8 @@ export class ParallelLayer extends Module {
     return tidy(() => {
       const normed = this.input_layernorm.forward(x)
       const other = this.post_attention_layernorm ? this.post_attention_layernorm.forward(x) : normed
+      if (this.bnbExact && this.#inputLast)
+        return add(this.mlp.forward(other, this.self_attn.forward(normed, context)), x)
       return this.mlp.forward(other, this.self_attn.forward(normed, context, x))
     })
   }

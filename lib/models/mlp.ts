@@ -2,12 +2,26 @@
 import { Conv1D, Linear } from '../nn/linear.js'
 import { Linear4bit } from '../nn/linear4bit.js'
 import { Module } from '../nn/module.js'
-import { activation, gatedActivation, type Activation } from '../tensor/ops.js'
+import type { StepRounding } from '../nn/rounding.js'
+import { activation, add, gatedActivation, mul, type Activation } from '../tensor/ops.js'
 import type { Tensor } from '../tensor/tensor.js'
+import { tidy } from '../tensor/tidy.js'
 import type { DecoderSpec } from './spec.js'
 
+/** The tanh form of GELU as transformers' gelu_new computes it: every operation rounds to x's dtype. */
+export function geluInSteps(x: Tensor): Tensor {
+  return tidy(() => {
+    // factors are not rounded, only their products
+    const times = (t: Tensor, factor: number) => mul(t.to('float32'), factor).to(x.dtype)
+    const cubic = times(mul(mul(x, x), x), 0.044715)
+    const bent = activation(times(add(x, cubic), Math.sqrt(2 / Math.PI)), 'tanh')
+    return mul(times(x, 0.5), add(bent, 1))
+  })
+}
+
 /** act(gate(x)) * up(x), and down from there. */
-export class GatedMlp extends Module {
+export class GatedMlp extends Module implements StepRounding {
+  bnbExact = false
   gate_proj?: Linear
   up_proj?: Linear
   gate_up_proj?: Linear
@@ -29,11 +43,16 @@ export class GatedMlp extends Module {
   }
 
   #inner(x: Tensor): Tensor {
-    if (!this.gate_up_proj)
-      return Linear4bit.forwardGated(x, this.gate_proj!, this.up_proj!, this.#activation)
+    const act = this.#activation
+    if (!this.gate_up_proj) {
+      const [gate, up] = [this.gate_proj!, this.up_proj!]
+      if (!this.bnbExact) return Linear4bit.forwardGated(x, gate, up, act)
+      return mul(activation(gate.forward(x), act), up.forward(x))
+    }
     const both = this.gate_up_proj.forward(x)
     const half = both.shape[1]! / 2
-    return gatedActivation(both.slice(1, 0, half), both.slice(1, half, 2 * half), this.#activation)
+    const [gate, up] = [both.slice(1, 0, half), both.slice(1, half, 2 * half)]
+    return this.bnbExact ? mul(activation(gate, act), up) : gatedActivation(gate, up, act)
   }
 
   /** `residual` is added to the result. */
@@ -43,10 +62,12 @@ export class GatedMlp extends Module {
 }
 
 /** down(act(up(x))). */
-export class PlainMlp extends Module {
+export class PlainMlp extends Module implements StepRounding {
+  bnbExact = false
   up_proj: Linear
   down_proj: Linear
   readonly #activation: Activation
+  readonly #inSteps: boolean
 
   constructor(spec: DecoderSpec) {
     super()
@@ -56,10 +77,13 @@ export class PlainMlp extends Module {
     this.up_proj = new Layer(hiddenSize, intermediateSize, { bias })
     this.down_proj = new Layer(intermediateSize, hiddenSize, { bias })
     this.#activation = spec.activation
+    this.#inSteps = spec.rounding.activationInSteps ?? false
   }
 
   /** `residual` is added to the result. */
   forward(x: Tensor, residual?: Tensor): Tensor {
-    return this.down_proj.forward(activation(this.up_proj.forward(x), this.#activation), residual)
+    const up = this.up_proj.forward(x)
+    const inner = this.bnbExact && this.#inSteps ? geluInSteps(up) : activation(up, this.#activation)
+    return this.down_proj.forward(inner, residual)
   }
 }

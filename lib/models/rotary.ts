@@ -2,7 +2,8 @@
 import { Module } from '../nn/module.js'
 import { Buffer } from '../nn/parameter.js'
 import type { Device } from '../tensor/device.js'
-import { rope, ropeTables } from '../tensor/ops.js'
+import type { StepRounding } from '../nn/rounding.js'
+import { add, concat, gatherRows, mul, rope, ropeTables, sub } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import type { RopeSpec } from './rope.js'
@@ -13,7 +14,8 @@ export interface Tables {
 }
 
 /** Tables only grow, by doubling; smaller ones stay for calls that have them until the module is disposed. */
-export class RotaryEmbedding extends Module {
+export class RotaryEmbedding extends Module implements StepRounding {
+  bnbExact = false
   /** float32 [rotated elements / 2]; the two buffers are those that transformers has, and counts. */
   inv_freq: Buffer
   original_inv_freq: Buffer
@@ -53,7 +55,24 @@ export class RotaryEmbedding extends Module {
   /** x [T, heads, D] rotated by the positions int32 [T], all below `maxPosition`. */
   forward(x: Tensor, positions: Tensor, maxPosition: number): Tensor {
     const { cos, sin } = this.tables(maxPosition, x.device)
-    return rope(x, cos, sin, positions, this.spec.interleaved)
+    const { interleaved } = this.spec
+    if (this.bnbExact && !interleaved) return this.#inSteps(x, { cos, sin }, positions)
+    return rope(x, cos, sin, positions, interleaved)
+  }
+
+  /** The same with tables in x's dtype, products and sums rounded one by one. */
+  #inSteps(x: Tensor, { cos, sin }: Tables, positions: Tensor): Tensor {
+    return tidy(() => {
+      const [tokens, , dim] = x.shape as [number, number, number]
+      const half = cos.shape[1]!
+      const [c, s] = [cos, sin].map((table) =>
+        gatherRows(table, positions).to(x.dtype).reshape(tokens, 1, half),
+      ) as [Tensor, Tensor]
+      const [a, b] = [x.slice(2, 0, half), x.slice(2, half, 2 * half)]
+      const parts = [sub(mul(a, c), mul(b, s)), add(mul(b, c), mul(a, s))]
+      if (dim > 2 * half) parts.push(x.slice(2, 2 * half, dim))
+      return concat(parts, 2)
+    })
   }
 
   #free(): void {

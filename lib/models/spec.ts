@@ -52,6 +52,18 @@ export interface ExpertSpec {
   layers: readonly boolean[]
 }
 
+/** How transformers rounds in a family, where families differ; followed with bnbExact alone. */
+export interface RoundingSpec {
+  /** RMS norms round once, after their weight. */
+  normOnce?: boolean
+  /** Queries are scaled, and rounded, before the scores. */
+  scaledQueries?: boolean
+  /** The activation is a chain of operations on tensors (gelu_new). */
+  activationInSteps?: boolean
+  /** A parallel layer adds what comes out of attention and MLP first, its input last. */
+  inputLast?: boolean
+}
+
 export interface DecoderSpec {
   modelType: string
   /** What checkpoints call modules that the blocks have under another name: { o_proj: 'dense' }. */
@@ -112,6 +124,7 @@ export interface DecoderSpec {
   residualScale: number
   logitScale: number
   logitSoftcap: number
+  rounding: RoundingSpec
 }
 
 const ACTIVATIONS: Readonly<Record<string, Activation>> = {
@@ -195,6 +208,7 @@ export function readDecoderSpec(config: ConfigReader, own: OwnSpec = {}): Decode
     residualScale: 1,
     logitScale: 1,
     logitSoftcap: 0,
+    rounding: {},
     ...rest,
   }
   if (!rest.layers) {

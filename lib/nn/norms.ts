@@ -1,9 +1,11 @@
 /** Norms over the last dimension. The weight may have another float dtype than the input. */
-import { layerNorm, rmsNorm } from '../tensor/ops.js'
+import { layerNorm, mul, rmsNorm } from '../tensor/ops.js'
 import type { DType } from '../tensor/dtype.js'
 import type { Tensor } from '../tensor/tensor.js'
+import { tidy } from '../tensor/tidy.js'
 import { ones, zeros } from './init.js'
 import { checkFeatures } from './linear.js'
+import type { StepRounding } from './rounding.js'
 import { Module } from './module.js'
 import { Parameter, type Placement } from './parameter.js'
 
@@ -20,23 +22,28 @@ export interface Normed {
 }
 
 /** x / rms(x) * (weight + weightOffset). Gemma stores its weights less one: weightOffset 1. */
-export class RMSNorm extends Module {
+export class RMSNorm extends Module implements StepRounding {
+  bnbExact = false
   readonly size: number
   readonly eps: number
   readonly weightOffset: number
+  /** Without an offset the weight multiplies, with bnbExact, what is rounded already. Default true. */
+  readonly roundsFirst: boolean
   weight: Parameter
 
-  constructor(size: number, options: Common & { weightOffset?: number } = {}) {
+  constructor(size: number, options: Common & { weightOffset?: number; roundsFirst?: boolean } = {}) {
     super()
-    const { eps = 1e-6, weightOffset = 0, dtype, device } = options
+    const { eps = 1e-6, weightOffset = 0, roundsFirst = true, dtype, device } = options
     this.size = checkFeatures('RMSNorm', 'size', size)
     this.eps = eps
     this.weightOffset = weightOffset
+    this.roundsFirst = roundsFirst && weightOffset === 0
     this.weight = new Parameter([size], { dtype, device, init: weightOffset === 0 ? ones : zeros })
   }
 
   forward(x: Tensor): Tensor {
-    return rmsNorm(x, this.weight.value, this.eps, this.weightOffset)
+    if (!this.bnbExact || !this.roundsFirst) return rmsNorm(x, this.weight.value, this.eps, this.weightOffset)
+    return tidy(() => mul(rmsNorm(x, undefined, this.eps), this.weight.value.to(x.dtype)))
   }
 
   /** The norm of x + residual, and x + residual, in one pass. */

@@ -27,7 +27,7 @@ export interface BitsAndBytesConfigOptions {
   bnb4bitUseDoubleQuant?: boolean
   /** The dtype that packed weights are stored as in checkpoints. Default 'uint8'. */
   bnb4bitQuantStorage?: QuantStorage | null
-  /** Ours: LLM.int8() with bitsandbytes' float16 roundings. Default false. */
+  /** Ours: LLM.int8() with bitsandbytes' float16 roundings, and transformers' between its layers. Default false. */
   bnbExact?: boolean
   /** Ours: elements in a 4-bit block. Default 64. */
   blocksize?: number

@@ -2,6 +2,7 @@
 import { HalfbyteError } from '../errors.js'
 import { FusedExperts, SplitExperts } from '../nn/experts.js'
 import { refuseSpread } from '../nn/hooks.js'
+import { stepRounding } from '../nn/rounding.js'
 import { Conv1D, Linear } from '../nn/linear.js'
 import { Linear4bit } from '../nn/linear4bit.js'
 import { Linear8bit } from '../nn/linear8bit.js'
@@ -103,7 +104,8 @@ function whyKept(
  * classifier, ..., else a last layer that scores the rows of an embedding table), layers whose weight is tied, routers
  * of expert layers, subclasses of Linear with a forward() of their own, modules that the model keeps in float32
  * (keepInFp32Modules), and what config.llmInt8SkipModules and modulesToNotConvert name besides. Weights in memory are quantised and freed; a model without memory is prepared for
- * loading. `await model.checkFinite()` tells whether a weight held NaN. ERR_HALFBYTE_NO_LINEAR if nothing was replaced.
+ * loading. With loadIn8bit and bnbExact the modules between round where transformers does. `await model.checkFinite()` tells
+ * whether a weight held NaN. ERR_HALFBYTE_NO_LINEAR if nothing was replaced.
  */
 export function replaceWithQuantizedLinear(
   model: Module & OutputEmbeddings & Quantizable,
@@ -167,6 +169,7 @@ export function replaceWithQuantizedLinear(
       bytesAfter: bytesAfter(layer, settings),
     })
   }
+  if (settings.loadIn8bit && settings.bnbExact) roundInSteps(model, true)
   model.namePaths()
   report.unmatched = entries.filter((entry) => !matched.has(entry))
   if (unknown) report.skipModules = report.kept.map(({ path }) => path)
@@ -180,6 +183,11 @@ export function replaceWithQuantizedLinear(
   }
   note(model, settings, report)
   return report
+}
+
+/** Tells what lies between the quantised layers whether to round as transformers does. */
+function roundInSteps(model: Module, exact: boolean): void {
+  for (const module of stepRounding(model)) if (!(module instanceof Linear8bit)) module.bnbExact = exact
 }
 
 /** Puts layers in few bits in the place of experts that lie in one tensor; one entry of the report for each. */
@@ -283,6 +291,7 @@ export function dequantize(model: Module & Quantizable, options: { dtype?: DType
       `dequantize: ${model.constructor.name} has no quantised layers`,
     )
   }
+  roundInSteps(model, false)
   model.namePaths()
   note(model)
   return paths

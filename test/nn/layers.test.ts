@@ -9,7 +9,7 @@ import {
   Sequential,
   Tensor,
 } from '../../lib/index.js'
-import { noise } from '../support/reference.js'
+import { noise, rounded } from '../support/reference.js'
 
 const close = (a: ArrayLike<number>, b: ArrayLike<number>, limit = 1e-5) => {
   expect(a.length).toBe(b.length)
@@ -82,6 +82,27 @@ describe.each(devices())('layers on %s', (device) => {
     const { y, sum } = bare.forwardSum(zero, tensor(x, 4, 5))
     close(await y.floats(), normed)
     expect(await sum.floats()).toEqual(x)
+  })
+
+  it('RMSNorm with bnbExact rounds before it multiplies by its weight', async () => {
+    const norm = new RMSNorm(64, { device, dtype: 'float16' })
+    norm.weight.replace(tensor(noise(64, 4), 64).to('float16'))
+    const x = tensor(noise(192, 5), 3, 64).to('float16')
+    const once = await norm.forward(x).floats()
+    norm.bnbExact = true
+    const twice = await norm.forward(x).floats()
+    const plain = new RMSNorm(64, { device, dtype: 'float16' })
+    const [normed, weight] = [await plain.forward(x).floats(), await norm.weight.value.floats()]
+    const wanted = normed.map((v, i) => rounded(v * weight[i % 64]!, 'float16'))
+    expect(twice).toEqual(wanted)
+    expect(once).not.toEqual(wanted)
+    for (const options of [{ weightOffset: 1 }, { roundsFirst: false }]) {
+      const single = new RMSNorm(64, { device, dtype: 'float16', ...options })
+      single.weight.replace(norm.weight.value.clone())
+      const before = await single.forward(x).floats()
+      single.bnbExact = true
+      expect(await single.forward(x).floats()).toEqual(before)
+    }
   })
 
   it('embeddings, and a chain that frees what lies between', async () => {

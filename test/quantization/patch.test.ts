@@ -206,6 +206,19 @@ describe('settings of the replaced layers', () => {
     expect([int.threshold, int.bnbExact, int.hasFp16Weights]).toEqual([3, true, false])
   })
 
+  it('bnbExact is about the modules between int8 layers too, until they are dequantised', () => {
+    const model = new Tree({ a: linear(), norm: new RMSNorm(4) })
+    const norm = at(model, 'norm', RMSNorm)
+    replaceWithQuantizedLinear(model, { loadIn8bit: true, bnbExact: true })
+    expect(norm.bnbExact).toBe(true)
+    dequantize(model)
+    expect(norm.bnbExact).toBe(false)
+    replaceWithQuantizedLinear(model, { loadIn8bit: true })
+    dequantize(model)
+    replaceWithQuantizedLinear(model, { loadIn4bit: true, bnbExact: true })
+    expect(norm.bnbExact).toBe(false)
+  })
+
   it('both modes at once are refused', () => {
     const model = new Tree({ a: linear() })
     const error = thrown(() => replaceWithQuantizedLinear(model, { loadIn4bit: true, loadIn8bit: true }))

@@ -32,6 +32,7 @@ export function falcon(file: ConfigReader): DecoderSpec {
     normEps: config.positive('layer_norm_epsilon', 1e-5),
     parallel: !parallel ? 'no' : norms === 2 ? 'two norms' : 'one norm',
     projections: 'heads',
+    rounding: { inputLast: true },
     mlp: 'plain',
     qkvBias: bias,
     outputBias: bias,

@@ -37,6 +37,7 @@ export function gpt2(file: ConfigReader): DecoderSpec {
     tieWordEmbeddings: config.boolean('tie_word_embeddings', true),
     activation: readActivation(config, 'activation_function', 'gelu_new'),
     normType: 'layer',
+    rounding: { activationInSteps: config.string('activation_function', 'gelu_new') === 'gelu_new' },
     normEps: config.positive('layer_norm_epsilon', 1e-5),
     transposed: true,
     projections: 'rows',

@@ -21,6 +21,7 @@ export function gptNeox(file: ConfigReader): DecoderSpec {
     normType: 'layer',
     normEps: config.positive('layer_norm_eps', 1e-5),
     parallel: config.boolean('use_parallel_residual', true) ? 'two norms' : 'no',
+    rounding: { inputLast: true },
     projections: 'heads',
     mlp: 'plain',
     qkvBias: bias,

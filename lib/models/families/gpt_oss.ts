@@ -11,6 +11,7 @@ export function gptOss(config: ConfigReader): DecoderSpec {
     outputBias: config.boolean('attention_bias', true),
     mlpBias: true,
     attentionSinks: true,
+    rounding: { normOnce: true },
     rotary: { theta: 150000 },
   })
   // without layer_types every other layer has the window, from the first on

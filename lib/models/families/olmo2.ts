@@ -5,6 +5,7 @@ import { readDecoderSpec, type DecoderSpec } from '../spec.js'
 export function olmo2(config: ConfigReader): DecoderSpec {
   return readDecoderSpec(config, {
     norms: 'output',
+    rounding: { normOnce: true },
     queryKeyNorm: 'all',
     mlpBias: false,
     normEps: config.number('rms_norm_eps', 1e-5),

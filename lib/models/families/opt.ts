@@ -31,6 +31,7 @@ export function opt(file: ConfigReader): DecoderSpec {
     normType: 'layer',
     normEps: 1e-5,
     mlp: 'flat',
+    rounding: { scaledQueries: true },
     qkvBias: bias,
     outputBias: bias,
     mlpBias: bias,

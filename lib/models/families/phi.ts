@@ -10,6 +10,10 @@ export function phi(config: ConfigReader): DecoderSpec {
     normType: 'layer',
     normEps: config.positive('layer_norm_eps', 1e-5),
     parallel: 'one norm',
+    rounding: {
+      activationInSteps: config.string('hidden_act', 'gelu_new') === 'gelu_new',
+      inputLast: true,
+    },
     mlp: 'plain',
     qkvBias: true,
     outputBias: true,
