@@ -34,17 +34,33 @@ const QUANTISED = ['gpt-neox', 'gpt2', 'llama', 'mixtral', 'opt', 'phi3', 'qwen2
   ['nf4', 'fp4', 'int8'].map((kind) => `${name}-bnb-${kind}`),
 )
 
+/** Shares of the range that values may be off: the largest error, and its root mean square. */
+interface Tolerance {
+  most: number
+  mean: number
+}
+
 /**
- * Share of the range that values may be off: the largest error, and its root mean square. The int8 models compute in
- * float16, and LLM.int8() magnifies its roundings: where an activation lies between two of its 255 steps, the last bit
- * of a float16 decides, and one step is 1/127 of the row. Noise of half a unit in the last place of the embeddings moves
- * the first layer's states by up to 1e-2 of their range, 1.8e-3 in the mean, and so do two orders of rounding.
+ * The int8 models compute in float16. bnbExact rounds where Python does, so that the first layer's states are its own,
+ * bit for bit; but sums in float32 have another order, now and then one falls on the other side of a float16, and
+ * LLM.int8() makes the bit a step of 1/127 of a row. On the CPU that has moved logits by 3.7e-3 of their range, 4e-4 in
+ * the mean. On CUDA, which has no fixed order of sums, only noise of a float32's last bit in an emulation says what to
+ * expect: 1.1e-2 and 2.2e-3.
  */
-const tolerance = (name: string) =>
-  name.endsWith('int8') ? { most: 2e-2, mean: 4e-3 } : { most: name === 'gemma2' ? 2e-4 : 2e-6, mean: 2e-5 }
+function tolerance(name: string, device: Device): { values: Tolerance; firstLayer: Tolerance } {
+  if (!name.endsWith('int8')) {
+    const values = { most: name === 'gemma2' ? 2e-4 : 2e-6, mean: 2e-5 }
+    return { values, firstLayer: values }
+  }
+  if (device.type !== 'cpu') {
+    const values = { most: 2e-2, mean: 4e-3 }
+    return { values, firstLayer: values }
+  }
+  return { values: { most: 5e-3, mean: 5e-4 }, firstLayer: { most: 1e-4, mean: 1e-5 } }
+}
 
 function load(name: string, folder: string, device: Device): Promise<CausalLM> {
-  // bitsandbytes rounds what goes into an int8 layer, and what comes out, to float16
+  // Python computes with float16
   const quantizationConfig = name.endsWith('int8') ? { loadIn8bit: true, bnbExact: true } : undefined
   return AutoModelForCausalLM.fromPretrained(folder, { device, quantizationConfig })
 }
@@ -65,7 +81,7 @@ describe.each(devices())('on %s', (device) => {
       return
     }
     const expected = readGoldenModel(folder)
-    const allowed = tolerance(name)
+    const { values: allowed, firstLayer } = tolerance(name, device)
     let model: CausalLM
     beforeAll(async () => {
       model = await load(name, folder, device)
@@ -78,15 +94,15 @@ describe.each(devices())('on %s', (device) => {
       expect(converted).toEqual(footprints[`${name}.converted`] ?? [])
     })
 
-    const check = (actual: Float32Array, wanted: Float32Array) => {
+    const check = (actual: Float32Array, wanted: Float32Array, limit = allowed) => {
       const { most, mean } = error(actual, wanted)
-      expect(most).toBeLessThan(allowed.most)
-      expect(mean).toBeLessThan(allowed.mean)
+      expect(most).toBeLessThan(limit.most)
+      expect(mean).toBeLessThan(limit.mean)
     }
 
-    /** Logits, but for tokens that go to an expert by a hair: the last bit of a float16 sends them to another. */
+    /** Logits; where sums have no fixed order, but for tokens that go to an expert by a hair. */
     const checkLogits = async (ids: number[], actual: Float32Array, wanted: Float32Array) => {
-      const ties = name.endsWith('int8') ? await routingTies(model, ids, 5e-3) : []
+      const ties = name.endsWith('int8') && device.type !== 'cpu' ? await routingTies(model, ids, 5e-3) : []
       expect(ties.length).toBeLessThanOrEqual(1)
       const rows = (values: Float32Array) => {
         const { vocabulary } = expected
@@ -112,7 +128,7 @@ describe.each(devices())('on %s', (device) => {
 
     it('gives the hidden states after the first layer', async () => {
       const states = model.layerStates([expected.sequences[0]!], 1)
-      check(await floats(states), expected.firstLayer)
+      check(await floats(states), expected.firstLayer, firstLayer)
     })
 
     it('gives nothing for nothing', async () => {
