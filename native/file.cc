@@ -65,7 +65,10 @@ class File {
       if (got < 0 && errno == EINTR) continue;
       if (got < 0) refuse("cannot be read at byte " + std::to_string(at), errno);
       if (got == 0) {
-        fail("ERR_HALFBYTE_IO", path_ + ": the file ends at byte " + std::to_string(at) + ", it had " +
+        // the end, whichever of several pieces behind it this is
+        struct stat now;
+        const int64_t end = fstat(descriptor_, &now) == 0 ? std::min<int64_t>(at, now.st_size) : at;
+        fail("ERR_HALFBYTE_IO", path_ + ": the file ends at byte " + std::to_string(end) + ", it had " +
                                     std::to_string(size_) + " bytes when it was opened");
       }
       out += got;
