@@ -12,6 +12,7 @@ import type { Module } from '../nn/module.js'
 import type { PackedWeight } from '../nn/packed.js'
 import type { Parameter } from '../nn/parameter.js'
 import type { Device } from '../tensor/device.js'
+import type { DType } from '../tensor/dtype.js'
 import { fillInto } from '../tensor/ops/layout.js'
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
@@ -23,11 +24,13 @@ import { makeFolder, writeSafetensors } from './write.js'
 
 /** Tensors of fewer bytes stay in memory: a read of its own costs more than they take. */
 const SMALL = 64 << 10
+/** Bytes of what is turned round on the way in that are in memory in both forms, three times over. */
+const PIECE = 16 << 20
 
 interface Packed {
   path: string
   weight: PackedWeight
-  /** Its tensors in the checkpoint, by own name, as they were loaded. */
+  /** Its tensors in the checkpoint, by own name, as they were loaded; none where it was a part of another tensor. */
   parts: Map<string, TensorInfo>
   loaded: boolean
 }
@@ -121,13 +124,14 @@ export class DiskOffload {
   /** A tensor of the checkpoint has been loaded; what is complete goes to the disk. */
   async loaded(path: string, info: TensorInfo): Promise<void> {
     for (const unit of this.#units) {
+      if (unit.path !== '' && !path.startsWith(`${unit.path}.`)) continue
       const plain = unit.plain.get(path)
       if (plain) this.#offloadPlain(plain, info)
       for (const packed of unit.packed) {
+        if (packed.loaded) continue
         const name = packed.path === '' ? path : path.slice(packed.path.length + 1)
-        if (!(packed.path === '' || path.startsWith(`${packed.path}.`)) || !packed.weight.accepts(name))
-          continue
-        packed.parts.set(name, info)
+        const isOwn = packed.path === '' || path.startsWith(`${packed.path}.`)
+        if (isOwn && packed.weight.accepts(name)) packed.parts.set(name, info)
         packed.loaded = packed.weight.missing().length === 0
       }
       if (!unit.settled && unit.packed.length > 0 && unit.packed.every(({ loaded }) => loaded)) {
@@ -138,23 +142,44 @@ export class DiskOffload {
 
   #offloadPlain({ parameter, finite }: Plain, info: TensorInfo): void {
     const value = parameter.value
-    const { dtype } = value
-    // what a module lays out in a way of its own is not what the checkpoint has
-    if (!value.isContiguous || value.shape.some((n, i) => n !== info.shape[i])) return
-    finite.begin(value)
+    const { dtype, isContiguous } = value
+    if (value.shape.length !== info.shape.length || value.shape.some((n, i) => n !== info.shape[i])) return
+    tidy(() => finite.begin(isContiguous ? value : value.transpose(-2, -1)))
     const file = this.#open(info.file)
     parameter.offload(() => {
+      const wanted = parameter.dtype ?? dtype
+      if (!isContiguous) return this.#turned(file, info, wanted)
       const stored = file.tensor(info.name, this.#device, this.#after())
-      const converted = stored.to(parameter.dtype ?? dtype)
+      const converted = stored.to(wanted)
       if (converted !== stored) stored.dispose()
       return converted
+    })
+  }
+
+  /** Matrices that lie in memory the other way round than in the file, piece by piece. */
+  #turned(file: SafetensorsFile, { name, shape, begin, end }: TensorInfo, dtype: DType): Tensor {
+    const rows = shape[0]!
+    const step = Math.max(1, Math.floor((PIECE * rows) / (end - begin)))
+    return tidy(() => {
+      const memory = Tensor.empty([...shape.slice(0, -2), shape.at(-1)!, shape.at(-2)!], dtype, this.#device)
+      const whole = memory.transpose(-2, -1)
+      let [before, last]: (Tensor | undefined)[] = []
+      for (let at = 0; at < rows; at += step) {
+        const to = Math.min(rows, at + step)
+        // it is read when the one before the last has gone where it belongs
+        const piece = file.rows(name, at, to, this.#device, before ?? this.#after())
+        whole.slice(0, at, to).copyFrom(piece)
+        before?.dispose()
+        ;[before, last] = [last, piece]
+      }
+      return whole
     })
   }
 
   /** Packed weights are left where the checkpoint has them packed, else written. */
   async #settle(unit: Unit): Promise<void> {
     unit.settled = true
-    const made = unit.packed.filter(({ parts }) => parts.size === 1)
+    const made = unit.packed.filter(({ parts }) => parts.size <= 1)
     let written: SafetensorsFile | undefined
     if (made.length > 0) {
       const tensors = new Map<string, Tensor>()
@@ -169,15 +194,14 @@ export class DiskOffload {
       }
     }
     for (const { path, weight, parts } of unit.packed) {
-      weight.offload((name) => {
-        const info = parts.size === 1 ? undefined : parts.get(name)
-        const file = info ? this.#open(info.file) : written!
-        return file.tensor(
-          info?.name ?? (path === '' ? name : `${path}.${name}`),
-          this.#device,
-          this.#after(),
-        )
-      })
+      const own = (name: string) => (path === '' ? name : `${path}.${name}`)
+      // opened now, so that it is these bytes that are read, whatever takes the file's place
+      const files = new Map([...parts].map(([name, info]) => [name, this.#open(info.file)]))
+      weight.offload((name) =>
+        parts.size <= 1
+          ? written!.tensor(own(name), this.#device, this.#after())
+          : files.get(name)!.tensor(parts.get(name)!.name, this.#device, this.#after()),
+      )
     }
   }
 

@@ -5,7 +5,7 @@ import { native, type NativeFile } from '../native.js'
 import { device as toDevice, type DeviceLike } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { rethrow } from '../tensor/rethrow.js'
-import { Tensor } from '../tensor/tensor.js'
+import { Tensor, type Shape } from '../tensor/tensor.js'
 import { checkpointError, parseHeader, type Header, type TensorInfo } from './header.js'
 
 /** Our dtypes by the names of the format. */
@@ -66,6 +66,18 @@ export class SafetensorsFile implements Disposable {
    * done; the file may be closed meanwhile.
    */
   tensor(name: string, on: DeviceLike, after?: Tensor): Tensor {
+    const { shape, begin } = this.info(name)
+    return this.#read(name, shape, begin, on, after)
+  }
+
+  /** Rows `begin` to `end` of its first dimension, likewise. */
+  rows(name: string, begin: number, end: number, on: DeviceLike, after?: Tensor): Tensor {
+    const info = this.info(name)
+    const rowBytes = (info.end - info.begin) / info.shape[0]!
+    return this.#read(name, info.shape.with(0, end - begin), info.begin + begin * rowBytes, on, after)
+  }
+
+  #read(name: string, shape: Shape, begin: number, on: DeviceLike, after: Tensor | undefined): Tensor {
     this.#checkOpen()
     const info = this.info(name)
     const dtype = FROM_SAFETENSORS[info.dtype]
@@ -75,17 +87,17 @@ export class SafetensorsFile implements Disposable {
         `tensor ${JSON.stringify(name)} is ${info.dtype}; halfbyte computes with ${Object.keys(FROM_SAFETENSORS).join(', ')}`,
       )
     }
-    if (info.shape.length > 6) {
+    if (shape.length > 6) {
       throw checkpointError(
         this.path,
-        `tensor ${JSON.stringify(name)} has ${info.shape.length} dimensions, the limit is 6`,
+        `tensor ${JSON.stringify(name)} has ${shape.length} dimensions, the limit is 6`,
       )
     }
     const target = toDevice(on)
     const handle = rethrow(() =>
-      this.#file.tensor(target.native, DTYPES[dtype].id, info.shape, info.begin, after?.handle),
+      this.#file.tensor(target.native, DTYPES[dtype].id, shape, begin, after?.handle),
     )
-    return new Tensor(handle, target, dtype, info.shape)
+    return new Tensor(handle, target, dtype, shape)
   }
 
   /** The tensor's bytes, copied. */
