@@ -11,6 +11,7 @@ import { FiniteCheck } from '../nn/finite.js'
 import type { Module } from '../nn/module.js'
 import type { PackedWeight } from '../nn/packed.js'
 import type { Parameter } from '../nn/parameter.js'
+import type { StateEntry } from '../nn/state_dict.js'
 import type { Device } from '../tensor/device.js'
 import type { DType } from '../tensor/dtype.js'
 import { fillInto } from '../tensor/ops/layout.js'
@@ -20,7 +21,7 @@ import type { Layout } from './dispatch.js'
 import type { TensorInfo } from './header.js'
 import { DISK } from './max_memory.js'
 import { SafetensorsFile } from './safetensors.js'
-import { makeFolder, writeSafetensors } from './write.js'
+import { makeFolder, writeEntries } from './write.js'
 
 /** Tensors of fewer bytes stay in memory: a read of its own costs more than they take. */
 const SMALL = 64 << 10
@@ -146,14 +147,16 @@ export class DiskOffload {
     if (value.shape.length !== info.shape.length || value.shape.some((n, i) => n !== info.shape[i])) return
     tidy(() => finite.begin(isContiguous ? value : value.transpose(-2, -1)))
     const file = this.#open(info.file)
-    parameter.offload(() => {
-      const wanted = parameter.dtype ?? dtype
-      if (!isContiguous) return this.#turned(file, info, wanted)
-      const stored = file.tensor(info.name, this.#device, this.#after())
-      const converted = stored.to(wanted)
+    const wanted = () => parameter.dtype ?? dtype
+    const read = (on: Device, after?: Tensor) => {
+      const stored = file.tensor(info.name, on, after)
+      const converted = stored.to(wanted())
       if (converted !== stored) stored.dispose()
       return converted
-    })
+    }
+    const bringIn = () =>
+      isContiguous ? read(this.#device, this.#after()) : this.#turned(file, info, wanted())
+    parameter.offload({ bringIn, read })
   }
 
   /** Matrices that lie in memory the other way round than in the file, piece by piece. */
@@ -182,36 +185,33 @@ export class DiskOffload {
     const made = unit.packed.filter(({ parts }) => parts.size <= 1)
     let written: SafetensorsFile | undefined
     if (made.length > 0) {
-      const tensors = new Map<string, Tensor>()
+      const entries = new Map<string, StateEntry>()
       for (const { path, weight } of made) {
-        for (const [name, tensor] of await weight.entries())
-          tensors.set(path === '' ? name : `${path}.${name}`, tensor)
+        for (const [name, entry] of await weight.entries())
+          entries.set(path === '' ? name : `${path}.${name}`, entry)
       }
-      try {
-        written = await this.#write(unit.path, tensors)
-      } finally {
-        for (const tensor of tensors.values()) tensor.dispose()
-      }
+      written = await this.#write(unit.path, entries)
     }
     for (const { path, weight, parts } of unit.packed) {
       const own = (name: string) => (path === '' ? name : `${path}.${name}`)
       // opened now, so that it is these bytes that are read, whatever takes the file's place
       const files = new Map([...parts].map(([name, info]) => [name, this.#open(info.file)]))
-      weight.offload((name) =>
-        parts.size <= 1
-          ? written!.tensor(own(name), this.#device, this.#after())
-          : files.get(name)!.tensor(parts.get(name)!.name, this.#device, this.#after()),
-      )
+      weight.offload((name, on) => {
+        const [device, after] = on ? [on, undefined] : [this.#device, this.#after()]
+        return parts.size <= 1
+          ? written!.tensor(own(name), device, after)
+          : files.get(name)!.tensor(parts.get(name)!.name, device, after)
+      })
     }
   }
 
   /** Writes a file that is there as long as it is open: its name goes at once, so that nothing is left behind. */
-  async #write(path: string, tensors: ReadonlyMap<string, Tensor>): Promise<SafetensorsFile> {
+  async #write(path: string, entries: ReadonlyMap<string, StateEntry>): Promise<SafetensorsFile> {
     const folder = this.#folder!
     await makeFolder(folder)
     const name = join(folder, `${path || 'model'}.${randomUUID()}.safetensors`)
     try {
-      await writeSafetensors(name, tensors)
+      await writeEntries(name, entries)
       const file = SafetensorsFile.open(name)
       this.#files.set(name, file)
       return file

@@ -8,8 +8,9 @@ import { existsSync, statSync } from 'node:fs'
 import { mkdir, open, readdir, readFile, rename, rm, type FileHandle } from 'node:fs/promises'
 import { basename, dirname, join, resolve } from 'node:path'
 import { HalfbyteError } from '../errors.js'
-import type { DType } from '../tensor/dtype.js'
-import type { Tensor } from '../tensor/tensor.js'
+import { entryOf, type StateEntry } from '../nn/state_dict.js'
+import { DTYPES, type DType } from '../tensor/dtype.js'
+import { sizeOf, type Tensor } from '../tensor/tensor.js'
 import { jsonText } from './json.js'
 import { INDEX_FILE, SINGLE_FILE } from './source.js'
 
@@ -136,7 +137,18 @@ export async function replaceFiles(
   await handle?.close()
 }
 
-export function layout(tensors: ReadonlyMap<string, Tensor>): { header: Buffer; order: string[] } {
+/** What is written: tensors by name, read one after the other. */
+type Entries = ReadonlyMap<string, StateEntry>
+
+const entriesOf = (tensors: ReadonlyMap<string, Tensor>): Entries =>
+  new Map([...tensors].map(([name, tensor]) => [name, entryOf(tensor)]))
+
+const bytesOf = ({ dtype, shape }: StateEntry): number => sizeOf(shape) * DTYPES[dtype].bytes
+
+const totalOf = (entries: Entries): number =>
+  [...entries.values()].reduce((sum, entry) => sum + bytesOf(entry), 0)
+
+function layout(tensors: Entries): { header: Buffer; order: string[] } {
   const names = [...tensors.keys()].sort((a, b) => {
     const [x, y] = [TO_SAFETENSORS[tensors.get(a)!.dtype], TO_SAFETENSORS[tensors.get(b)!.dtype]]
     return RANK.indexOf(x) - RANK.indexOf(y) || Buffer.compare(Buffer.from(a), Buffer.from(b))
@@ -145,7 +157,7 @@ export function layout(tensors: ReadonlyMap<string, Tensor>): { header: Buffer; 
   let at = 0
   for (const name of names) {
     const tensor = tensors.get(name)!
-    const end = at + tensor.nbytes
+    const end = at + bytesOf(tensor)
     entries.push([
       name,
       { dtype: TO_SAFETENSORS[tensor.dtype], shape: tensor.shape, data_offsets: [at, end] },
@@ -167,25 +179,34 @@ export async function writeSafetensors(
   tensors: ReadonlyMap<string, Tensor>,
   options: WriteOptions = {},
 ): Promise<void> {
-  const total = [...tensors.values()].reduce((sum, tensor) => sum + tensor.nbytes, 0)
+  await writeEntries(path, entriesOf(tensors), options)
+}
+
+/** Writes one file of tensors that are read one after the other. */
+export async function writeEntries(
+  path: string,
+  entries: Entries,
+  options: WriteOptions = {},
+): Promise<void> {
   await replaceFiles(dirname(path), (files) =>
-    addSafetensors(files, basename(path), tensors, options, { written: 0, total }),
+    addSafetensors(files, basename(path), entries, options, { written: 0, total: totalOf(entries) }),
   )
 }
 
 async function addSafetensors(
   files: Replacement,
   name: string,
-  tensors: ReadonlyMap<string, Tensor>,
+  entries: Entries,
   options: WriteOptions,
   progress: Progress,
 ): Promise<void> {
-  const { header, order } = layout(tensors)
+  const { header, order } = layout(entries)
   await files.write(name, async (file) => {
     await writeAll(file, header)
     for (const tensor of order) {
       options.signal?.throwIfAborted()
-      const data = await tensors.get(tensor)!.data()
+      const read = await entries.get(tensor)!.read()
+      const data = await read.data().finally(() => read.dispose())
       await writeAll(file, new Uint8Array(data.buffer, data.byteOffset, data.byteLength))
       progress.written += data.byteLength
       options.onProgress?.({ writtenBytes: progress.written, totalBytes: progress.total, tensor })
@@ -215,32 +236,24 @@ export function parseSize(size: number | string): number {
 }
 
 /** Tensors in the order given, cut into shards of at most `limit` bytes; a larger tensor gets one of its own. */
-function shardNames(tensors: ReadonlyMap<string, Tensor>, limit: number): string[][] {
+function shardNames(tensors: Entries, limit: number): string[][] {
   const shards: string[][] = [[]]
   let bytes = 0
   for (const [name, tensor] of tensors) {
-    if (bytes > 0 && bytes + tensor.nbytes > limit) {
+    if (bytes > 0 && bytes + bytesOf(tensor) > limit) {
       shards.push([])
       bytes = 0
     }
     shards.at(-1)!.push(name)
-    bytes += tensor.nbytes
+    bytes += bytesOf(tensor)
   }
   return shards
 }
 
 /** A state dict without repetitions: of names that share one tensor the first. */
-function withoutTies(state: ReadonlyMap<string, Tensor>): Map<string, Tensor> {
-  const seen = new Map<number, Tensor>()
-  const unique = new Map<string, Tensor>()
-  for (const [name, tensor] of state) {
-    const first = tensor.size > 0 ? seen.get(tensor.storageId) : undefined
-    if (first && first.offset === tensor.offset && first.size === tensor.size && first.dtype === tensor.dtype)
-      continue
-    if (!first) seen.set(tensor.storageId, tensor)
-    unique.set(name, tensor)
-  }
-  return unique
+function withoutTies(state: Entries): Entries {
+  const seen = new Set<unknown>()
+  return new Map([...state].filter(([, { key }]) => !seen.has(key) && seen.add(key)))
 }
 
 /**
@@ -256,7 +269,7 @@ export async function saveStateDict(
   await makeFolder(folder)
   let names: string[] = []
   await replaceFiles(folder, async (files) => {
-    names = await addStateDict(files, folder, state, { ...options, maxShardSize: limit })
+    names = await addStateDict(files, folder, entriesOf(state), { ...options, maxShardSize: limit })
   })
   return names
 }
@@ -265,11 +278,11 @@ export async function saveStateDict(
 export async function addStateDict(
   files: Replacement,
   folder: string,
-  state: ReadonlyMap<string, Tensor>,
+  state: Entries,
   options: WriteOptions & { maxShardSize: number },
 ): Promise<string[]> {
   const tensors = withoutTies(state)
-  const total = [...tensors.values()].reduce((sum, tensor) => sum + tensor.nbytes, 0)
+  const total = totalOf(tensors)
   const shards = shardNames(tensors, options.maxShardSize)
   const digits = (n: number) => String(n).padStart(5, '0')
   const names = shards.map((_, i) =>

@@ -29,7 +29,10 @@ const COPIED = [
   'chat_template.jinja',
 ]
 
-/** All files of the folder are replaced together: when one cannot be written, an older save in it stays whole. */
+/**
+ * All files of the folder are replaced together: when one cannot be written, an older save in it stays whole. One tensor
+ * at a time is read, wherever it lies.
+ */
 export async function savePretrained(
   model: CausalLM,
   folder: string,
@@ -38,21 +41,17 @@ export async function savePretrained(
   const maxShardSize = parseSize(options.maxShardSize ?? DEFAULT_SHARD_SIZE)
   await makeFolder(folder)
   const config = savedConfig(model)
-  const state = await model.stateDict()
-  try {
-    await replaceFiles(folder, async (files) => {
-      const written = { ...options, maxShardSize, totalParameters: model.numParameters() }
-      await addStateDict(files, folder, state, written)
-      await addJson(files, 'config.json', config)
-      if (model.folder === undefined || resolve(model.folder) === resolve(folder)) return
-      for (const name of COPIED) {
-        const from = join(model.folder, name)
-        if (existsSync(from)) await addCopy(files, name, from)
-      }
-    })
-  } finally {
-    for (const tensor of state.values()) tensor.dispose()
-  }
+  const state = await model.stateEntries()
+  await replaceFiles(folder, async (files) => {
+    const written = { ...options, maxShardSize, totalParameters: model.numParameters() }
+    await addStateDict(files, folder, state, written)
+    await addJson(files, 'config.json', config)
+    if (model.folder === undefined || resolve(model.folder) === resolve(folder)) return
+    for (const name of COPIED) {
+      const from = join(model.folder, name)
+      if (existsSync(from)) await addCopy(files, name, from)
+    }
+  })
 }
 
 /** How the model's layers are quantised, if they are: one way for all, or a config.json cannot say it. */

@@ -22,7 +22,14 @@ import { refuseSpread } from './hooks.js'
 import type { PackedWeight } from './packed.js'
 import { moveModule, type MoveTarget } from './moving.js'
 import { Parameter, TensorProperty } from './parameter.js'
-import { loadStateDict, ownProblems, type LoadStateDictResult, type OwnProblems } from './state_dict.js'
+import {
+  loadStateDict,
+  ownProblems,
+  readEntries,
+  type LoadStateDictResult,
+  type OwnProblems,
+  type StateEntry,
+} from './state_dict.js'
 
 export abstract class Module implements Disposable {
   /** Set by train() and eval(). */
@@ -207,14 +214,20 @@ export abstract class Module implements Disposable {
 
   /**
    * Every tensor of the model by its name in checkpoints. The tensors share the model's memory (what had to be made
-   * for the occasion aside); disposing them leaves the model as it is. Tied ones share a storageId.
+   * for the occasion aside); disposing them leaves the model as it is. Tied ones share a storageId. What lies on the disk
+   * is read, all of it, into main memory: stateEntries() and savePretrained() read one tensor after the other.
    */
   async stateDict(): Promise<Map<string, Tensor>> {
-    const state = new Map<string, Tensor>()
+    return readEntries(await this.stateEntries())
+  }
+
+  /** The state dict before it is read: the dtype and shape of each tensor, and read(), which gives it to the caller. */
+  async stateEntries(): Promise<Map<string, StateEntry>> {
+    const entries = new Map<string, StateEntry>()
     for (const [prefix, module] of this.#places()) {
-      for (const [name, tensor] of await module.ownState()) state.set(join(prefix, name), tensor)
+      for (const [name, entry] of await module.ownEntries()) entries.set(join(prefix, name), entry)
     }
-    return state
+    return entries
   }
 
   /**
@@ -244,10 +257,13 @@ export abstract class Module implements Disposable {
   }
 
   /** Own entries of the state dict: weights, other parameters, and the statistics of packed weights. */
-  async ownState(): Promise<[string, Tensor][]> {
-    const packed: [string, Tensor][][] = []
+  async ownEntries(): Promise<[string, StateEntry][]> {
+    const packed: [string, StateEntry][][] = []
     for (const weight of this.ownPacked()) packed.push(await weight.entries())
-    const plain = [...this.#plain()].map(([name, parameter]): [string, Tensor] => [name, parameter.share()])
+    const plain = [...this.#plain()].map(([name, parameter]): [string, StateEntry] => [
+      name,
+      parameter.stateEntry(),
+    ])
     return [
       ...packed.flatMap((entries) => entries.slice(0, 1)),
       ...plain,

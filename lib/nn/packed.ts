@@ -1,7 +1,12 @@
 /** A weight that is kept in another form than a tensor of its shape: what a module needs to know about it. */
 import type { Device } from '../tensor/device.js'
 import type { Tensor } from '../tensor/tensor.js'
-import type { OwnProblems } from './state_dict.js'
+import type { OwnProblems, StateEntry } from './state_dict.js'
+
+/** The tensor on a device, as one of the caller's own. */
+export function onDevice(tensor: Tensor, device: Device): Tensor {
+  return tensor.device === device ? tensor.share() : tensor.to(device)
+}
 
 /** Names are those of the module that holds the weight: 'weight', 'weight.absmax', ... */
 export interface PackedWeight {
@@ -14,7 +19,7 @@ export interface PackedWeight {
   /** Takes over one tensor. */
   load(name: string, tensor: Tensor): Promise<void>
   /** Entries of the state dict. */
-  entries(): Promise<[string, Tensor][]>
+  entries(): Promise<[string, StateEntry][]>
   /** Tensors besides the parameter that holds the codes. */
   statistics(): Iterable<[string, Tensor]>
   /** NaN and infinite elements of what was quantised. */
@@ -23,9 +28,9 @@ export interface PackedWeight {
   move(device: Device): void
   /**
    * Frees what is large and leaves it to `read`, which gives it by the names and in the form of checkpoints ('weight',
-   * 'weight.absmax') whenever it is brought in.
+   * 'weight.absmax') whenever it is brought in, or asked for `on` another device.
    */
-  offload(read: (name: string) => Tensor): void
+  offload(read: (name: string, on?: Device) => Tensor): void
   /** Has an offloaded weight in memory until release(). */
   bringIn(): void
   release(): void

@@ -8,6 +8,7 @@ import { device as toDevice, type Device, type DeviceLike } from '../tensor/devi
 import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
 import { sizeOf, Tensor, type Shape } from '../tensor/tensor.js'
 import { keep } from '../tensor/tidy.js'
+import { entryOf, type StateEntry } from './state_dict.js'
 
 /** Where a module's tensors go: a device, or 'meta' for shapes without memory, to be loaded later. */
 export type Placement = DeviceLike | 'meta'
@@ -20,6 +21,14 @@ export interface ParameterOptions {
   init?: ((shape: Shape) => Float32Array) | undefined
   /** Elements that it stands for, where that is not the size of its tensor (packed weights). */
   numel?: number | undefined
+}
+
+/** Where the value of an offloaded parameter comes from. */
+export interface ParameterSource {
+  /** As its module computes with it. */
+  bringIn(): Tensor
+  /** On another device, for whoever asks. */
+  read(on: Device): Tensor
 }
 
 interface MetaScope {
@@ -70,7 +79,7 @@ export class Parameter implements Disposable {
   #device: Device | undefined
   #value: Tensor | undefined
   /** Makes the value anew whenever it is needed. */
-  #source: (() => Tensor) | undefined
+  #source: ParameterSource | undefined
   #disposed = false
   #requiresGrad = false
 
@@ -182,7 +191,7 @@ export class Parameter implements Disposable {
   }
 
   /** Frees the value and leaves it to `source`, which makes one whenever it is brought in. */
-  offload(source: () => Tensor): void {
+  offload(source: ParameterSource): void {
     this.#value?.dispose()
     this.#value = undefined
     this.#source = source
@@ -190,7 +199,7 @@ export class Parameter implements Disposable {
 
   /** Has the value of an offloaded parameter in memory until release(). */
   bringIn(): void {
-    if (this.#source && !this.#value) this.#value = keep(this.#source())
+    if (this.#source && !this.#value) this.#value = keep(this.#source.bringIn())
   }
 
   release(): void {
@@ -199,9 +208,15 @@ export class Parameter implements Disposable {
     this.#value = undefined
   }
 
-  /** The value as a tensor of the caller's own, without gradient, also of an offloaded parameter. */
+  /** The value as a tensor of the caller's own, without gradient; that of an offloaded parameter is read, to the CPU. */
   share(): Tensor {
-    return this.#value || !this.#source ? this.value.detach() : this.#source()
+    return this.#value || !this.#source ? this.value.detach() : this.#source.read(toDevice('cpu'))
+  }
+
+  /** Its entry in state dicts. */
+  stateEntry(): StateEntry {
+    if (this.#value || !this.#source) return entryOf(this.value)
+    return { dtype: this.dtype!, shape: this.shape, key: this, read: () => this.share() }
   }
 
   /** Why a tensor cannot be loaded here, or undefined when it can. */

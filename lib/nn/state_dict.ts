@@ -1,9 +1,44 @@
 /** Checks and loading of whole state dicts; see Module.loadStateDict. */
 import { HalfbyteError } from '../errors.js'
-import type { Tensor } from '../tensor/tensor.js'
+import type { DType } from '../tensor/dtype.js'
+import type { Shape, Tensor } from '../tensor/tensor.js'
 import type { Module } from './module.js'
 import type { Parameter } from './parameter.js'
 import { refreshCopies, tiedCopies } from './tied.js'
+
+/** A tensor of a state dict that is not read yet. */
+export interface StateEntry {
+  readonly dtype: DType
+  readonly shape: Shape
+  /** Entries with one key are one tensor: tied. */
+  readonly key: unknown
+  /** A tensor of the caller's own; on the CPU where the weight lies on the disk. */
+  read(): Tensor | Promise<Tensor>
+}
+
+/** The entry of a tensor that is in memory. */
+export function entryOf(tensor: Tensor): StateEntry {
+  const { dtype, shape, storageId, offset, size } = tensor
+  const key = size > 0 ? `${storageId} ${offset} ${size} ${dtype}` : {}
+  return { dtype, shape, key, read: () => tensor.detach() }
+}
+
+/** Reads entries, tied ones once. */
+export async function readEntries(entries: ReadonlyMap<string, StateEntry>): Promise<Map<string, Tensor>> {
+  const state = new Map<string, Tensor>()
+  const made = new Map<unknown, Tensor>()
+  try {
+    for (const [name, { key, read }] of entries) {
+      const tensor = made.get(key)?.share() ?? (await read())
+      made.set(key, tensor)
+      state.set(name, tensor)
+    }
+    return state
+  } catch (error) {
+    for (const tensor of state.values()) tensor.dispose()
+    throw error
+  }
+}
 
 export interface LoadStateDictResult {
   missing: string[]

@@ -11,16 +11,16 @@
 import { HalfbyteError } from '../errors.js'
 import { quantize4bit } from '../quantization/functional.js'
 import { QuantState } from '../quantization/quant_state.js'
-import type { Device } from '../tensor/device.js'
+import { device as toDevice, type Device } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { bestLayout4, dequantizeBlocks4, type Packed4, type QuantType } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import { FiniteCheck } from './finite.js'
 import type { Init } from './init.js'
-import type { PackedWeight } from './packed.js'
+import { onDevice, type PackedWeight } from './packed.js'
 import type { Parameter } from './parameter.js'
-import type { OwnProblems } from './state_dict.js'
+import { entryOf, type OwnProblems, type StateEntry } from './state_dict.js'
 
 export interface Weight4Options {
   quantType: QuantType
@@ -66,9 +66,11 @@ export class Weight4 implements PackedWeight {
   #state: QuantState | undefined
   #operand: Packed4 | undefined
   #parts = new Map<string, Tensor>()
+  /** Of the state dict's entries that are made when they are read. */
+  readonly #keys = { weight: {}, absmax: {}, values: {} }
   /** What stays of the state of an offloaded weight. */
   #kept: QuantState | undefined
-  #read: ((name: string) => Tensor) | undefined
+  #read: ((name: string, on?: Device) => Tensor) | undefined
 
   constructor(n: number, k: number, codes: Parameter, options: Weight4Options) {
     this.n = n
@@ -286,31 +288,67 @@ export class Weight4 implements PackedWeight {
     yield ['weight.nested_offset', state.offset!]
   }
 
-  async entries(): Promise<[string, Tensor][]> {
-    this.bringIn()
-    try {
-      return await this.#entries()
-    } finally {
-      this.release()
+  async entries(): Promise<[string, StateEntry][]> {
+    const read = this.#read
+    const state = (this.#state ?? this.#kept)!
+    const { quantStorage } = this.#options
+    const text = new TextEncoder().encode(await state.packedValues())
+    const device = read ? toDevice('cpu') : state.absmax.device
+    const flat = (part: (codes: Tensor, absmax: Tensor) => Tensor) => {
+      const made = this.#state!.withLayout(this.codes.value, 'flat')
+      try {
+        return part(made.codes, made.state.absmax)
+      } finally {
+        made.codes.dispose()
+        made.state.dispose()
+      }
     }
-  }
-
-  async #entries(): Promise<[string, Tensor][]> {
-    const { codes, state } = this.#state!.withLayout(this.codes.value, 'flat')
-    const flat = codes.reshape(-1)
-    const stored = flat.bitcast(this.#options.quantStorage)
-    const entries: [string, Tensor][] = [['weight', stored.reshape(-1, 1)]]
-    for (const tensor of [codes, flat, stored]) tensor.dispose()
-    for (const [name, tensor] of await state.asDict(true)) entries.push([`weight.${name}`, tensor])
-    state.dispose()
-    return entries
+    const stored = (codes: Tensor) =>
+      tidy(() => codes.reshape(-1).bitcast('uint8').bitcast(quantStorage).reshape(-1, 1))
+    const weight: StateEntry = {
+      dtype: quantStorage,
+      shape: [packedBytes(this.n, this.k) / DTYPES[quantStorage].bytes, 1],
+      key: this.#keys.weight,
+      read: () => (read ? tidy(() => stored(read('weight', device))) : flat(stored)),
+    }
+    const absmax: StateEntry = {
+      dtype: state.absmax.dtype,
+      shape: [Math.ceil((this.n * this.k) / state.blocksize)],
+      key: this.#keys.absmax,
+      read: () => (read ? read('weight.absmax', device) : flat((_, statistics) => statistics.share())),
+    }
+    const table = (tensor: Tensor): StateEntry => ({
+      ...entryOf(tensor),
+      read: () => onDevice(tensor, device),
+    })
+    const { code, state2, quantType } = state
+    return [
+      ['weight', weight],
+      ['weight.absmax', absmax],
+      ['weight.quant_map', table(code)],
+      ...(state2
+        ? ([
+            ['weight.nested_absmax', table(state2.absmax)],
+            ['weight.nested_quant_map', table(state2.code)],
+          ] as [string, StateEntry][])
+        : []),
+      [
+        `weight.quant_state.bitsandbytes__${quantType}`,
+        {
+          dtype: 'uint8',
+          shape: [text.length],
+          key: this.#keys.values,
+          read: () => Tensor.from(text, { device }),
+        },
+      ],
+    ]
   }
 
   nonfinite(): Promise<number> {
     return this.#finite.count()
   }
 
-  offload(read: (name: string) => Tensor): void {
+  offload(read: (name: string, on?: Device) => Tensor): void {
     const state = this.#state!
     this.#read = read
     // all but the absmax is a table, or small
@@ -326,11 +364,14 @@ export class Weight4 implements PackedWeight {
         code: state.state2.code.share(),
       },
     })
-    this.codes.offload(() => {
-      const weight = read('weight')
-      const bytes = asBytes(weight)
+    const bytes = (weight: Tensor) => {
+      const made = asBytes(weight)
       weight.dispose()
-      return bytes
+      return made
+    }
+    this.codes.offload({
+      bringIn: () => bytes(read('weight')),
+      read: (on) => bytes(read('weight', on)),
     })
     this.#letGo()
   }

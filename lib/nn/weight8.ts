@@ -5,7 +5,7 @@
  */
 import { HalfbyteError } from '../errors.js'
 import { noGrad } from '../tensor/autograd.js'
-import type { Device } from '../tensor/device.js'
+import { device as toDevice, type Device } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { int8DequantizeRows, int8QuantizeRows } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
@@ -13,8 +13,8 @@ import { keep, tidy } from '../tensor/tidy.js'
 import { FiniteCheck } from './finite.js'
 import type { Init } from './init.js'
 import type { Parameter } from './parameter.js'
-import type { PackedWeight } from './packed.js'
-import type { OwnProblems } from './state_dict.js'
+import { onDevice, type PackedWeight } from './packed.js'
+import { entryOf, type OwnProblems, type StateEntry } from './state_dict.js'
 
 export interface Weight8Options {
   keepFloat: boolean
@@ -186,9 +186,8 @@ export class Weight8 implements PackedWeight {
 
   /** Becomes a copy of another weight, on a device. */
   copy(from: Weight8, device: Device): void {
-    const copied = (tensor: Tensor) => (tensor.device === device ? tensor.share() : tensor.to(device))
     this.sourceDtype = from.sourceDtype
-    this.#replace(copied(from.place.value), from.#scb && copied(from.#scb))
+    this.#replace(onDevice(from.place.value, device), from.#scb && onDevice(from.#scb, device))
   }
 
   /** Quantises first values of [n, k]. */
@@ -223,11 +222,24 @@ export class Weight8 implements PackedWeight {
     if (this.#scb) yield ['SCB', this.#scb]
   }
 
-  entries(): Promise<[string, Tensor][]> {
-    const weight: [string, Tensor] = ['weight', this.place.share()]
-    if (!this.#scb) return Promise.resolve([weight])
-    const format = Tensor.from(Uint8Array.of(0), { shape: [], device: this.#scb.device })
-    return Promise.resolve([weight, ['SCB', this.#scb.share()], ['weight_format', format]])
+  entries(): Promise<[string, StateEntry][]> {
+    const weight: [string, StateEntry] = ['weight', this.place.stateEntry()]
+    const scb = this.#scb
+    if (!scb) return Promise.resolve([weight])
+    const device = this.place.isOffloaded ? toDevice('cpu') : scb.device
+    return Promise.resolve([
+      weight,
+      ['SCB', { ...entryOf(scb), read: () => onDevice(scb, device) }],
+      [
+        'weight_format',
+        {
+          dtype: 'uint8',
+          shape: [],
+          key: this.#options,
+          read: () => Tensor.from(Uint8Array.of(0), { shape: [], device }),
+        },
+      ],
+    ])
   }
 
   nonfinite(): Promise<number> {
@@ -239,8 +251,8 @@ export class Weight8 implements PackedWeight {
     return 'whose int8 weight has no float dtype to change; dequantize() the model first, or load it with another dtype'
   }
 
-  offload(read: (name: string) => Tensor): void {
-    this.place.offload(() => read('weight'))
+  offload(read: (name: string, on?: Device) => Tensor): void {
+    this.place.offload({ bringIn: () => read('weight'), read: (on) => read('weight', on) })
   }
 
   bringIn(): void {

@@ -149,6 +149,20 @@ export class QuantState implements Disposable {
   async asDict(packed = false): Promise<Map<string, StateValue>> {
     if (this.layout !== 'flat')
       broken("asDict: checkpoints hold the flat layout; call withLayout(codes, 'flat')")
+    const all = await this.#values()
+    const tensors = [...all].filter(([name]) => TENSORS.includes(name)) as [string, Tensor][]
+    const shared = tensors.map(([name, tensor]) => [name, tensor.share()] as const)
+    if (!packed) return new Map([...all, ...shared])
+    const bytes = Tensor.from(new TextEncoder().encode(packedText(all)), { device: this.absmax.device })
+    return new Map([...shared, [`quant_state.${PREFIX}${this.quantType}`, bytes]])
+  }
+
+  /** The JSON text that the packed form has besides its tensors. */
+  async packedValues(): Promise<string> {
+    return packedText(await this.#values())
+  }
+
+  async #values(): Promise<Map<string, StateValue>> {
     const offset = this.offset && (await this.offset.item())
     const { state2 } = this
     const all = new Map<string, StateValue>([
@@ -166,14 +180,7 @@ export class QuantState implements Disposable {
       all.set('nested_dtype', state2.dtype)
       all.set('nested_offset', offset)
     }
-    const tensors = [...all].filter(([name]) => TENSORS.includes(name)) as [string, Tensor][]
-    const shared = tensors.map(([name, tensor]) => [name, tensor.share()] as const)
-    if (!packed) return new Map([...all, ...shared])
-    const text = `{${VALUES.filter((name) => all.has(name))
-      .map((name) => `"${name}": ${pythonJson(name, all.get(name))}`)
-      .join(', ')}}`
-    const bytes = Tensor.from(new TextEncoder().encode(text), { device: this.absmax.device })
-    return new Map([...shared, [`quant_state.${PREFIX}${this.quantType}`, bytes]])
+    return all
   }
 
   /**
@@ -241,6 +248,14 @@ export class QuantState implements Disposable {
   [Symbol.dispose](): void {
     this.dispose()
   }
+}
+
+/** What is no tensor, as JSON. */
+function packedText(all: ReadonlyMap<string, StateValue>): string {
+  const members = VALUES.filter((name) => all.has(name)).map(
+    (name) => `"${name}": ${pythonJson(name, all.get(name))}`,
+  )
+  return `{${members.join(', ')}}`
 }
 
 /** A value as Python's json.dumps writes it. */
