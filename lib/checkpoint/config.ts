@@ -3,6 +3,7 @@ import { join } from 'node:path'
 import { HalfbyteError } from '../errors.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { memberTexts, parseObject, readJsonFile, readTextFile } from './json.js'
+import { finishSave } from './replace.js'
 
 type Json = Record<string, unknown>
 
@@ -138,6 +139,7 @@ export class ConfigReader {
 
 /** config.json of a folder. */
 export function readConfig(folder: string): ConfigReader {
+  finishSave(folder)
   const file = join(folder, 'config.json')
   const text = readTextFile(file)
   if (text === undefined) {

@@ -20,8 +20,9 @@ import { keep, tidy } from '../tensor/tidy.js'
 import type { Layout } from './dispatch.js'
 import type { TensorInfo } from './header.js'
 import { DISK } from './max_memory.js'
+import { makeFolder } from './replace.js'
 import { SafetensorsFile } from './safetensors.js'
-import { makeFolder, writeEntries } from './write.js'
+import { writeEntries } from './write.js'
 
 /** Tensors of fewer bytes stay in memory: a read of its own costs more than they take. */
 const SMALL = 64 << 10

@@ -8,10 +8,8 @@ import type { DeviceLike } from '../tensor/device.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { checkpointError, type TensorInfo } from './header.js'
 import { readJsonFile } from './json.js'
+import { finishSave, INDEX_FILE, isPlainName, SINGLE_FILE } from './replace.js'
 import { SafetensorsFile } from './safetensors.js'
-
-export const SINGLE_FILE = 'model.safetensors'
-export const INDEX_FILE = 'model.safetensors.index.json'
 
 export class Checkpoint implements Disposable {
   /** The folder, or the file, that it was opened from. */
@@ -30,7 +28,9 @@ export class Checkpoint implements Disposable {
   /** Opens a folder with model.safetensors or an index, a safetensors file, or an index file. */
   static open(path: string): Checkpoint {
     if (!existsSync(path)) throw checkpointError(path, 'there is no such file or folder')
-    if (!statSync(path).isDirectory()) {
+    const isFolder = statSync(path).isDirectory()
+    finishSave(isFolder ? path : dirname(path))
+    if (!isFolder) {
       return path.endsWith('.index.json') ? Checkpoint.#sharded(path) : Checkpoint.#single(path)
     }
     const single = join(path, SINGLE_FILE)
@@ -127,13 +127,7 @@ function readWeightMap(path: string): Map<string, string> {
     throw checkpointError(path, 'has no weight_map, an object that gives the shard of each tensor')
   }
   for (const [tensor, shard] of Object.entries(map)) {
-    // a shard lies beside the index: its name is no path to anywhere else
-    if (
-      typeof shard !== 'string' ||
-      shard === '' ||
-      basename(shard) !== shard ||
-      /[\\\0]|^\.\.?$/.test(shard)
-    ) {
+    if (!isPlainName(shard)) {
       throw checkpointError(
         path,
         `places tensor ${JSON.stringify(tensor)} in ${JSON.stringify(shard)}, which is not a plain file name`,

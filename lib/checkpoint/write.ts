@@ -1,18 +1,15 @@
 /**
  * Writing safetensors, as Python's writer lays them out: tensors by falling alignment of their dtype, then by name;
- * the header padded to a multiple of 8. Files are written beside their places, flushed to the disk and then moved there
- * together: what stood there before is whole until all of the new is. One tensor at a time is in memory.
+ * the header padded to a multiple of 8. Files are replaced all together: see replace.ts. One tensor at a time is in memory.
  */
-import { randomUUID } from 'node:crypto'
-import { existsSync, statSync } from 'node:fs'
-import { mkdir, open, readdir, readFile, rename, rm, type FileHandle } from 'node:fs/promises'
-import { basename, dirname, join, resolve } from 'node:path'
+import { readdir, readFile, type FileHandle } from 'node:fs/promises'
+import { basename, dirname } from 'node:path'
 import { HalfbyteError } from '../errors.js'
 import { entryOf, type StateEntry } from '../nn/state_dict.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { sizeOf, type Tensor } from '../tensor/tensor.js'
 import { jsonText } from './json.js'
-import { INDEX_FILE, SINGLE_FILE } from './source.js'
+import { INDEX_FILE, makeFolder, replaceFiles, SINGLE_FILE, writeError, type Replacement } from './replace.js'
 
 const TO_SAFETENSORS: Readonly<Record<DType, string>> = {
   float32: 'F32',
@@ -40,101 +37,6 @@ export interface WriteOptions {
 interface Progress {
   written: number
   total: number
-}
-
-/** A failed write as an error that says which file it was about. */
-export function writeError(path: string, cause: unknown): unknown {
-  const code = (cause as NodeJS.ErrnoException | undefined)?.code
-  if (cause instanceof HalfbyteError || code === undefined || !/^E[A-Z]+$/.test(code)) return cause
-  const what = WHY[code] ?? (cause as Error).message
-  const message = `${path} was not written: ${what}. What was there before is untouched`
-  return new HalfbyteError('ERR_HALFBYTE_IO', message, { cause })
-}
-
-const WHY: Readonly<Record<string, string>> = {
-  ENOSPC: 'the disk is full (ENOSPC)',
-  EDQUOT: 'the disk quota is used up (EDQUOT)',
-  EFBIG: 'the file would be larger than the process or the file system allows (EFBIG)',
-}
-
-/**
- * Creates a folder and those above it. One level at a time: Node's own recursive mkdir never returns where a folder is
- * refused as not there although its parent is, as in /proc.
- */
-export async function makeFolder(folder: string): Promise<void> {
-  if (typeof folder !== 'string' || folder.includes('\0')) {
-    throw new HalfbyteError('ERR_HALFBYTE_VALUE', `${JSON.stringify(folder)} is not the path of a folder`)
-  }
-  try {
-    const above = dirname(resolve(folder))
-    if (!existsSync(above)) await makeFolder(above)
-    await mkdir(folder)
-  } catch (cause) {
-    const exists = (cause as NodeJS.ErrnoException).code === 'EEXIST'
-    if (exists && statSync(folder, { throwIfNoEntry: false })?.isDirectory()) return
-    throw writeError(folder, cause)
-  }
-}
-
-/** Files of a folder that are written beside their places and go there all together. */
-export interface Replacement {
-  /** Writes the file `name`, and flushes it to the disk; `fill` writes to the handle. */
-  write(name: string, fill: (file: FileHandle) => Promise<void>): Promise<void>
-  /** The file `name` goes, when the others are in place. */
-  remove(name: string): void
-}
-
-/**
- * Replaces files of a folder. Until `fill` has returned, every one that was there is whole; when it throws, they stay as
- * they are and nothing else is left behind.
- */
-export async function replaceFiles(
-  folder: string,
-  fill: (files: Replacement) => Promise<void>,
-): Promise<void> {
-  const written = new Map<string, string>()
-  const removed: string[] = []
-  try {
-    await fill({
-      async write(name, fillFile) {
-        const temporary = join(folder, `${name}.${randomUUID()}.tmp`)
-        try {
-          const file = await open(temporary, 'wx')
-          written.set(name, temporary)
-          try {
-            await fillFile(file)
-            await file.sync()
-          } finally {
-            await file.close()
-          }
-        } catch (cause) {
-          throw writeError(join(folder, name), cause)
-        }
-      },
-      remove: (name) => void removed.push(name),
-    })
-  } catch (error) {
-    for (const temporary of written.values()) await rm(temporary, { force: true })
-    throw error
-  }
-  try {
-    for (const [name, temporary] of written) {
-      await rename(temporary, join(folder, name))
-      written.delete(name)
-    }
-    for (const name of removed) await rm(join(folder, name), { force: true })
-  } catch (cause) {
-    for (const temporary of written.values()) await rm(temporary, { force: true })
-    throw new HalfbyteError(
-      'ERR_HALFBYTE_IO',
-      `${folder}: new files could not be moved into place (${(cause as Error).message}); save again`,
-      { cause },
-    )
-  }
-  // the names are on the disk once the folder is; not every file system can, and not every folder may be read
-  const handle = await open(folder, 'r').catch(() => undefined)
-  await handle?.sync().catch(() => {})
-  await handle?.close()
 }
 
 /** What is written: tensors by name, read one after the other. */

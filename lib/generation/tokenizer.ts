@@ -4,6 +4,7 @@ import { basename, join } from 'node:path'
 import { Template } from '@huggingface/jinja'
 import * as tokenizers from '@huggingface/tokenizers'
 import { readJsonFile } from '../checkpoint/json.js'
+import { finishSave } from '../checkpoint/replace.js'
 import { HalfbyteError } from '../errors.js'
 import { TextStream } from './text.js'
 
@@ -95,6 +96,7 @@ export class Tokenizer {
   }
 
   static async fromPretrained(folder: string): Promise<Tokenizer> {
+    finishSave(folder)
     const file = join(folder, 'tokenizer.json')
     const json = readJsonFile(file, 'ERR_HALFBYTE_TOKENIZER')
     if (!json) {

@@ -2,14 +2,13 @@
 import { existsSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import { JsonText } from '../checkpoint/json.js'
+import { makeFolder, replaceFiles } from '../checkpoint/replace.js'
 import {
   addCopy,
   addJson,
   addStateDict,
   DEFAULT_SHARD_SIZE,
-  makeFolder,
   parseSize,
-  replaceFiles,
   type WriteOptions,
 } from '../checkpoint/write.js'
 import { HalfbyteError } from '../errors.js'
