@@ -1,6 +1,17 @@
 /** Modules that hold others in order. */
 import type { Tensor } from '../tensor/tensor.js'
+import { HalfbyteError } from '../errors.js'
+import { refuseSpreadChildren } from './hooks.js'
 import { Module } from './module.js'
+
+function setItem<M extends Module>(list: Module, items: M[], name: string, module: M): void {
+  refuseSpreadChildren(list, 'setChild')
+  if (!Object.hasOwn(items, name)) {
+    const what = `${list.constructor.name} of ${items.length} has no child '${name}'`
+    throw new HalfbyteError('ERR_HALFBYTE_VALUE', `setChild: ${what}`)
+  }
+  items[Number(name)] = module
+}
 
 /** A list of modules: children named '0', '1', ... */
 export class ModuleList<M extends Module = Module> extends Module implements Iterable<M> {
@@ -25,6 +36,7 @@ export class ModuleList<M extends Module = Module> extends Module implements Ite
   }
 
   push(...modules: M[]): number {
+    refuseSpreadChildren(this, 'push')
     return this.#items.push(...modules)
   }
 
@@ -43,7 +55,7 @@ export class ModuleList<M extends Module = Module> extends Module implements Ite
   }
 
   override setChild(name: string, module: Module): void {
-    this.#items[Number(name)] = module as M
+    setItem(this, this.#items, name, module as M)
   }
 
   /** A list computes nothing by itself: loop over it. */
@@ -82,7 +94,7 @@ export class Sequential extends Module implements Iterable<Module> {
   }
 
   override setChild(name: string, module: Module): void {
-    this.#items[Number(name)] = module
+    setItem(this, this.#items, name, module)
   }
 
   /** Results in between are freed as soon as the next module has taken them. */

@@ -190,6 +190,8 @@ export class SplitExperts<L extends Linear = Linear> extends Module implements E
     const found = this.#fused(name)
     if (!found) return super.ownLoad(name, tensor)
     const { stack, part } = found
+    // all of them or none
+    for (const layer of this.#layers(stack)) layer[part]?.refuseOffloaded(tensor)
     const [k, n] = features(this._options, stack)
     const shape = part === 'weight' ? [this.numExperts, k, n] : [this.numExperts, n]
     const whole = new Parameter(shape, { device: 'meta' })

@@ -49,6 +49,12 @@ export function refuseSpread(model: Module, what: string, remedy: string): void 
   throw new HalfbyteError('ERR_HALFBYTE_USAGE', `${what}: a device map has spread this model; ${remedy}`)
 }
 
+/** refuseSpread() for putting a module among the children of one. */
+export function refuseSpreadChildren(parent: Module, what: string): void {
+  if (!spread.has(parent)) return
+  refuseSpread(parent, what, 'load it again without one, replace the module, and then dispatchModel()')
+}
+
 function isPlain(value: object): boolean {
   return Array.isArray(value) || Object.getPrototypeOf(value) === Object.prototype
 }

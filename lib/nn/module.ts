@@ -18,7 +18,7 @@
 import { HalfbyteError } from '../errors.js'
 import type { Device } from '../tensor/device.js'
 import { Tensor } from '../tensor/tensor.js'
-import { refuseSpread } from './hooks.js'
+import { refuseSpread, refuseSpreadChildren } from './hooks.js'
 import type { PackedWeight } from './packed.js'
 import { moveModule, type MoveTarget } from './moving.js'
 import { Parameter, TensorProperty } from './parameter.js'
@@ -30,6 +30,7 @@ import {
   type OwnProblems,
   type StateEntry,
 } from './state_dict.js'
+import { originalOf, refreshCopies, tiedCopies } from './tied.js'
 
 export abstract class Module implements Disposable {
   /** Set by train() and eval(). */
@@ -69,11 +70,12 @@ export abstract class Module implements Disposable {
     return undefined
   }
 
-  /** Puts another module in the place of a child. */
+  /** Puts another module in the place of a child; not in a model that a device map has spread: ERR_HALFBYTE_USAGE. */
   setChild(name: string, module: Module): void {
+    refuseSpreadChildren(this, 'setChild')
     const dot = name.lastIndexOf('.')
     for (const [own, value, key] of this.#properties()) {
-      if (Array.isArray(value) && own === name.slice(0, dot)) {
+      if (Array.isArray(value) && own === name.slice(0, dot) && Object.hasOwn(value, name.slice(dot + 1))) {
         ;(value as Module[])[Number(name.slice(dot + 1))] = module
         return
       }
@@ -304,12 +306,21 @@ export abstract class Module implements Disposable {
   /** Whether the model has a place for a state-dict name. */
   acceptsParameter(path: string): boolean {
     const { module, rest } = this.#resolve(path)
-    return module.ownAccepts(rest)
+    return module.ownAccepts(rest) || originalOf(module, rest) !== undefined
   }
 
-  /** Takes over one tensor by its full name. ERR_HALFBYTE_STATE_DICT for an unknown name or a wrong shape or dtype. */
+  /**
+   * Takes over one tensor by its full name. ERR_HALFBYTE_STATE_DICT for an unknown name or a wrong shape or dtype,
+   * ERR_HALFBYTE_USAGE for what lies on the disk.
+   */
   async loadParameter(path: string, tensor: Tensor): Promise<void> {
     const { module, rest } = this.#resolve(path)
+    const original = originalOf(module, rest)
+    if (original) {
+      original.load(tensor)
+      refreshCopies(this)
+      return
+    }
     if (!module.ownAccepts(rest)) {
       const names = [...module.ownParameters()].map(([name]) => name)
       tensor.dispose()
@@ -322,6 +333,8 @@ export abstract class Module implements Disposable {
       parameter.path ||= rest === name ? path : path.slice(0, path.length - rest.length) + name
     }
     await module.ownLoad(rest, tensor)
+    const own = new Map(module.ownParameters()).get(rest)
+    if (tiedCopies(this).some(({ of }) => of === own)) refreshCopies(this)
   }
 
   /** Names of what has still to be loaded; one of several tied names, as any of them will do. */

@@ -8,7 +8,7 @@ import { device as toDevice, type Device, type DeviceLike } from '../tensor/devi
 import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
 import { sizeOf, Tensor, type Shape } from '../tensor/tensor.js'
 import { keep } from '../tensor/tidy.js'
-import { entryOf, type StateEntry } from './state_dict.js'
+import { entryOf, onDiskError, type StateEntry } from './state_dict.js'
 
 /** Where a module's tensors go: a device, or 'meta' for shapes without memory, to be loaded later. */
 export type Placement = DeviceLike | 'meta'
@@ -234,6 +234,7 @@ export class Parameter implements Disposable {
 
   /** Takes `tensor` over as the value, converted to this parameter's dtype and device. */
   load(tensor: Tensor): void {
+    this.refuseOffloaded(tensor)
     const problem = this.reject(tensor)
     if (problem) {
       tensor.dispose()
@@ -247,8 +248,16 @@ export class Parameter implements Disposable {
     if (old !== converted) old?.dispose()
   }
 
+  /** Disposes `tensor` and throws ERR_HALFBYTE_USAGE where the value lies on the disk. */
+  refuseOffloaded(tensor: Tensor): void {
+    if (!this.#source) return
+    tensor.dispose()
+    throw onDiskError(this.path || 'The parameter')
+  }
+
   /** Puts `tensor` (or nothing) in place without checks; the old value is the caller's again. */
   replace(tensor: Tensor | undefined): void {
+    this.#source = undefined
     this.#value = tensor && keep(tensor)
     if (!tensor) return
     if (this.#requiresGrad) tensor.requiresGrad = true

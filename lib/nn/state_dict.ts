@@ -13,7 +13,7 @@ export interface StateEntry {
   /** Entries with one key are one tensor: tied. */
   readonly key: unknown
   /** A tensor of the caller's own; on the CPU where the weight lies on the disk. */
-  read(): Tensor | Promise<Tensor>
+  readonly read: () => Tensor | Promise<Tensor>
 }
 
 /** The entry of a tensor that is in memory. */
@@ -52,6 +52,14 @@ export interface OwnProblems {
   wrong: { name: string; problem: string }[]
 }
 
+/** The error of whoever would give what lies on the disk another value. */
+export function onDiskError(what: string): HalfbyteError {
+  return new HalfbyteError(
+    'ERR_HALFBYTE_USAGE',
+    `${what} lies on the disk and cannot take other weights; load the model again with a device map without 'disk'`,
+  )
+}
+
 /** Compares a module's places with the tensors meant for it. */
 export function ownProblems(
   places: ReadonlyMap<string, Parameter>,
@@ -75,6 +83,15 @@ function placeOf(name: string, places: ReadonlyMap<string, Module>): string {
     if (end < name.length && places.has(path)) return path
   }
   return ''
+}
+
+/** Whether some of a module lies on the disk; with names that are no parameters' of its own, of those below too. */
+function liesOnDisk(module: Module, own: ReadonlyMap<string, Tensor>): boolean {
+  const names = new Set([...module.ownParameters()].map(([name]) => name))
+  const handsOn = [...own.keys()].some((name) => !names.has(name) && module.ownAccepts(name))
+  return (handsOn ? module.modules() : [module]).some((each) =>
+    [...each.ownParameters()].some(([, { isOffloaded }]) => isOffloaded),
+  )
 }
 
 export async function loadStateDict(
@@ -103,18 +120,9 @@ export async function loadStateDict(
       renamed.push({ name: full(path, name), of, tensor })
     }
   }
-  const offloaded = [...parts].find(
-    ([path, own]) =>
-      own.size > 0 && [...places.get(path)!.ownParameters()].some(([, { isOffloaded }]) => isOffloaded),
-  )
+  const offloaded = [...parts].find(([path, own]) => own.size > 0 && liesOnDisk(places.get(path)!, own))
   const onDisk = offloaded?.[0] ?? renamed.find(({ of }) => of.isOffloaded)?.name
-  if (onDisk !== undefined) {
-    throw new HalfbyteError(
-      'ERR_HALFBYTE_USAGE',
-      `loadStateDict: ${onDisk || root.constructor.name} lies on the disk and cannot take other weights; ` +
-        "load the model again with a device map without 'disk'",
-    )
-  }
+  if (onDisk !== undefined) throw onDiskError(`loadStateDict: ${onDisk || root.constructor.name}`)
 
   const missing: string[] = []
   const unexpected: string[] = []

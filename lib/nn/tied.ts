@@ -20,6 +20,14 @@ export function setTiedCopies(model: Module, copies: readonly TiedCopy[]): void 
   for (const module of model.modules()) copiesOf.set(module, copies)
 }
 
+/** What a module's own parameter is a copy of, if it is one. */
+export function originalOf(module: Module, name: string): Parameter | undefined {
+  const copies = tiedCopies(module)
+  if (copies.length === 0) return undefined
+  const own = new Map(module.ownParameters()).get(name)
+  return copies.find(({ copy }) => copy === own)?.of
+}
+
 /** Gives the copies the values and dtypes of what they are copies of. */
 export function refreshCopies(module: Module): void {
   for (const { copy, of } of tiedCopies(module)) {

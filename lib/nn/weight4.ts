@@ -174,6 +174,7 @@ export class Weight4 implements PackedWeight {
 
   /** Takes over one tensor. Float weights are quantised at once; parts wait for the last of them. */
   async load(name: string, tensor: Tensor): Promise<void> {
+    this.codes.refuseOffloaded(tensor)
     const problem = this.#reject(name, tensor)
     if (problem) {
       tensor.dispose()

@@ -135,6 +135,7 @@ export class Weight8 implements PackedWeight {
       throw new HalfbyteError('ERR_HALFBYTE_STATE_DICT', `${this.place.path || 'weight'}: ${name} ${problem}`)
     }
     if (name === 'weight_format') return this.#checkFormat(tensor)
+    this.place.refuseOffloaded(tensor)
     const target = this.place.device ?? this.#options.device ?? tensor.device
     const here = keep(tensor.to(target))
     if (here !== tensor) tensor.dispose()
