@@ -280,26 +280,25 @@ constexpr int kPiece = 4096;  // columns of x that stay in the first-level cache
 template <int MB, bool B32>
 inline void dot_groups(const Decoder& decoder, const uint8_t* codes, const float* scales, const float* x,
                        int64_t groups, int64_t ahead, F* sum) {
+  constexpr int S = MB == 1 ? 2 : 1;  // sums of a group: one long chain would keep the scheduler waiting
   F acc[MB];
 #pragma GCC unroll 8
   for (int m = 0; m < MB; ++m) acc[m] = sum[m];
   for (int64_t g = 0; g < groups; ++g) {
-    if (MB == 1)
-      prefetch(codes + ahead);
-    else
-      prefetch_far(codes + ahead);
-    F part[MB];
+    prefetch_far(codes + ahead);
+    F part[S][MB];
     decoder.each(
         codes, [&](int j, F v) __attribute__((always_inline)) {
 #pragma GCC unroll 8
           for (int m = 0; m < MB; ++m) {
             const F xv = load(x + m * kGroup + j * W);
-            part[m] = j == 0 ? mul(v, xv) : fma(v, xv, part[m]);
+            part[j % S][m] = j < S ? mul(v, xv) : fma(v, xv, part[j % S][m]);
           }
         });
     const F s = lane_scales<B32>(scales);
 #pragma GCC unroll 8
-    for (int m = 0; m < MB; ++m) acc[m] = fma(part[m], s, acc[m]);
+    for (int m = 0; m < MB; ++m)
+      acc[m] = fma(S == 1 ? part[0][m] : add(part[0][m], part[S - 1][m]), s, acc[m]);
     codes += kGroup / 2;
     scales += B32 ? kScalesPerGroup32 : kScalesPerGroup64;
     x += MB * kGroup;
@@ -358,9 +357,10 @@ void few_packed_of(const LinearArgs& a, const PackedWeight& w, const float* x, i
   constexpr int64_t piece = kPiece / (MB > 4 ? 8 : MB > 2 ? 4 : MB);
   constexpr int run = B32 ? 32 : 64;
   const Decoder decoder(w.book);
-  // One row of x reads the codes from front to back. With more, pieces of 16 weight rows take turns: each
-  // fetches the same piece of the next 16.
-  const int64_t ahead = MB == 1 ? 2048 : rows_at_a_time * a.k / 2;
+  // Rows that are one piece are read from front to back, and fetched far ahead: a busy memory answers late,
+  // and 2 kB ahead made AVX2 a fifth slower. Where a row is several pieces, those of 16 weight rows take
+  // turns: each fetches the same piece of the next 16.
+  const int64_t ahead = a.k <= piece ? 8192 : rows_at_a_time * a.k / 2;
   const bool direct = !w.nested && (int64_t{1} << w.shift) == run;
   F acc[rows_at_a_time][MB];
   for (int64_t n = begin; n < end; n += rows_at_a_time) {
