@@ -5,6 +5,7 @@
  * FusedExperts keeps them so; SplitExperts has a linear layer for each expert, which is how they are quantised. Its
  * names are gate_up_projs.0.weight, gate_up_projs.0.bias, ..., and it takes the fused tensors too.
  */
+import { noGrad } from '../tensor/autograd.js'
 import { concat, linear } from '../tensor/ops.js'
 import type { DType } from '../tensor/dtype.js'
 import type { Tensor } from '../tensor/tensor.js'
@@ -79,7 +80,7 @@ export class FusedExperts extends Module implements Experts {
     const place = STACKS.find((stack) => stack === name) && this[name as Stack]
     if (!place || place.reject(tensor)) return super.ownLoad(name, tensor)
     const { dtype = tensor.dtype, device = tensor.device } = place
-    const stored = tidy(() => laidTransposed(tensor.to({ dtype, device })))
+    const stored = noGrad(() => tidy(() => laidTransposed(tensor.to({ dtype, device }))))
     if (stored !== tensor) tensor.dispose()
     return super.ownLoad(name, stored)
   }
@@ -98,17 +99,19 @@ export class FusedExperts extends Module implements Experts {
     return bias?.slice(0, expert, expert + 1).reshape(-1)
   }
 
-  /** A projection of one expert as a layer on the same memory, where there is some. */
+  /** A projection of one expert as a layer on the same memory, where there is some; without gradient. */
   layer(stack: Stack, expert: number): Linear {
     const [k, n] = features(this._options, stack)
     const [weight, bias] = [this[stack], this[`${stack}_bias`]]
     const made = new Conv1D(k, n, { bias: bias !== null, device: 'meta' })
     made.weight.retarget(weight)
     if (bias) made.bias!.retarget(bias)
-    tidy(() => {
-      if (weight.isLoaded) made.weight.replace(this.#matrix(stack, expert).transpose(0, 1))
-      if (bias?.isLoaded) made.bias!.replace(this.#bias(stack, expert))
-    })
+    noGrad(() =>
+      tidy(() => {
+        if (weight.isLoaded) made.weight.replace(this.#matrix(stack, expert).transpose(0, 1))
+        if (bias?.isLoaded) made.bias!.replace(this.#bias(stack, expert))
+      }),
+    )
     return made
   }
 
@@ -226,7 +229,14 @@ export class SplitExperts<L extends Linear = Linear> extends Module implements E
         fused[stack].replace(concat(weights).permute(0, 2, 1))
         const bias = fused[`${stack}_bias`]
         bias?.replace(
-          concat(layers.map((layer) => layer.bias!.value.to(dtype ?? layer.bias!.value.dtype).reshape(1, n))),
+          concat(
+            layers.map(({ bias: own }) =>
+              own!
+                .share()
+                .to(dtype ?? own!.value.dtype)
+                .reshape(1, n),
+            ),
+          ),
         )
       })
     }

@@ -1,5 +1,6 @@
 /** Dense linear layers. */
 import { HalfbyteError } from '../errors.js'
+import { noGrad } from '../tensor/autograd.js'
 import { linear } from '../tensor/ops.js'
 import type { Device } from '../tensor/device.js'
 import type { DType } from '../tensor/dtype.js'
@@ -67,7 +68,11 @@ export class Linear extends Module {
   copyTo(device: Device): Linear {
     const made = this.twin()
     made.copyWeight(this, device)
-    if (this.bias) made.bias = Parameter.of(copied(this.bias.value, device))
+    if (this.bias) {
+      // as it is: gradients go back through the copy
+      made.bias = new Parameter(this.bias.shape, { device: 'meta' })
+      made.bias.replace(copied(this.bias.value, device))
+    }
     return made
   }
 
@@ -116,7 +121,7 @@ export class Conv1D extends Linear {
   override async ownLoad(name: string, tensor: Tensor): Promise<void> {
     if (name !== 'weight' || this.weight.reject(tensor)) return super.ownLoad(name, tensor)
     const { dtype = tensor.dtype, device = tensor.device } = this.weight
-    const stored = tidy(() => laidTransposed(tensor.to({ dtype, device })))
+    const stored = noGrad(() => tidy(() => laidTransposed(tensor.to({ dtype, device }))))
     if (stored !== tensor) tensor.dispose()
     return super.ownLoad(name, stored)
   }

@@ -63,6 +63,7 @@ export class Linear8bit extends Linear {
     made.bias = linear.bias
     made.training = linear.training
     made.weight.retarget({ device: linear.weight.device })
+    if (made.hasFp16Weights) made.weight.requiresGrad = linear.weight.requiresGrad
     if (linear.weight.isLoaded) made.#weight.quantize(linear.weight.value)
     return made
   }

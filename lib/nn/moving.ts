@@ -70,7 +70,10 @@ export function relocate(
     }
     const value = values.get(old) ?? noGrad(() => moved(old, target))
     values.set(old, value)
-    if (value !== old) parameter.replace(value)
+    if (value === old) continue
+    const { grad } = old
+    if (grad) value.grad ??= noGrad(() => moved(grad, target))
+    parameter.replace(value)
   }
   for (const [old, value] of values) if (old !== value) old.dispose()
 }

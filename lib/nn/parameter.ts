@@ -67,6 +67,14 @@ export function place(options: { dtype?: DType | undefined; device?: Placement |
   }
 }
 
+/** The tensor, or what an op has made without the way back: what is learnt is the parameter. */
+function asLeaf(tensor: Tensor): Tensor {
+  if (tensor.isLeaf) return tensor
+  const leaf = tensor.detach()
+  tensor.dispose()
+  return leaf
+}
+
 export class Parameter implements Disposable {
   readonly shape: Shape
   readonly numel: number
@@ -82,6 +90,7 @@ export class Parameter implements Disposable {
   #source: ParameterSource | undefined
   #disposed = false
   #requiresGrad = false
+  #refusal: string | undefined
 
   constructor(shape: Shape, options: ParameterOptions = {}) {
     this.shape = [...shape]
@@ -103,7 +112,7 @@ export class Parameter implements Disposable {
   /** A parameter that holds `tensor` and owns it. */
   static of(tensor: Tensor): Parameter {
     const parameter = new Parameter(tensor.shape, { dtype: tensor.dtype, device: tensor.device })
-    parameter.replace(tensor)
+    parameter.replace(asLeaf(tensor))
     return parameter
   }
 
@@ -165,13 +174,27 @@ export class Parameter implements Disposable {
 
   set requiresGrad(wanted: boolean) {
     if (wanted) this.checkGradient()
-    this.#requiresGrad = wanted
     if (this.#value) this.#value.requiresGrad = wanted
+    this.#requiresGrad = wanted
   }
 
-  /** ERR_HALFBYTE_DTYPE when there can be no gradient. */
+  /** @internal From now on there is no gradient, for a reason that is not the dtype; throws where one is wanted. */
+  refuseGradient(reason: string): void {
+    if (this.requiresGrad) throw this.#withoutGradient(reason)
+    this.#refusal = reason
+  }
+
+  #withoutGradient(reason: string): HalfbyteError {
+    return new HalfbyteError(
+      'ERR_HALFBYTE_USAGE',
+      `requiresGrad: ${this.path || 'the parameter'} has no gradient: ${reason}`,
+    )
+  }
+
+  /** Throws when there can be no gradient: ERR_HALFBYTE_DTYPE, or ERR_HALFBYTE_USAGE for where the value lies. */
   checkGradient(): void {
     const { dtype } = this
+    if (this.#refusal !== undefined) throw this.#withoutGradient(this.#refusal)
     if (!dtype || DTYPES[dtype].isFloat) return
     throw new HalfbyteError(
       'ERR_HALFBYTE_DTYPE',
@@ -192,6 +215,7 @@ export class Parameter implements Disposable {
 
   /** Frees the value and leaves it to `source`, which makes one whenever it is brought in. */
   offload(source: ParameterSource): void {
+    this.refuseGradient('it lies on the disk, and in memory only while its module runs')
     this.#value?.dispose()
     this.#value = undefined
     this.#source = source
@@ -241,8 +265,9 @@ export class Parameter implements Disposable {
       throw new HalfbyteError('ERR_HALFBYTE_STATE_DICT', `${this.path || 'parameter'} ${problem}`)
     }
     const dtype = this.#dtype ?? tensor.dtype
-    const converted = noGrad(() => tensor.to({ dtype, device: this.#device ?? tensor.device }))
-    if (converted !== tensor) tensor.dispose()
+    const leaf = asLeaf(tensor)
+    const converted = noGrad(() => leaf.to({ dtype, device: this.#device ?? leaf.device }))
+    if (converted !== leaf) leaf.dispose()
     const old = this.#value
     this.replace(converted)
     if (old !== converted) old?.dispose()
@@ -257,10 +282,13 @@ export class Parameter implements Disposable {
 
   /** Puts `tensor` (or nothing) in place without checks; the old value is the caller's again. */
   replace(tensor: Tensor | undefined): void {
+    const wanted = this.requiresGrad
+    if (tensor && wanted) tensor.requiresGrad = true
+    this.#requiresGrad = wanted
+    if (this.#source) this.#refusal = undefined
     this.#source = undefined
     this.#value = tensor && keep(tensor)
     if (!tensor) return
-    if (this.#requiresGrad) tensor.requiresGrad = true
     this.#disposed = false
     this.#dtype = tensor.dtype
     this.#device = tensor.device

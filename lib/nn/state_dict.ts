@@ -161,10 +161,10 @@ export async function loadStateDict(
   for (const [path, own] of parts) {
     const module = places.get(path)!
     for (const [name, tensor] of own) {
-      if (!refused.has(full(path, name))) await module.ownLoad(name, tensor.share())
+      if (!refused.has(full(path, name))) await module.ownLoad(name, tensor.detach())
     }
   }
-  for (const { of, tensor } of renamed) of.load(tensor.share())
+  for (const { of, tensor } of renamed) of.load(tensor.detach())
   refreshCopies(root)
   return { missing, unexpected }
 }

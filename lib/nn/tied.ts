@@ -17,6 +17,9 @@ export function tiedCopies(module: Module): readonly TiedCopy[] {
 
 export function setTiedCopies(model: Module, copies: readonly TiedCopy[]): void {
   if (copies.length === 0) return
+  for (const { of } of copies) {
+    of.refuseGradient('a device map has it on several devices, and what the copies learn would be lost')
+  }
   for (const module of model.modules()) copiesOf.set(module, copies)
 }
 

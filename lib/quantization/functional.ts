@@ -3,6 +3,7 @@
  * function queues its work and returns at once.
  */
 import { HalfbyteError } from '../errors.js'
+import { noGrad } from '../tensor/autograd.js'
 import { defaultDevice, type DeviceLike } from '../tensor/device.js'
 import type { DType } from '../tensor/dtype.js'
 import {
@@ -253,13 +254,13 @@ export interface MatmulOptions {
 
 /**
  * LLM.int8() (arXiv 2208.07339): x [..., K] times a weight transposed, plus bias. The weight is an Int8Weight, or a float
- * [N, K] that is quantised on the way.
+ * [N, K] that is quantised on the way, and to which gradients go as if it were not.
  */
 export function matmul(x: Tensor, weight: Tensor | Int8Weight, options: MatmulOptions = {}): Tensor {
   if (!(weight instanceof Tensor)) return linear8bit(x, weight.CB, weight.SCB, options)
-  const { codes, rowAbsmax } = int8QuantizeRows(weight, 0, true)
+  const { codes, rowAbsmax } = noGrad(() => int8QuantizeRows(weight, 0, true))
   try {
-    return linear8bit(x, codes, rowAbsmax, options)
+    return linear8bit(x, codes, rowAbsmax, { ...options, source: weight })
   } finally {
     codes.dispose()
     rowAbsmax.dispose()

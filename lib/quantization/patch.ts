@@ -278,6 +278,7 @@ export function dequantize(model: Module & Quantizable, options: { dtype?: DType
       dense.weight.replace(transposed ? weight.transpose(0, 1) : weight)
       if (transposed) weight.dispose()
     }
+    dense.weight.requiresGrad = module.weight.requiresGrad
     dense.bias = module.bias
     dense.training = module.training
     replaceEverywhere(places, module, dense)

@@ -5,12 +5,12 @@
  *
  * Memory   a node shares the tensors that it needs, so results in between may be disposed as ever (tidy() does). It lets
  *          them go with backward(), or when its result is disposed and no later node needs it.
- * Checked  an op without a gradient refuses inputs that require one; memory that was written to after it was saved is
- *          an error in backward(), never a wrong gradient.
+ * Checked  an op without a gradient refuses inputs that require one; memory that an op or a replayed graph has written
+ *          to after it was saved is an error in backward(), before any gradient is made.
  */
 import { HalfbyteError } from '../errors.js'
 import { add } from './ops/layout.js'
-import { Tensor } from './tensor.js'
+import { Tensor, withoutGradient, type Shape } from './tensor.js'
 import { keep, tidy } from './tidy.js'
 
 /** How the gradient of one input of an op is made. */
@@ -20,12 +20,20 @@ export interface Gradient {
   from?: readonly Tensor[]
   /** The gradient of the input, in its shape and dtype; may be `dy` itself or a view of it. Temporaries are freed. */
   by: (dy: Tensor, ...from: Tensor[]) => Tensor
+  /** `by` gives that of a part: the shape of the whole, and the view of a part of it. The rest is 0. */
+  part?: Part
+}
+
+interface Part {
+  shape: Shape
+  of: (whole: Tensor) => Tensor
 }
 
 interface Edge {
   /** Where the gradient goes: on to another node, or to a leaf. */
   to: GradNode | Tensor
   by: Gradient['by']
+  part: Part | undefined
   saved: { tensor: Tensor; version: number }[]
 }
 
@@ -42,7 +50,10 @@ export function noGrad<T>(fn: () => T): T {
   enabled = false
   try {
     const result = fn()
-    if (result instanceof Promise) throw new TypeError('noGrad: the function must be synchronous')
+    if (result instanceof Promise) {
+      result.catch(() => {})
+      throw new TypeError('noGrad: the function must be synchronous')
+    }
     return result
   } finally {
     enabled = before
@@ -54,14 +65,20 @@ export function needsGrad(...inputs: readonly (Tensor | undefined)[]): boolean {
   return enabled && inputs.some((tensor) => tensor?.requiresGrad)
 }
 
-/** @internal Runs an op and notes how to go back through it. */
-export function record(op: string, forward: () => Tensor, gradients: readonly Gradient[]): Tensor {
+/** @internal Runs an op and notes how to go back through it. No gradient goes to `constants`: they may want none. */
+export function record(
+  op: string,
+  forward: () => Tensor,
+  gradients: readonly Gradient[],
+  constants: readonly Tensor[] = [],
+): Tensor {
+  for (const tensor of constants) if (tensor.requiresGrad) throw withoutGradient(op, tensor)
   return noGrad(() => {
     const y = forward()
-    const edges = gradients.flatMap(({ of, from = [], by }): Edge[] => {
+    const edges = gradients.flatMap(({ of, from = [], by, part }): Edge[] => {
       if (!of?.requiresGrad) return []
       const saved = from.map((tensor) => ({ tensor: keep(tensor.share()), version: tensor.version }))
-      return [{ to: of.gradNode ?? of, by, saved }]
+      return [{ to: of.gradNode ?? of, by, part, saved }]
     })
     y.gradNode = new GradNode(op, edges)
     return y
@@ -122,92 +139,152 @@ export class GradNode {
   }
 }
 
-/** All nodes behind one, itself included, later ones first: each comes after all that lead to it. */
+/**
+ * All nodes behind one, itself included, later ones first: each comes after all that lead to it. What stands in the way
+ * of their gradients is found before any is made.
+ */
 function nodesBehind(root: GradNode): GradNode[] {
   const seen = new Set([root])
   for (const node of seen) {
-    for (const { to } of node.edges) if (to instanceof GradNode) seen.add(to)
+    for (const { to, saved } of node.edges) {
+      for (const { tensor, version } of saved) if (tensor.version !== version) throw written(node.op, tensor)
+      if (to instanceof GradNode) seen.add(to)
+      else if (to.disposed) throw gone(to)
+    }
   }
   return [...seen].sort((a, b) => b.id - a.id)
 }
 
-/** The gradient of one edge, as a tensor of the caller's own. */
-function follow(op: string, { to, by, saved }: Edge, dy: Tensor): Tensor {
-  for (const { tensor, version } of saved) {
-    if (tensor.version === version) continue
-    throw new HalfbyteError(
-      'ERR_HALFBYTE_USAGE',
-      `backward: ${tensor.toString()}, which the gradient of ${op} is made from, was written to since; ` +
-        'write to it after backward(), or to a clone()',
-    )
+function written(op: string, tensor: Tensor): HalfbyteError {
+  return new HalfbyteError(
+    'ERR_HALFBYTE_USAGE',
+    `backward: ${tensor.toString()}, which the gradient of ${op} is made from, was written to since; ` +
+      'write to it after backward(), or to a clone()',
+  )
+}
+
+function gone(leaf: Tensor): HalfbyteError {
+  return new HalfbyteError(
+    'ERR_HALFBYTE_DISPOSED',
+    `backward: ${leaf.toString()}, which requires a gradient, was disposed; dispose it after backward()`,
+  )
+}
+
+/** Gradients on their way: of results of nodes, and those that leaves have. */
+class Pending {
+  readonly #ofNodes = new Map<GradNode, Tensor>()
+  /** Made here, so that they can be written to. */
+  readonly #own = new Set<Tensor>()
+
+  /** Takes one out. */
+  take(node: GradNode): Tensor {
+    const dy = this.#ofNodes.get(node)!
+    this.#ofNodes.delete(node)
+    return dy
   }
-  return tidy(() => {
-    const made = by(dy, ...saved.map(({ tensor }) => tensor))
-    if (to instanceof GradNode) return made === dy ? dy.share() : made
-    // a leaf's gradient is its own memory
-    return made === dy || made.storageId === dy.storageId || !made.isContiguous ? made.clone() : made
-  })
+
+  #get(to: GradNode | Tensor): Tensor | undefined {
+    return to instanceof GradNode ? this.#ofNodes.get(to) : to.grad
+  }
+
+  /** Puts one, which becomes ours, in the place of another, which is disposed. */
+  put(to: GradNode | Tensor, gradient: Tensor): void {
+    if (to instanceof Tensor) {
+      to.grad = gradient
+      return
+    }
+    const old = this.#ofNodes.get(to)
+    if (old !== gradient) old?.dispose()
+    this.#ofNodes.set(to, keep(gradient))
+  }
+
+  /** Adds what goes along an edge. */
+  follow({ to, by, part, saved }: Edge, dy: Tensor): void {
+    const old = this.#get(to)
+    const sum = tidy(() => {
+      const made = by(dy, ...saved.map(({ tensor }) => tensor))
+      if (part) {
+        const whole = old && this.#own.has(old) ? old : this.#whole(part, made, old)
+        const at = part.of(whole)
+        at.copyFrom(add(at, made))
+        return whole
+      }
+      if (old) return this.#mark(add(old, made))
+      if (to instanceof GradNode) return made === dy ? dy.share() : made
+      // a leaf's gradient is memory of its own
+      return made === dy || made.storageId === dy.storageId || !made.isContiguous ? made.clone() : made
+    })
+    this.put(to, sum)
+  }
+
+  #whole({ shape }: Part, like: Tensor, old: Tensor | undefined): Tensor {
+    return this.#mark(old ? old.clone() : Tensor.zeros(shape, like.dtype, like.device))
+  }
+
+  #mark(tensor: Tensor): Tensor {
+    this.#own.add(tensor)
+    return tensor
+  }
+
+  dispose(): void {
+    for (const left of this.#ofNodes.values()) left.dispose()
+  }
 }
 
-function accumulate(old: Tensor | undefined, more: Tensor): Tensor {
-  if (!old) return keep(more)
-  const sum = keep(add(old, more))
-  old.dispose()
-  more.dispose()
-  return sum
+/** Throws where one tensor cannot be the gradient of another. */
+export function checkAlike(what: string, gradient: unknown, of: Tensor): void {
+  if (gradient instanceof Tensor && gradient.toString() === of.toString()) return
+  const found = gradient instanceof Tensor ? gradient.toString() : typeof gradient
+  throw new HalfbyteError(
+    'ERR_HALFBYTE_SHAPE',
+    `${what}: the gradient is ${found}, not one of ${of.toString()}`,
+  )
 }
 
-function checkGradient(root: Tensor, gradient: Tensor | undefined): void {
+function checkRoot(root: Tensor, gradient: Tensor | undefined): void {
   if (!root.requiresGrad) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_USAGE',
       `backward: ${root.toString()} was not computed from a tensor that requires a gradient`,
     )
   }
-  if (!gradient && root.size !== 1) {
+  if (gradient !== undefined) checkAlike('backward', gradient, root)
+  else if (root.size !== 1) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_SHAPE',
       `backward: ${root.toString()} has ${root.size} elements; give the gradient of each`,
-    )
-  }
-  if (gradient && gradient.toString() !== root.toString()) {
-    throw new HalfbyteError(
-      'ERR_HALFBYTE_SHAPE',
-      `backward: the gradient ${gradient.toString()} is not one of ${root.toString()}`,
     )
   }
 }
 
 /** @internal Tensor.backward(). */
 export function backward(root: Tensor, gradient: Tensor | undefined, retainGraph: boolean): void {
-  checkGradient(root, gradient)
+  checkRoot(root, gradient)
   noGrad(() => {
     const seed = keep(gradient ? gradient.share() : Tensor.full(root.shape, 1, root.dtype, root.device))
-    if (root.gradNode) walk(root.gradNode, seed, retainGraph)
-    else root.grad = accumulate(root.grad, seed.clone())
-    seed.dispose()
+    try {
+      if (root.gradNode) walk(root.gradNode, seed, retainGraph)
+      else root.grad = root.grad ? add(root.grad, seed) : seed.clone()
+    } finally {
+      seed.dispose()
+    }
   })
 }
 
 function walk(start: GradNode, seed: Tensor, retainGraph: boolean): void {
   const nodes = nodesBehind(start)
-  const pending = new Map<GradNode, Tensor>([[start, seed.share()]])
+  const pending = new Pending()
+  pending.put(start, seed.share())
   // a node is freed after its turn, not with the last node that leads to it
   for (const node of nodes) node.retain()
   try {
     for (const node of nodes) {
-      const dy = pending.get(node)!
-      for (const edge of node.edges) {
-        const made = follow(node.op, edge, dy)
-        if (edge.to instanceof GradNode) pending.set(edge.to, accumulate(pending.get(edge.to), made))
-        else edge.to.grad = accumulate(edge.to.grad, made)
-      }
-      dy.dispose()
-      pending.delete(node)
+      using dy = pending.take(node)
+      for (const edge of node.edges) pending.follow(edge, dy)
       if (!retainGraph) node.free()
     }
   } finally {
-    for (const left of pending.values()) left.dispose()
+    pending.dispose()
     for (const node of nodes) node.release()
   }
 }

@@ -2,6 +2,7 @@ import { HalfbyteError } from '../errors.js'
 import { native, type NativeDevice, type NativeGraph } from '../native.js'
 import { cudaError, cudaProblem, standardDevice } from './cuda.js'
 import { rethrow, rethrowAsync } from './rethrow.js'
+import { watchWrites, type Writes } from './writes.js'
 
 export interface MemoryUsage {
   /** Bytes the device has, and bytes nobody uses. */
@@ -51,13 +52,17 @@ export class Device {
    */
   capture(fn: () => void): Graph {
     rethrow(() => this.native.beginCapture())
+    let writes: ReadonlySet<Writes>
     try {
-      fn()
+      writes = watchWrites(fn)
     } catch (error) {
       rethrow(() => this.native.endCapture()).dispose()
       throw error
     }
-    return new Graph(rethrow(() => this.native.endCapture()))
+    return new Graph(
+      rethrow(() => this.native.endCapture()),
+      writes,
+    )
   }
 
   toString(): string {
@@ -68,17 +73,21 @@ export class Device {
 /** A recorded list of ops. */
 export class Graph {
   readonly #native: NativeGraph
+  /** Of memory that was there before the capture. */
+  readonly #writes: ReadonlySet<Writes>
   #disposed = false
 
   /** @internal Use `device.capture(fn)`. */
-  constructor(handle: NativeGraph) {
+  constructor(handle: NativeGraph, writes: ReadonlySet<Writes>) {
     this.#native = handle
+    this.#writes = writes
   }
 
   replay(): void {
     if (this.#disposed)
       throw new HalfbyteError('ERR_HALFBYTE_DISPOSED', 'Graph.replay: the graph was disposed')
     rethrow(() => this.#native.replay())
+    for (const writes of this.#writes) writes.add()
   }
 
   dispose(): void {

@@ -1,14 +1,15 @@
 import { markAsUntransferable } from 'node:worker_threads'
 import { HalfbyteError } from '../errors.js'
 import type { NativeTensor } from '../native.js'
-import { backward, needsGrad, noGrad, record, type GradNode } from './autograd.js'
+import { backward, checkAlike, needsGrad, noGrad, record, type GradNode } from './autograd.js'
 import { defaultDevice, device as toDevice, type Device, type DeviceLike } from './device.js'
 import { checkDType, DTYPES, isArrayOf, type DType, type TypedArray } from './dtype.js'
 import { rethrow, rethrowAsync } from './rethrow.js'
-import { track } from './tidy.js'
+import { keep, track } from './tidy.js'
 import { dtypeOf, fromNested, type Nested } from './host_data.js'
 import { copyInto, fillInto } from './ops/layout.js'
 import { sumTo } from './ops/reduce.js'
+import { Writes } from './writes.js'
 
 export type Shape = readonly number[]
 
@@ -60,8 +61,7 @@ export class Tensor implements Disposable {
   readonly dtype: DType
   readonly device: Device
   readonly #handle: NativeTensor
-  /** Of the memory: the same object in all views of it. */
-  readonly #writes: { count: number }
+  readonly #writes: Writes
   #disposed = false
   #isLeaf = false
   #node: GradNode | undefined
@@ -78,7 +78,7 @@ export class Tensor implements Disposable {
     of?: Tensor,
   ) {
     this.#handle = handle
-    this.#writes = of ? of.#writes : { count: 0 }
+    this.#writes = of ? of.#writes : new Writes()
     this.device = device
     this.dtype = dtype
     this.shape = shape
@@ -289,15 +289,11 @@ export class Tensor implements Disposable {
     }
     const whole = this.shape
     const shape = whole.with(d, end - begin)
-    return this.#derive(
-      'slice',
-      () => this.#view(shape, this.strides, this.offset + begin * this.strides[d]!),
-      (dy) => {
-        const gradient = Tensor.zeros(whole, dy.dtype, dy.device)
-        gradient.slice(d, begin, end).copyFrom(dy)
-        return gradient
-      },
-    )
+    const make = () => this.#view(shape, this.strides, this.offset + begin * this.strides[d]!)
+    if (!needsGrad(this)) return make()
+    // many slices of one tensor add to one gradient
+    const part = { shape: whole, of: (gradient: Tensor) => gradient.slice(d, begin, end) }
+    return record('slice', make, [{ of: this, by: (dy) => dy, part }])
   }
 
   /** The dimensions in another order. */
@@ -426,8 +422,9 @@ export class Tensor implements Disposable {
         `write: a contiguous ${this.toString()} takes a ${DTYPES[this.dtype].array.name} of ${this.size}`,
       )
     }
-    this.beWritten('write')
+    this.checkWritable('write')
     rethrow(() => this.device.native.write(this.handle, data))
+    this.noteWrite()
     return this
   }
 
@@ -474,6 +471,12 @@ export class Tensor implements Disposable {
   }
 
   set requiresGrad(wanted: boolean) {
+    if (typeof wanted !== 'boolean') {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_VALUE',
+        `requiresGrad: ${String(wanted)} is neither true nor false`,
+      )
+    }
     if (wanted === this.requiresGrad) return
     if (this.#node) {
       throw new HalfbyteError(
@@ -490,19 +493,30 @@ export class Tensor implements Disposable {
     this.#isLeaf = wanted
   }
 
-  /** The sum of the gradients of every backward() so far, in shape and dtype of this tensor, which owns it. */
+  /** Whether it is the result of no op that gradients go back through: backward() fills the `grad` of leaves alone. */
+  get isLeaf(): boolean {
+    return this.#node === undefined
+  }
+
+  /**
+   * The sum of the gradients of every backward() since zeroGrad(), in this tensor's shape and dtype; undefined before the
+   * first, and for results of ops. This tensor owns it, and what is assigned: the next backward() may put another tensor
+   * in its place and dispose it.
+   */
   get grad(): Tensor | undefined {
-    return this.#grad
+    return this.#grad?.disposed ? undefined : this.#grad
   }
 
   set grad(gradient: Tensor | undefined) {
-    this.#grad = gradient
+    if (gradient === this.#grad) return
+    if (gradient) checkAlike('grad', gradient, this)
+    this.#grad?.dispose()
+    this.#grad = gradient && keep(gradient)
   }
 
   /** Frees the gradient. */
   zeroGrad(): void {
-    this.#grad?.dispose()
-    this.#grad = undefined
+    this.grad = undefined
   }
 
   /**
@@ -529,15 +543,18 @@ export class Tensor implements Disposable {
     return this.#writes.count
   }
 
-  /** @internal Before something writes to the memory. */
-  beWritten(op: string): void {
-    if (needsGrad(this)) {
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_USAGE',
-        `${op}: would write over ${this.toString()}, which requires a gradient; do it in noGrad()`,
-      )
-    }
-    this.#writes.count++
+  /** @internal Before something is queued that writes to the memory. */
+  checkWritable(op: string): void {
+    if (!needsGrad(this)) return
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_USAGE',
+      `${op}: would write over ${this.toString()}, which requires a gradient; do it in noGrad()`,
+    )
+  }
+
+  /** @internal After it. */
+  noteWrite(): void {
+    this.#writes.add()
   }
 
   // -- life

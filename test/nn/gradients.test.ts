@@ -1,7 +1,10 @@
 /** Learning through layers: bitsandbytes' gradients, what learns and what does not, and models that are trained. */
+import { join } from 'node:path'
 import {
   AutoModelForCausalLM,
+  dequantize,
   devices,
+  functional,
   Linear,
   Linear4bit,
   Linear8bit,
@@ -31,7 +34,10 @@ const int8 = readGolden<{ threshold: number; has_fp16_weights: boolean }>('int8_
 /** bitsandbytes rounds the weight to the compute dtype before it multiplies; we do too. */
 const LIMIT = { float32: 1e-5, float16: 1e-3, bfloat16: 8e-3 } as const
 
-const folder = writeTinyModel(temporaryFolder())
+const root = temporaryFolder()
+// what is small stays in memory
+const folder = writeTinyModel(join(root, 'plain'), { hidden_size: 256, intermediate_size: 512 })
+const tiedFolder = writeTinyModel(join(root, 'tied'), { tie_word_embeddings: true })
 
 describe.each(devices())('gradients through layers on %s', (on) => {
   beforeEach(() => manualSeed(1))
@@ -225,6 +231,77 @@ describe.each(devices())('gradients through layers on %s', (on) => {
         const quantized = kind.fromLinear(dense)
         expect(quantized.forward(Tensor.zeros([1, 64], 'float32', on)).requiresGrad).toBe(false)
       }
+    })
+
+    it('go with what is learnt, wherever it is held', async () => {
+      class Scaled extends Module {
+        scale = Tensor.from([1, 2], { device: on })
+        forward(x: Tensor): Tensor {
+          return mul(x, this.scale)
+        }
+      }
+      const net = new Scaled().requiresGrad_()
+      net.forward(Tensor.from([3, 4], { device: on })).backward(Tensor.from([1, 1], { device: on }))
+      net.to('bfloat16')
+      expect([net.scale.requiresGrad, net.scale.dtype, net.scale.grad!.dtype]).toEqual([
+        true,
+        'bfloat16',
+        'bfloat16',
+      ])
+      expect(await net.scale.grad!.floats()).toEqual(Float32Array.of(3, 4))
+
+      // a state dict of what is learnt elsewhere, the result of an op: values, without the way back
+      const [source, target] = [
+        new Linear(2, 2, { device: on }).requiresGrad_(),
+        new Linear(2, 2, { device: on }),
+      ]
+      await target.loadStateDict(
+        new Map([...source.namedParameters()].map(([name, { value }]) => [name, value])),
+      )
+      expect(target.weight.requiresGrad).toBe(false)
+      const made = Parameter.of(mul(source.weight.value, 2))
+      expect([made.requiresGrad, made.value.isLeaf]).toEqual([false, true])
+      source.weight.load(sub(source.weight.value, 1))
+      expect([source.weight.requiresGrad, source.weight.value.isLeaf]).toEqual([true, true])
+    })
+
+    it('stay wanted of an int8 layer that keeps its weight, there and back', () => {
+      const net = new Sequential(
+        new Linear(8, 8, { device: on }),
+        new Linear(8, 4, { device: on }),
+      ).requiresGrad_()
+      const wanted = () => net.parameters().map((parameter) => parameter.requiresGrad)
+      replaceWithQuantizedLinear(net, { loadIn8bit: true, llmInt8HasFp16Weight: true })
+      expect(net.at(0)).toBeInstanceOf(Linear8bit)
+      expect(wanted()).toEqual([true, true, true, true])
+      dequantize(net)
+      expect(wanted()).toEqual([true, true, true, true])
+    })
+
+    it('go to the weight of functional.matmul()', async () => {
+      const [x, w] = [
+        Tensor.from(randn(40, 1), { shape: [5, 8], device: on }),
+        Tensor.from(randn(24, 2), { shape: [3, 8], device: on }),
+      ]
+      w.requiresGrad = true
+      const dy = Tensor.from(randn(15, 3), { shape: [5, 3], device: on })
+      functional.matmul(x, w, { threshold: 6 }).backward(dy)
+      const exact = await linear(dy.transpose(0, 1), x.transpose(0, 1)).floats()
+      expect(relativeError(await w.grad!.floats(), exact)).toBeLessThan(1e-6)
+    })
+
+    it('are refused for what is not in memory, or on several devices', async () => {
+      const deviceMap = { '': on.name, 'model.layers.1': 'disk' }
+      using parts = await AutoModelForCausalLM.fromPretrained(folder, { deviceMap })
+      const error = thrown(() => parts.requiresGrad_())
+      expect(error.code).toBe('ERR_HALFBYTE_USAGE')
+      expect(error.message).toMatch(/model.layers.1.*weight has no gradient: it lies on the disk/)
+      const other = on.name === 'cpu' ? 'cpu:1' : 'cpu'
+      const tied = { deviceMap: { '': on.name, lm_head: other } }
+      using spread = await AutoModelForCausalLM.fromPretrained(tiedFolder, tied)
+      expect(thrown(() => (spread.model.embed_tokens.weight.requiresGrad = true)).message).toMatch(
+        /has it on several devices, and what the copies learn would be lost/,
+      )
     })
 
     it('are not in the way of generating, nor of measuring', async () => {

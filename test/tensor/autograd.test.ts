@@ -1,6 +1,6 @@
 /** Gradients: against finite differences, what they accumulate to, what is refused, and that nothing is left behind. */
 import { devices, isGradEnabled, noGrad, ops, Tensor, tidy, type Device } from '../../lib/index'
-import { rejection, thrown } from '../support/errors'
+import { thrown } from '../support/errors'
 import { allocatedMemory, baselineMemory } from '../support/memory'
 import { randn, relativeError } from '../support/reference'
 
@@ -137,6 +137,20 @@ describe.each(devices())('gradients on %s', (on: Device) => {
       await check([leaf(3, 4), bottom], (a, b) => div(a, b), 0.02, 1e-3)
     })
 
+    it('div in 16 bits, where products would leave the range', async () => {
+      for (const [top, bottom, dy] of [
+        [1000, 300, 1],
+        [300, 200, 1024],
+        [0.001, 0.0002, 1],
+      ] as const) {
+        const half = (value: number) => Tensor.from([value], { dtype: 'float16', device: on })
+        const b = half(bottom)
+        b.requiresGrad = true
+        div(half(top), b).backward(half(dy))
+        expect((await b.grad!.item()) / ((-dy * top) / bottom ** 2)).toBeCloseTo(1, 1)
+      }
+    })
+
     it('a chain of everything', async () => {
       await check(
         [leaf(3, 6), leaf(4, 6), leaf(4)],
@@ -241,6 +255,48 @@ describe.each(devices())('gradients on %s', (on: Device) => {
     expect(x.grad!.storageId).not.toBe(dy.storageId)
   })
 
+  it('are summed in float32, long sums by runs', async () => {
+    const rows = 2 ** 17 + 5
+    const bias = leaf(2)
+    add(Tensor.zeros([rows, 2], 'float32', on), bias).backward(Tensor.full([rows, 2], 0.1, 'float32', on))
+    for (const sum of await bias.grad!.floats()) expect(sum / (rows * 0.1)).toBeCloseTo(1, 5)
+    const w = leaf(1, 1)
+    const many = (value: number) => Tensor.full([300, 1], value, 'float16', on)
+    linear(many(200), w).backward(many(2))
+    expect(await w.grad!.item()).toBe(120_000)
+  })
+
+  it('of nothing are nothing', async () => {
+    const [x, none] = [leaf(3, 2), leaf(0, 2)]
+    linear(x, none).backward(Tensor.zeros([3, 0], 'float32', on))
+    expect(await x.grad!.data()).toEqual(new Float32Array(6))
+    expect(none.grad!.shape).toEqual([0, 2])
+    const [empty, w, bias] = [leaf(3, 0), leaf(2, 0), leaf(2)]
+    linear(empty, w, { bias }).backward(Tensor.full([3, 2], 1, 'float32', on))
+    expect([empty.grad!.shape, w.grad!.shape]).toEqual([
+      [3, 0],
+      [2, 0],
+    ])
+    expect(await bias.grad!.data()).toEqual(Float32Array.of(3, 3))
+  })
+
+  it('of many parts of a tensor are one', async () => {
+    const x = leaf(300, 4)
+    let sum = x.slice(0, 0, 1)
+    for (let i = 1; i < 300; i++) sum = add(sum, mul(x.slice(0, i, i + 1), i))
+    const more = mul(x.slice(1, 1, 3), 2)
+    concat([sum.reshape(-1), more.reshape(-1)]).backward(Tensor.full([604], 1, 'float32', on))
+    const found = await x.grad!.floats()
+    const factor = (i: number) => (i === 0 ? 1 : i)
+    expect(found).toEqual(
+      Float32Array.from({ length: 1200 }, (_, i) => factor(i >> 2) + ((i + 3) % 4 < 2 ? 2 : 0)),
+    )
+    const before = x.grad
+    x.slice(0, 0, 1).backward(Tensor.full([1, 4], 1, 'float32', on))
+    expect(before!.disposed).toBe(true)
+    expect((await x.grad!.data()).slice(0, 4)).toEqual(found.slice(0, 4).map((v) => v + 1))
+  })
+
   it('reach a tensor on every way that there is, each op once', async () => {
     let y = leaf(1)
     const x = y
@@ -291,7 +347,7 @@ describe.each(devices())('gradients on %s', (on: Device) => {
         'a gradient of another shape',
         (x) => mul(x, 2).backward(Tensor.zeros([3], 'float32', x.device)),
         'SHAPE',
-        /\[3\].* is not one of .*\[2, 3\]/,
+        /the gradient is Tensor\(float32 \[3\] .*, not one of .*\[2, 3\]/,
       ],
       [
         'a gradient of another dtype',
@@ -334,10 +390,73 @@ describe.each(devices())('gradients on %s', (on: Device) => {
       }
     })
 
-    it('of a disposed tensor', async () => {
-      const y = mean(leaf(3))
+    it.each<[string, (w: Tensor, graph: () => void) => unknown]>([
+      ['by a graph that is replayed', (_, replay) => replay()],
+      ['through a view', (w) => w.reshape(12).write(new Float32Array(12))],
+    ])('when what they need was written to %s', async (_, write) => {
+      const [x, w, other] = [leaf(2, 4), random(3, 4), random(3, 4)]
+      using graph = on.capture(() => w.copyFrom(other))
+      const y = linear(x, w)
+      write(w, () => graph.replay())
+      expect(thrown(() => y.backward(random(2, 3))).message).toMatch(/was written to since/)
+      expect(x.grad).toBeUndefined()
+      // what a graph allocates itself is its own
+      const z = linear(x, w)
+      using own = on.capture(() => add(other, 1).dispose())
+      own.replay()
+      z.backward(random(2, 3))
+      await on.synchronize()
+    })
+
+    it('not when a write was refused', () => {
+      const [x, w] = [leaf(2, 4), random(3, 4)]
+      const y = linear(x, w)
+      expect(thrown(() => w.copyFrom(random(2, 4))).code).toBe('ERR_HALFBYTE_SHAPE')
+      expect(thrown(() => w.copyFrom(Tensor.zeros([3, 4], 'float32', 'cpu:1'))).code).toBe(
+        'ERR_HALFBYTE_DEVICE',
+      )
+      y.backward(random(2, 3))
+    })
+
+    it('for statistics of a quantised weight, also where x requires one', () => {
+      const codes = Tensor.zeros([64, 1], 'uint8', on)
+      const packed = { codes, absmax: leaf(2), quantType: 'nf4' as const, blocksize: 64, n: 2, k: 64 }
+      for (const x of [random(1, 64), leaf(1, 64)]) {
+        expect(thrown(() => linear4bit(x, packed)).code).toBe('ERR_HALFBYTE_UNSUPPORTED')
+      }
+      const [weight, scb] = [Tensor.zeros([2, 64], 'int8', on), leaf(2)]
+      expect(thrown(() => linear8bit(leaf(1, 64), weight, scb)).code).toBe('ERR_HALFBYTE_UNSUPPORTED')
+    })
+
+    it('of disposed tensors', () => {
+      const x = leaf(3)
+      const y = mean(x)
       y.dispose()
-      expect((await rejection(Promise.resolve().then(() => y.backward()))).code).toBe('ERR_HALFBYTE_DISPOSED')
+      expect(thrown(() => y.backward()).code).toBe('ERR_HALFBYTE_DISPOSED')
+      const z = mean(mul(x, 2))
+      x.dispose()
+      const error = thrown(() => z.backward())
+      expect(error.code).toBe('ERR_HALFBYTE_DISPOSED')
+      expect(error.message).toMatch(/requires a gradient, was disposed; dispose it after backward/)
+    })
+
+    it('that are assigned and do not fit, and what was assigned is kept', async () => {
+      const x = leaf(2)
+      for (const wrong of [random(3), random(2).to('float16')]) {
+        expect(thrown(() => (x.grad = wrong)).code).toBe('ERR_HALFBYTE_SHAPE')
+      }
+      tidy(() => {
+        mul(x, 3).backward(Tensor.full([2], 1, 'float32', on))
+        x.grad = mul(x.grad!, 0.5)
+      })
+      expect(await x.grad!.data()).toEqual(new Float32Array(2).fill(1.5))
+      x.grad!.dispose()
+      expect(x.grad).toBeUndefined()
+      mul(x, 3).backward(Tensor.full([2], 1, 'float32', on))
+      expect(await x.grad!.data()).toEqual(new Float32Array(2).fill(3))
+      const options = { retainGraph: true } as unknown as Tensor
+      expect(thrown(() => mean(x).backward(options)).message).toMatch(/the gradient is object, not one of/)
+      expect(thrown(() => (x.requiresGrad = 1 as unknown as boolean)).code).toBe('ERR_HALFBYTE_VALUE')
     })
   })
 
@@ -354,6 +473,18 @@ describe.each(devices())('gradients on %s', (on: Device) => {
       x.dispose()
       w.dispose()
     }
+
+    it('after backward() that is refused half-way', async () => {
+      const x = leaf(1000)
+      const y = mul(x, x)
+      y.backward(Tensor.full([1000], 1, 'float32', on))
+      const before = await baselineMemory(on)
+      for (let i = 0; i < 5; i++) {
+        using dy = Tensor.full([1000], 1, 'float32', on)
+        expect(thrown(() => y.backward(dy)).code).toBe('ERR_HALFBYTE_USAGE')
+      }
+      expect(await allocatedMemory(on)).toBeLessThanOrEqual(before)
+    })
 
     it.each<[string, (loss: Tensor) => void]>([
       ['backward()', (loss) => loss.backward()],

@@ -22,7 +22,6 @@ export function call(
   if (id === undefined) {
     throw new HalfbyteError('ERR_HALFBYTE_UNSUPPORTED', `${op}: this build of the addon does not have the op`)
   }
-  for (const output of outputs) output?.beWritten(op)
   if (isGradEnabled()) checkGradients(op, outputs, inputs)
   const { device } = outputs.find((t) => t)!
   const written = handles(op, device, outputs)
@@ -32,10 +31,12 @@ export function call(
   } catch (error) {
     throw convertError(error)
   }
+  for (const output of outputs) output?.noteWrite()
 }
 
 /** Ops with a gradient come here while nothing is recorded: see record(). Integers carry no gradient on. */
 function checkGradients(op: string, outputs: readonly Operand[], inputs: readonly Operand[]): void {
+  for (const output of outputs) output?.checkWritable(op)
   const bad = inputs.find((input) => input?.requiresGrad)
   if (bad && outputs.some((output) => output && DTYPES[output.dtype].isFloat)) throw withoutGradient(op, bad)
 }

@@ -90,7 +90,7 @@ function binaryGradients(op: keyof typeof BINARY, a: Tensor, b: Tensor): Gradien
         {
           of: b,
           from: [a, b],
-          by: (dy, x, y) => activation(sumTo(div(mul(dy, x), mul(y, y)), right), 'neg'),
+          by: (dy, x, y) => activation(sumTo(mul(dy, div(div(x, y), y)), right), 'neg'),
         },
       ]
     default:

@@ -9,6 +9,7 @@ import {
   checkSameDType,
   checkShape,
   fail,
+  rowsAndCols,
   show,
   withContiguous,
 } from './call.js'
@@ -61,7 +62,7 @@ function run(
 }
 
 /** A tensor as rows of its last dimension. */
-const asRows = (t: Tensor): Tensor => t.reshape(-1, t.shape.at(-1)!)
+const asRows = (t: Tensor): Tensor => t.reshape(...rowsAndCols(t))
 
 /**
  * Gradients of y = x W^T + bias + residual: dy W, with W [N, K] as `weightOf` makes it of what was saved, preferably in
@@ -84,7 +85,7 @@ function gradients(
     {
       of: bias,
       by: (dy) => {
-        const rows = asRows(biasDtype === 'float32' ? dy.to('float32') : dy)
+        const rows = asRows(widened(dy, biasDtype!))
         return sumTo(rows, [1, rows.shape[1]!]).reshape(-1).to(biasDtype!)
       },
     },
@@ -92,13 +93,17 @@ function gradients(
   ]
 }
 
+/** A gradient in the dtype that sums of it are to have, where that is the wider one. */
+const widened = (dy: Tensor, dtype: DType): Tensor => (dtype === 'float32' ? dy.to(dtype) : dy)
+
 /** dW = dy^T x, of a float weight. */
 function weightGradient(weight: Tensor, x: Tensor): Gradient {
   const { dtype } = weight
   return {
     of: weight,
     from: [x],
-    by: (dy, input) => linear(asRows(dy).transpose(0, 1), asRows(input).transpose(0, 1)).to(dtype),
+    by: (dy, input) =>
+      linear(asRows(widened(dy, dtype)).transpose(0, 1), asRows(input).transpose(0, 1)).to(dtype),
   }
 }
 
@@ -125,6 +130,7 @@ export function linear4bit(x: Tensor, weight: Packed4, options: LinearOptions = 
     'linear4bit',
     forward,
     gradients(x, saved, (parts, dtype) => dequantizeBlocks4(packed(parts), dtype), options),
+    saved,
   )
 }
 
@@ -231,7 +237,7 @@ export function linear8bit(
       run('linear_8bit', x, n, k, options, [codes, stats], [threshold, options.bnbExact ? 1 : 0]),
     )
   if (!needsGrad(x, source, options.bias, options.residual)) return forward()
-  return record('linear8bit', forward, [
+  const learnt = [
     ...gradients(
       x,
       [weight, scb],
@@ -239,5 +245,6 @@ export function linear8bit(
       options,
     ),
     ...(source ? [weightGradient(source, x)] : []),
-  ])
+  ]
+  return record('linear8bit', forward, learnt, [scb])
 }

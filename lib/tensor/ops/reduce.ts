@@ -2,7 +2,7 @@ import { needsGrad, record } from '../autograd.js'
 import { sizeOf, Tensor, type Shape } from '../tensor.js'
 import { tidy } from '../tidy.js'
 import { call, checkDTypes, checkFloat, sameShape, withContiguous } from './call.js'
-import { div } from './layout.js'
+import { concat, div } from './layout.js'
 import { linear } from './linear.js'
 
 /** Mean of all elements of a float32 tensor, as a float32 [1]; summed in double. */
@@ -46,9 +46,20 @@ export function sumTo(x: Tensor, shape: Shape): Tensor {
   const summed = dims.filter((d) => d < lead || (shape[d - lead] === 1 && x.shape[d] !== 1))
   const kept = dims.filter((d) => !summed.includes(d))
   const length = summed.reduce((product, d) => product * x.shape[d]!, 1)
-  return tidy(() => {
-    // a product with ones: sums in float32 on every device
-    const rows = x.permute(...kept, ...summed).reshape(sizeOf(shape), length)
-    return linear(rows, Tensor.full([1, length], 1, x.dtype, x.device)).reshape(...shape)
-  })
+  return tidy(() => sumRows(x.permute(...kept, ...summed).reshape(sizeOf(shape), length)).reshape(...shape))
+}
+
+/** Elements that are added up one after the other. */
+const RUN = 1024
+
+/** [n, 1] of [n, length]: in float32 on every device, by products with ones; long rows by runs, whose sums are added. */
+function sumRows(rows: Tensor): Tensor {
+  const [n, length] = rows.shape as [number, number]
+  const sum = (part: Tensor) => linear(part, Tensor.full([1, part.shape[1]!], 1, part.dtype, part.device))
+  if (length <= RUN) return sum(rows)
+  const wide = rows.to('float32')
+  const whole = length - (length % RUN)
+  const runs = sum(wide.slice(1, 0, whole).reshape((n * whole) / RUN, RUN)).reshape(n, whole / RUN)
+  const parts = whole < length ? concat([runs, sum(wide.slice(1, whole, length))], 1) : runs
+  return sumRows(parts).to(rows.dtype)
 }
