@@ -8,7 +8,6 @@
 #include <map>
 #include <mutex>
 #include <new>
-#include <shared_mutex>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -142,9 +141,10 @@ class Readers {
     }
     work_.notify_all();
     if (!range->at_once) return;
+    // also while the process ends: what is being read from may go next
     read_.wait(lock, [&] {
-      return halted_ || std::none_of(range->pieces.begin(), range->pieces.end(),
-                                     [](const Range::Piece& piece) { return piece.state == State::reading; });
+      return std::none_of(range->pieces.begin(), range->pieces.end(),
+                          [](const Range::Piece& piece) { return piece.state == State::reading; });
     });
   }
 
@@ -211,21 +211,20 @@ class Readers {
     }
   }
 
-  /// The driver takes itself down at exit while these threads still run: then they must not call it any more,
-  /// and nobody may wait for what they were about to do.
+  /// The driver takes itself and its buffers down at exit while these threads still run: then they must
+  /// neither call it nor write to a buffer any more, and nobody may wait for what they were about to do.
   void halt_at_exit() {
     if (halts_) return;
     halts_ = true;
     std::atexit([] { instance().halt(); });
   }
 
+  /// Lets the pieces that are being read end, and none begin after them.
   void halt() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      halted_ = true;
-      read_.notify_all();
-    }
-    driver_.lock();
+    std::unique_lock<std::mutex> lock(mutex_);
+    halted_ = true;
+    read_.notify_all();
+    still_.wait(lock, [&] { return reading_ == 0; });
   }
 
   /// A device with something to read and a buffer to read it into.
@@ -259,7 +258,7 @@ class Readers {
         lock.lock();
         helped_.erase(std::find(helped_.begin(), helped_.end(), range));
         left_.notify_all();
-      } else if (Station* station = next_station()) {
+      } else if (Station* station = halted_ ? nullptr : next_station()) {
         read_piece(*station, lock);
       } else {
         work_.wait(lock);
@@ -282,6 +281,7 @@ class Readers {
       buffer = std::move(station.flying.front());
       station.flying.pop_front();
     }
+    ++reading_;
     lock.unlock();
     FailurePtr failure = prepare(range->backend, buffer);
     if (!failure) {
@@ -292,6 +292,7 @@ class Readers {
       }
     }
     lock.lock();
+    if (--reading_ == 0) still_.notify_all();
     range->pieces[piece].buffer = buffer;
     range->pieces[piece].state = failure || range->given_up ? State::taken : State::read;
     if (range->pieces[piece].state == State::taken) {
@@ -308,7 +309,6 @@ class Readers {
 
   /// Sees to it that the buffer is there, and that nothing reads it any more.
   FailurePtr prepare(Backend& backend, Buffer& buffer) {
-    std::shared_lock<std::shared_mutex> in_use(driver_);
     const Status status = buffer.data ? backend.synchronize(buffer.uploaded)
                                       : backend.allocate_host(ReadAhead::kBytes, &buffer.data);
     buffer.uploaded.reset();
@@ -316,12 +316,12 @@ class Readers {
   }
 
   std::mutex mutex_;
-  std::condition_variable work_, read_, left_;
+  std::condition_variable work_, read_, left_, still_;
   std::map<Key, std::unique_ptr<Station>> stations_;
   std::deque<HostRange*> host_;
   std::vector<HostRange*> helped_;
-  std::shared_mutex driver_;  // shared by those who call a driver; exclusive at exit, for good
   int threads_ = 0;
+  int reading_ = 0;  // threads with a piece in hand: they call a driver, and write to its buffers
   bool halts_ = false, halted_ = false;
 };
 

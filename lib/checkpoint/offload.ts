@@ -3,7 +3,6 @@
  * checkpoint has it as it is needed, else from a file that is written while loading (weights that were quantised on the
  * way in, or converted). While one module runs the next one is read; a third has to wait, so two are in memory at most.
  */
-import { randomUUID } from 'node:crypto'
 import { rmSync } from 'node:fs'
 import { join } from 'node:path'
 import { HalfbyteError } from '../errors.js'
@@ -20,7 +19,7 @@ import { keep, tidy } from '../tensor/tidy.js'
 import type { Layout } from './dispatch.js'
 import type { TensorInfo } from './header.js'
 import { DISK } from './max_memory.js'
-import { makeFolder } from './replace.js'
+import { makeFolder, temporaryName } from './replace.js'
 import { SafetensorsFile } from './safetensors.js'
 import { writeEntries } from './write.js'
 
@@ -210,7 +209,7 @@ export class DiskOffload {
   async #write(path: string, entries: ReadonlyMap<string, StateEntry>): Promise<SafetensorsFile> {
     const folder = this.#folder!
     await makeFolder(folder)
-    const name = join(folder, `${path || 'model'}.${randomUUID()}.safetensors`)
+    const name = join(folder, temporaryName(`${path || 'model'}.safetensors`))
     try {
       await writeEntries(name, entries)
       const file = SafetensorsFile.open(name)

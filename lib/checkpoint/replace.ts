@@ -70,7 +70,8 @@ const HOST = createHash('sha256').update(hostname()).digest('hex').slice(0, 8)
 const TEMPORARY = /\.([0-9a-f]{8})-(\d+)-[0-9a-f]{12}\.tmp$/
 const DAY = 24 * 3600 * 1000
 
-function temporaryName(name: string): string {
+/** What nobody will miss when this process is gone; the next replacement in the folder removes it. */
+export function temporaryName(name: string): string {
   return `${name}.${HOST}-${process.pid}-${randomUUID().slice(-12)}.tmp`
 }
 

@@ -1,6 +1,11 @@
 /** Threads and memory against the life of environments and models: workers, termination, exit, garbage, many rounds. */
-import { devices } from '../../lib'
+import { readdirSync } from 'node:fs'
+import { join } from 'node:path'
+import { AutoModelForCausalLM, devices } from '../../lib'
+import { root, temporaryFolder } from '../support/files'
 import { itCompiled, printed, runScript } from '../support/run'
+
+const folder = temporaryFolder()
 
 describe('workers', () => {
   itCompiled(
@@ -18,9 +23,33 @@ describe('workers', () => {
     },
     60_000,
   )
+
+  itCompiled(
+    'may be terminated in the middle of loading',
+    async () => {
+      expect(await runScript('terminate-mid-load.js', ['10', folder])).toEqual(printed('done\n'))
+    },
+    120_000,
+  )
 })
 
 describe('the process', () => {
+  itCompiled(
+    'may exit in the middle of loading',
+    async () => {
+      for (let i = 0; i < 10; i++)
+        expect(await runScript('exit-mid-load.js', [String(i * 17), folder])).toEqual(printed(''))
+      // what they left on the disk goes with the next one that writes there
+      const tiny = join(root, 'models', 'tinypy-2m')
+      const quantizationConfig = { loadIn8bit: true, llmInt8EnableFp32CpuOffload: true }
+      const options = { deviceMap: 'disk', quantizationConfig, offloadFolder: folder }
+      const model = await AutoModelForCausalLM.fromPretrained(tiny, options)
+      model.dispose()
+      expect(readdirSync(folder)).toEqual([])
+    },
+    120_000,
+  )
+
   itCompiled(
     'may exit in the middle of work',
     async () => {
