@@ -6,7 +6,9 @@ import {
   BitsAndBytesConfig,
   Checkpoint,
   devices,
+  functional,
   getMemoryFootprint,
+  ops,
   saveStateDict,
   Tensor,
   writeSafetensors,
@@ -96,6 +98,34 @@ describe.each(devices())('writing from %s', (device) => {
           expect([key, bytes(own).equals(bytes(wanted))]).toEqual([key, true])
         }
       }
+    })
+  }
+
+  for (const name of quantisedWithPlain.filter((each) => each.endsWith('-nf4'))) {
+    it(`gives nested statistics to the last bit, given the offset: ${name}`, async () => {
+      const theirs = readSafetensors(join(goldenPath(`models/${name}`)!, 'model.safetensors'))
+      const { raw } = readConfig(goldenPath(`models/${name}`)!)
+      const config = raw['quantization_config'] as Record<string, unknown>
+      using model = await AutoModelForCausalLM.fromPretrained(goldenPath(`models/${plainOf(name)}`)!, {
+        device,
+        quantizationConfig: BitsAndBytesConfig.fromJSON({ ...config, bnb_4bit_use_double_quant: false }),
+        dtype: raw['dtype'] as DType,
+      })
+      const state = await model.stateDict()
+      const nested = [...theirs.keys()].filter((key) => key.endsWith('.nested_absmax'))
+      expect(nested.length).toBeGreaterThan(0)
+      for (const key of nested) {
+        const base = key.replace(/nested_absmax$/, '')
+        const { data } = theirs.get(`${base}quant_state.bitsandbytes__nf4`)!
+        const text = Buffer.from(data.buffer, data.byteOffset, data.byteLength).toString()
+        const { nested_offset: offset } = JSON.parse(text) as { nested_offset: number }
+        using rest = ops.sub(state.get(`${base}absmax`)!, offset)
+        const { codes, state: statistics } = functional.quantizeBlockwise(rest, { blocksize: 256 })
+        expect([key, await codes.data()]).toEqual([key, theirs.get(`${base}absmax`)!.data])
+        expect([key, await statistics.absmax.data()]).toEqual([key, theirs.get(key)!.data])
+        for (const each of [codes, statistics]) each.dispose()
+      }
+      for (const tensor of state.values()) tensor.dispose()
     })
   }
 
