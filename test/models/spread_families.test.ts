@@ -1,7 +1,10 @@
-/** Every family on two devices, its parts spread in different ways: the results of one device. */
+/** Every family on two devices, its parts spread in different ways, and on the disk: the results of one device. */
 import { AutoModelForCausalLM, type CausalLM } from '../../lib'
+import { temporaryFolder } from '../support/files'
 import { goldenPath } from '../support/golden'
 import { goldenModels, readGoldenModel } from '../support/golden_model'
+
+const offloadFolder = temporaryFolder()
 
 async function results(model: CausalLM, ids: number[]) {
   using logits = model.forward(ids)
@@ -20,12 +23,12 @@ describe.each(goldenModels().filter((name) => !name.includes('-bnb-')))('%s', (n
     using whole = await AutoModelForCausalLM.fromPretrained(folder, { device: 'cpu', quantizationConfig })
     const wanted = await results(whole, ids)
     const paths = [...whole.namedModules()].map(([path]) => path)
-    const some = (pattern: RegExp, from = 0) =>
+    const some = (pattern: RegExp, from = 0, place = 'cpu:1') =>
       Object.fromEntries(
         paths
           .filter((path) => pattern.test(path))
           .slice(from)
-          .map((path) => [path, 'cpu:1']),
+          .map((path) => [path, place]),
       )
     for (const part of [
       some(/\.(h|layers)\.\d+$/, 1),
@@ -41,5 +44,17 @@ describe.each(goldenModels().filter((name) => !name.includes('-bnb-')))('%s', (n
       expect([part, got.tokenIds]).toEqual([part, wanted.tokenIds])
       expect(Buffer.from(got.logits.buffer).equals(Buffer.from(wanted.logits.buffer))).toBe(true)
     }
+    const deviceMap = {
+      '': 'cpu',
+      ...some(/\.(h|layers)$/, 0, 'disk'),
+      ...some(/^(lm_head|embed_out)$/, 0, 'disk'),
+    }
+    const options = { deviceMap, quantizationConfig, offloadFolder }
+    using model = await AutoModelForCausalLM.fromPretrained(folder, options)
+    const large = [...model.model.layers.namedParameters()].filter(([, { nbytes }]) => nbytes >= 64 << 10)
+    for (const [path, parameter] of large) expect([path, parameter.isOffloaded]).toEqual([path, true])
+    const got = await results(model, ids)
+    expect(got.tokenIds).toEqual(wanted.tokenIds)
+    expect(Buffer.from(got.logits.buffer).equals(Buffer.from(wanted.logits.buffer))).toBe(true)
   })
 })
