@@ -1,9 +1,9 @@
 // The exact product of signed bytes: sums int32 [M, N] = a int8 [M, K] times b int8 [N, K] transposed.
 //
 // Every value of a byte is legal on both sides. AVX2 and AVX-512 extend bytes to 16 bits and multiply-add
-// pairs (vpmaddwd), which cannot overflow. VNNI multiplies unsigned by signed bytes (vpdpbusd): b is taken as
-// b + 128, which is one xor, and 128 times the row sum of a comes off again. Sums wrap at 2^31, as int32 sums
-// do.
+// pairs (vpmaddwd), which cannot overflow. VNNI, of either width, multiplies unsigned by signed bytes
+// (vpdpbusd): b is taken as b + 128, which is one xor, and 128 times the row sum of a comes off again. Sums
+// wrap at 2^31, as int32 sums do.
 //
 // Many rows of a: a panel of 16 rows of b is converted once, kDepth columns at a time, into a buffer of the
 // first-level cache and multiplied with up to 64 rows of a in register tiles of R x C sums. Up to four rows:
@@ -89,15 +89,24 @@ static void product_panels(const Int8Product& p, bool, int64_t begin, int64_t en
 
 #if HALFBYTE_ISA_LEVEL == 2
 
-/// Bytes as 16-bit words, 16 at a time.
-struct Words {
+struct Wide {
   using V = __m256i;
+  static V none() { return _mm256_setzero_si256(); }
+  static int32_t total(V s) { return _mm_cvtsi128_si32(totals(s, s, s, s)); }
+  /// The four totals of four vectors.
+  static __m128i totals(V s0, V s1, V s2, V s3) {
+    const V t = _mm256_hadd_epi32(_mm256_hadd_epi32(s0, s1), _mm256_hadd_epi32(s2, s3));
+    return _mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1));
+  }
+};
+
+/// Bytes as 16-bit words, 16 at a time.
+struct Words : Wide {
   using Ready = int16_t;  // what a converted panel holds
   static constexpr int64_t kStep = 16;
   static constexpr int kTileRows = 2;
   static constexpr int64_t kDepth = 1024;  // columns of a panel that are converted at a time
   static constexpr bool kOffset = false;
-  static V none() { return _mm256_setzero_si256(); }
   static V load_a(const int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
@@ -105,12 +114,29 @@ struct Words {
   static V load_ready(const Ready* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_ready(Ready* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static V dot(V sum, V a, V b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-  static int32_t total(V s) { return _mm_cvtsi128_si32(totals(s, s, s, s)); }
-  /// The four totals of four vectors.
-  static __m128i totals(V s0, V s1, V s2, V s3) {
-    const V t = _mm256_hadd_epi32(_mm256_hadd_epi32(s0, s1), _mm256_hadd_epi32(s2, s3));
-    return _mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1));
-  }
+};
+
+/// vpdpbusd of AVX-VNNI. As assembly, so that nothing but the calls of this, which has_vnni() guards, can
+/// come out as VNNI: with the instruction set named to the compiler it would also use it in loops of its own
+/// choice.
+static inline __m256i dot_quads(__m256i sum, __m256i with_offset, __m256i bytes) {
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(with_offset), "xm"(bytes));
+  return sum;
+}
+
+/// VNNI: b as unsigned bytes b + 128, 32 at a time.
+struct Quads : Wide {
+  using Ready = uint8_t;
+  static constexpr int64_t kStep = 32;
+  static constexpr int kTileRows = 3;  // 12 sums, which hide the latency, 3 vectors of a and one of b
+  static constexpr int64_t kDepth = 2048;
+  static constexpr bool kOffset = true;
+  static V offset() { return _mm256_set1_epi8(-128); }
+  static V load_a(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static V load_b(const int8_t* p) { return _mm256_xor_si256(load_a(p), offset()); }
+  static V load_ready(const Ready* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_ready(Ready* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static V dot(V sum, V a, V b) { return dot_quads(sum, b, a); }
 };
 
 #else
@@ -145,8 +171,7 @@ struct Words : Wide {
   static V dot(V sum, V a, V b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
 };
 
-/// vpdpbusd. As assembly, so that nothing but the calls of this, which has_vnni() guards, can come out as
-/// VNNI: with the instruction set named to the compiler it would also use it in loops of its own choice.
+/// vpdpbusd of AVX512-VNNI, as assembly for the same reason as in AVX2.
 static inline __m512i dot_quads(__m512i sum, __m512i with_offset, __m512i bytes) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(with_offset), "vm"(bytes));
   return sum;
@@ -159,8 +184,9 @@ struct Quads : Wide {
   static constexpr int kTileRows = 4;
   static constexpr int64_t kDepth = 2048;
   static constexpr bool kOffset = true;
+  static V offset() { return _mm512_set1_epi8(-128); }
   static V load_a(const int8_t* p) { return _mm512_loadu_si512(p); }
-  static V load_b(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
+  static V load_b(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), offset()); }
   static V load_ready(const Ready* p) { return _mm512_loadu_si512(p); }
   static void store_ready(Ready* p, V v) { _mm512_storeu_si512(p, v); }
   static V dot(V sum, V a, V b) { return dot_quads(sum, b, a); }
@@ -181,14 +207,14 @@ static inline const int8_t* padded(int8_t (&buffer)[Kind::kStep], const int8_t* 
 /// is for the row that follows as well.
 template <typename Kind, int R>
 static void row_in_place(const int8_t* a, int64_t lda, const int8_t* b, int64_t k, int32_t* sums) {
-  constexpr int64_t kAhead = 4096;
+  constexpr int64_t kAhead = 8192;  // a busy memory answers late
   constexpr int kUnroll = static_cast<int>(64 / Kind::kStep);
   using V = typename Kind::V;
   V s[R];
   for (int r = 0; r < R; ++r) s[r] = Kind::none();
   int64_t i = 0;
   for (; i + 64 <= k; i += 64) {
-    __builtin_prefetch(b + i + kAhead);
+    __builtin_prefetch(b + i + kAhead, 0, 2);
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t at = i + u * Kind::kStep;
@@ -330,27 +356,20 @@ static void convert(typename Kind::Ready* out, const Int8Product& p, int64_t n0,
   }
 }
 
-#if HALFBYTE_ISA_LEVEL == 512
 /// What vpdpbusd counts too much for each row of a, with its sign turned.
+template <typename Kind>
 static void row_corrections(const Int8Product& p, int64_t m0, int64_t m1, int32_t* out) {
-  const __m512i offset = _mm512_set1_epi8(-128);
   for (int64_t r = m0; r < m1; ++r) {
     const int8_t* const row = p.a + r * p.lda;
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < p.k; i += 64) {
-      int8_t last[64];
-      const int8_t* from = row + i;
-      if (p.k - i < 64) {
-        __builtin_memset(last, 0, sizeof last);
-        __builtin_memcpy(last, from, static_cast<size_t>(p.k - i));
-        from = last;
-      }
-      sum = dot_quads(sum, offset, _mm512_loadu_si512(from));
+    typename Kind::V sum = Kind::none();
+    for (int64_t i = 0; i < p.k; i += Kind::kStep) {
+      int8_t last[Kind::kStep];
+      const int8_t* const from = p.k - i < Kind::kStep ? padded<Kind>(last, row + i, p.k - i) : row + i;
+      sum = Kind::dot(sum, Kind::load_a(from), Kind::offset());
     }
-    out[r - m0] = -_mm512_reduce_add_epi32(sum);
+    out[r - m0] = -Kind::total(sum);
   }
 }
-#endif
 
 template <typename Kind>
 static void panels_of(const Int8Product& p, int64_t begin, int64_t end) {
@@ -363,9 +382,7 @@ static void panels_of(const Int8Product& p, int64_t begin, int64_t end) {
     const int64_t group_end = group + kGroup < end ? group + kGroup : end;
     for (int64_t m0 = 0; m0 < p.m; m0 += kInt8BlockRows) {
       const int64_t m1 = m0 + kInt8BlockRows < p.m ? m0 + kInt8BlockRows : p.m;
-#if HALFBYTE_ISA_LEVEL == 512
-      if (Kind::kOffset) row_corrections(p, m0, m1, start);
-#endif
+      if constexpr (Kind::kOffset) row_corrections<Kind>(p, m0, m1, start);
       for (int64_t index = group; index < group_end; ++index) {
         const int64_t n0 = index * kInt8PanelRows;
         const int64_t n1 = n0 + kInt8PanelRows < p.n ? n0 + kInt8PanelRows : p.n;
@@ -390,10 +407,7 @@ static void panels_of(const Int8Product& p, int64_t begin, int64_t end) {
 }
 
 static void product_panels(const Int8Product& p, bool vnni, int64_t begin, int64_t end) {
-#if HALFBYTE_ISA_LEVEL == 512
   if (vnni) return panels_of<Quads>(p, begin, end);
-#endif
-  (void)vnni;
   panels_of<Words>(p, begin, end);
 }
 

@@ -9,10 +9,10 @@ enum class Isa { plain, avx2, avx512 };
 Isa isa();
 const char* isa_name();
 
-/// AVX512-VNNI, only ever true when isa() is avx512.
+/// AVX512-VNNI when isa() is avx512, AVX-VNNI when it is avx2; HALFBYTE_CPU_VNNI=off says no to both.
 bool has_vnni();
 
-/// Why HALFBYTE_CPU_ISA was not obeyed, or an empty string.
+/// Why HALFBYTE_CPU_ISA or HALFBYTE_CPU_VNNI was not obeyed, or an empty string.
 const char* isa_complaint();
 
 }  // namespace halfbyte::cpu

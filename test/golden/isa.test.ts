@@ -6,12 +6,13 @@ import { root } from '../support/files.js'
 
 interface Result {
   isa: string
+  vnni: boolean
   complaint: string
   digests: Record<string, string>
 }
 
-function run(isa: string): Result {
-  const env = { ...process.env, HALFBYTE_CPU_ISA: isa, HALFBYTE_DEVICE: 'cpu' }
+function run(isa: string, vnni = 'off'): Result {
+  const env = { ...process.env, HALFBYTE_CPU_ISA: isa, HALFBYTE_CPU_VNNI: vnni, HALFBYTE_DEVICE: 'cpu' }
   const script = join(root, 'test', 'support', 'codes.cjs')
   return JSON.parse(execFileSync(process.execPath, [script], { env, encoding: 'utf8' })) as Result
 }
@@ -19,9 +20,15 @@ function run(isa: string): Result {
 const built = existsSync(join(root, 'dist', 'index.js'))
 const plain = built ? run('plain') : undefined
 
-describe.each(['avx2', 'avx512'])('%s', (isa) => {
-  const result = built ? run(isa) : undefined
-  const reason = !built ? 'dist is not built' : result!.isa === isa ? '' : result!.complaint
+describe.each([
+  ['avx2', 'off'],
+  ['avx2', 'on'],
+  ['avx512', 'off'],
+  ['avx512', 'on'],
+])('%s, VNNI %s', (isa, vnni) => {
+  const result = built ? run(isa, vnni) : undefined
+  const asked = result?.isa === isa && result.vnni === (vnni === 'on')
+  const reason = !built ? 'dist is not built' : asked ? '' : result!.complaint
   const test = reason ? it.skip : it
   test(`gives the bytes of plain${reason && ` (${reason})`}`, () => {
     expect(plain!.isa).toBe('plain')

@@ -8,7 +8,18 @@ import { commonOptions } from '../options.js'
 import { formatBytes } from '../table.js'
 
 /** Extensions that kernels are written for, as Linux names them. */
-const FEATURES = ['avx2', 'fma', 'f16c', 'bmi2', 'avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_vnni']
+const FEATURES = [
+  'avx2',
+  'fma',
+  'f16c',
+  'bmi2',
+  'avx_vnni',
+  'avx512f',
+  'avx512bw',
+  'avx512dq',
+  'avx512vl',
+  'avx512_vnni',
+]
 
 interface Findings {
   node: string
