@@ -107,8 +107,16 @@ async function addSafetensors(
     await writeAll(file, header)
     for (const tensor of order) {
       options.signal?.throwIfAborted()
-      const read = await entries.get(tensor)!.read()
+      const entry = entries.get(tensor)!
+      const read = await entry.read()
       const data = await read.data().finally(() => read.dispose())
+      if (read.dtype !== entry.dtype || data.byteLength !== bytesOf(entry)) {
+        throw new HalfbyteError(
+          'ERR_HALFBYTE_USAGE',
+          `${name}: ${tensor} has become ${read.dtype} [${read.shape.join(', ')}] while it was saved. ` +
+            'What was there before is untouched',
+        )
+      }
       await writeAll(file, new Uint8Array(data.buffer, data.byteOffset, data.byteLength))
       progress.written += data.byteLength
       options.onProgress?.({ writtenBytes: progress.written, totalBytes: progress.total, tensor })

@@ -239,8 +239,9 @@ export class Parameter implements Disposable {
 
   /** Its entry in state dicts. */
   stateEntry(): StateEntry {
-    if (this.#value || !this.#source) return entryOf(this.value)
-    return { dtype: this.dtype!, shape: this.shape, key: this, read: () => this.share() }
+    const read = () => this.share()
+    if (this.#value || !this.#source) return { ...entryOf(this.value), read }
+    return { dtype: this.dtype!, shape: this.shape, key: this, read }
   }
 
   /** Why a tensor cannot be loaded here, or undefined when it can. */

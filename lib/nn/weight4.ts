@@ -291,7 +291,8 @@ export class Weight4 implements PackedWeight {
 
   async entries(): Promise<[string, StateEntry][]> {
     const read = this.#read
-    const state = (this.#state ?? this.#kept)!
+    const state = this.#state ?? this.#kept
+    if (!state) return [['weight', this.codes.stateEntry()]] // an error says why there is none
     const { quantStorage } = this.#options
     const text = new TextEncoder().encode(await state.packedValues())
     const device = read ? toDevice('cpu') : state.absmax.device

@@ -4,11 +4,15 @@ import { join } from 'node:path'
 import {
   AutoModelForCausalLM,
   BitsAndBytesConfig,
+  CausalLM,
   Checkpoint,
+  ConfigReader,
   devices,
   functional,
   getMemoryFootprint,
+  onMeta,
   ops,
+  replaceWithQuantizedLinear,
   saveStateDict,
   Tensor,
   writeSafetensors,
@@ -16,6 +20,7 @@ import {
   type DType,
 } from '../../lib'
 import { readConfig } from '../../lib/checkpoint/config'
+import { readSpec } from '../../lib/models/families'
 import { rejection } from '../support/errors'
 import { root, temporaryFolder } from '../support/files'
 import { goldenPath } from '../support/golden'
@@ -306,6 +311,29 @@ describe('when writing fails', () => {
       expect(error.code).toMatch(/ERR_HALFBYTE_(IO|VALUE)/)
       expect(error.message).toMatch(message)
     }
+  })
+
+  it('because the model changes meanwhile, it says so', async () => {
+    const target = fresh()
+    using model = await AutoModelForCausalLM.fromPretrained(writeTinyModel(fresh()), { device: 'cpu' })
+    await model.savePretrained(target)
+    const before = readdirSync(target).map((name) => readFileSync(join(target, name)))
+    const error = await rejection(
+      model.savePretrained(target, { onProgress: () => void model.to('bfloat16') }),
+    )
+    expect(error.code).toBe('ERR_HALFBYTE_USAGE')
+    expect(error.message).toMatch(/model.safetensors: .* has become bfloat16 .* while it was saved/)
+    expect(readdirSync(target).map((name) => readFileSync(join(target, name)))).toEqual(before)
+  })
+
+  it('because nothing is loaded, it says so', async () => {
+    const { raw, file } = readConfig(writeTinyModel(fresh()))
+    const config = new ConfigReader(raw, file)
+    const model = onMeta(() => new CausalLM(readSpec(config), config))
+    expect((await rejection(model.savePretrained(fresh()))).code).toBe('ERR_HALFBYTE_STATE_DICT')
+    replaceWithQuantizedLinear(model, { loadIn4bit: true })
+    expect((await rejection(model.stateDict())).code).toBe('ERR_HALFBYTE_STATE_DICT')
+    expect((await rejection(model.model.layers.at(0)!.stateDict())).code).toBe('ERR_HALFBYTE_STATE_DICT')
   })
 
   it('or is aborted, it rejects with the reason', async () => {
