@@ -10,6 +10,7 @@
 // b is read in place, one row after the other, each byte once, with prefetches ahead: the speed of memory
 // decides. Panels are spread over the pool; every thread goes through its panels from front to back.
 #include "int8.h"
+#include "isa.h"
 
 #include <cstring>
 
@@ -120,7 +121,9 @@ struct Words : Wide {
 /// come out as VNNI: with the instruction set named to the compiler it would also use it in loops of its own
 /// choice.
 static inline __m256i dot_quads(__m256i sum, __m256i with_offset, __m256i bytes) {
+#if HALFBYTE_AVX_VNNI
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(with_offset), "xm"(bytes));
+#endif
   return sum;
 }
 

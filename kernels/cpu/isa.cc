@@ -20,7 +20,7 @@ struct Choice {
 /// AVX-VNNI; asked of the CPU itself, as not every compiler's __builtin_cpu_supports() knows its name.
 bool supports_avx_vnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+  return HALFBYTE_AVX_VNNI && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
 }
 #endif
 

@@ -9,6 +9,13 @@ enum class Isa { plain, avx2, avx512 };
 Isa isa();
 const char* isa_name();
 
+/// Whether the code has AVX-VNNI: assemblers of the age of these compilers know it (binutils 2.36).
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define HALFBYTE_AVX_VNNI 1
+#else
+#define HALFBYTE_AVX_VNNI 0
+#endif
+
 /// AVX512-VNNI when isa() is avx512, AVX-VNNI when it is avx2; HALFBYTE_CPU_VNNI=off says no to both.
 bool has_vnni();
 

@@ -78,6 +78,8 @@ async function main() {
       }
     }
   }
-  process.stdout.write(JSON.stringify({ isa: info.isa, vnni: info.vnni, complaint: info.isaComplaint, digests }))
+  process.stdout.write(
+    JSON.stringify({ isa: info.isa, vnni: info.vnni, complaint: info.isaComplaint, digests }),
+  )
 }
 main()
