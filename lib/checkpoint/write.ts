@@ -2,8 +2,9 @@
  * Writing safetensors, as Python's writer lays them out: tensors by falling alignment of their dtype, then by name;
  * the header padded to a multiple of 8. Files are replaced all together: see replace.ts. One tensor at a time is in memory.
  */
+import { existsSync, realpathSync } from 'node:fs'
 import { readdir, readFile, type FileHandle } from 'node:fs/promises'
-import { basename, dirname } from 'node:path'
+import { basename, dirname, resolve } from 'node:path'
 import { HalfbyteError } from '../errors.js'
 import { entryOf, type StateEntry } from '../nn/state_dict.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
@@ -49,6 +50,12 @@ const bytesOf = ({ dtype, shape }: StateEntry): number => sizeOf(shape) * DTYPES
 
 const totalOf = (entries: Entries): number =>
   [...entries.values()].reduce((sum, entry) => sum + bytesOf(entry), 0)
+
+/** Whether two paths lead to one folder, by links or otherwise; one that is not there yet is its path. */
+export function isSameFolder(a: string, b: string): boolean {
+  const [first, second] = [a, b].map((path) => (existsSync(path) ? realpathSync(path) : resolve(path)))
+  return first === second
+}
 
 function layout(tensors: Entries): { header: Buffer; order: string[] } {
   const names = [...tensors.keys()].sort((a, b) => {

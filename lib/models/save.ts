@@ -1,6 +1,6 @@
 /** Model folders as transformers lays them out. */
 import { existsSync } from 'node:fs'
-import { join, resolve } from 'node:path'
+import { join } from 'node:path'
 import { JsonText } from '../checkpoint/json.js'
 import { makeFolder, replaceFiles } from '../checkpoint/replace.js'
 import {
@@ -8,6 +8,7 @@ import {
   addJson,
   addStateDict,
   DEFAULT_SHARD_SIZE,
+  isSameFolder,
   parseSize,
   type WriteOptions,
 } from '../checkpoint/write.js'
@@ -45,7 +46,7 @@ export async function savePretrained(
     const written = { ...options, maxShardSize, totalParameters: model.numParameters() }
     await addStateDict(files, folder, state, written)
     await addJson(files, 'config.json', config)
-    if (model.folder === undefined || resolve(model.folder) === resolve(folder)) return
+    if (model.folder === undefined || isSameFolder(model.folder, folder)) return
     for (const name of COPIED) {
       const from = join(model.folder, name)
       if (existsSync(from)) await addCopy(files, name, from)

@@ -1,8 +1,8 @@
 /** The commands that load a model, as a shell runs them, on the model that comes with the repository. */
 import { spawn, spawnSync } from 'node:child_process'
-import { existsSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdtempSync, readdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { basename, join } from 'node:path'
 
 const root = join(__dirname, '../..')
 const program = join(root, 'dist/cli/main.js')
@@ -137,6 +137,20 @@ test.each([
     halfbyte(['generate', out, 'def main():', '--max-new-tokens', '4', '--device-map', map, ...more])
   expect(run().status).toBe(1)
   expect(run('--cpu-offload')).toMatchObject({ status: 0 })
+})
+
+test('quantize does not write over the model that it reads, by whatever path', () => {
+  const link = join(folder, 'link')
+  symlinkSync(model, link)
+  for (const [from, to] of [
+    [link, model],
+    [model, `${link}/`],
+    [model, `${folder}/../${basename(folder)}/link`],
+  ] as const) {
+    const { status, stderr } = halfbyte(['quantize', from, '--out', to, '--load-in-4bit'])
+    expect(stderr).toMatch(/folder of the model itself/)
+    expect(status).toBe(2)
+  }
 })
 
 test('quantize leaves nothing behind when the disk is full', () => {

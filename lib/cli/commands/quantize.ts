@@ -1,6 +1,7 @@
 /** halfbyte quantize: writes a checkpoint with quantised weights, which this library and Python's read. */
 import { existsSync, readdirSync, statSync } from 'node:fs'
-import { join, resolve } from 'node:path'
+import { join } from 'node:path'
+import { isSameFolder, parseSize } from '../../checkpoint/write.js'
 import { usageError, type Command } from '../command.js'
 import { describeWeights, loadModel } from '../load.js'
 import { quantizationFields, modelOptions } from '../model_options.js'
@@ -37,12 +38,12 @@ export const quantize: Command = {
     const out = flags.text('out')
     if (out === undefined) throw usageError('--out DIR is missing. See halfbyte quantize --help')
     if (!quantizationFields(flags)) throw usageError('say how to quantise: --load-in-4bit or --load-in-8bit')
-    if (resolve(out) === resolve(source))
-      throw usageError('--out is the folder of the model itself; choose another')
+    if (isSameFolder(out, source)) throw usageError('--out is the folder of the model itself; choose another')
     if (existsSync(out) && !statSync(out).isDirectory()) throw usageError(`--out ${out} is not a folder`)
+    const shardSize = flags.text('max-shard-size')
+    const maxShardSize = shardSize === undefined ? undefined : parseSize(shardSize)
     const { model } = await loadModel(source, invocation)
     using progress = new Progress('Writing')
-    const maxShardSize = flags.text('max-shard-size')
     await model.savePretrained(out, {
       signal,
       onProgress: ({ writtenBytes, totalBytes }) => progress.update(writtenBytes, totalBytes),
