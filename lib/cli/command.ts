@@ -114,19 +114,22 @@ export function parse(command: Command, args: readonly string[]): { positionals:
     parsed = parseArgs({ args: [...args], options, allowPositionals: true, strict: true })
   } catch (error) {
     // The first sentence names the option; what follows is about quoting.
-    const message = (error as Error).message.split('. ')[0]!
+    const [first] = (error as Error).message.split(/\.\s/)
+    const message = first!.replace('is ambiguous', 'begins with a dash: write --option=-value')
     throw usageError(`${message}. See halfbyte ${command.name} --help`)
   }
   return { positionals: parsed.positionals, flags: new Flags(parsed.values) }
+}
+
+function usage(command: Command): string {
+  return `halfbyte ${command.name} ${command.arguments}`.trimEnd()
 }
 
 export function checkCount(command: Command, positionals: readonly string[]): void {
   const [least, most] = command.count
   if (positionals.length >= least && positionals.length <= most) return
   const what = positionals.length < least ? 'something is missing' : `${positionals.at(-1)} is too much`
-  throw usageError(
-    `${what}: halfbyte ${command.name} ${command.arguments}. See halfbyte ${command.name} --help`,
-  )
+  throw usageError(`${what}: ${usage(command)}. See halfbyte ${command.name} --help`)
 }
 
 export function helpText(command: Command): string {
@@ -142,7 +145,7 @@ export function helpText(command: Command): string {
     [`${heading}:`, ...rows.map(([left, help]) => left.padEnd(width) + help)].join('\n'),
   )
   return [
-    `halfbyte ${command.name} ${command.arguments}\n\n${command.summary}`,
+    `${usage(command)}\n\n${command.summary}`,
     ...sections,
     ...(command.notes === undefined ? [] : [command.notes]),
   ].join('\n\n')

@@ -37,6 +37,7 @@ function version(): string {
 
 async function run(args: readonly string[], signal: AbortSignal): Promise<void> {
   const [name, ...rest] = args
+  if (name === 'help' && rest.length > 0) return run([...rest, '--help'], signal)
   if (name === undefined || name === '--help' || name === '-h' || name === 'help') {
     print(OVERVIEW)
     if (name === undefined) process.exitCode = 2
@@ -64,7 +65,8 @@ async function run(args: readonly string[], signal: AbortSignal): Promise<void> 
 function main(): void {
   // A reader that has gone (| head) is no error.
   process.stdout.on('error', (error: NodeJS.ErrnoException) => {
-    process.exit(error.code === 'EPIPE' ? 0 : 1)
+    if (error.code === 'EPIPE') process.exit(0)
+    process.stderr.write(`${describeError(error)}\n`, () => process.exit(1))
   })
   const interrupt = new AbortController()
   process.on('SIGINT', () => {
@@ -78,7 +80,8 @@ function main(): void {
       process.exitCode = error instanceof HalfbyteError && error.code === 'ERR_HALFBYTE_USAGE' ? 2 : 1
     })
     .finally(() => {
-      if (interrupt.signal.aborted) process.exitCode = 130
+      // at once: work that is queued would be waited for
+      if (interrupt.signal.aborted) process.exit(130)
     })
 }
 

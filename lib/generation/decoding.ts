@@ -3,6 +3,7 @@
  * last tokens, runs the model and chooses the next ones. Tokens, lengths and sampling state live on the device; the host
  * reads tokens behind the device and never has more than two steps queued.
  */
+import { abortable } from '../abortable.js'
 import { HalfbyteError } from '../errors.js'
 import type { CausalLM } from '../models/causal_lm.js'
 import { isSpread } from '../nn/hooks.js'
@@ -31,20 +32,6 @@ export interface DecodingOptions {
 
 /** Nothing of it is kept but the result, neither tensors nor the way back. */
 const inference = <T>(fn: () => T): T => noGrad(() => tidy(fn))
-
-/** Settles like `promise`, or rejects with the signal's reason as soon as it is aborted. */
-export function abortable<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
-  if (!signal) return promise
-  if (signal.aborted) {
-    promise.catch(() => {})
-    return Promise.reject(signal.reason as Error)
-  }
-  return new Promise((resolve, reject) => {
-    const abort = () => reject(signal.reason as Error)
-    signal.addEventListener('abort', abort, { once: true })
-    promise.then(resolve, reject).finally(() => signal.removeEventListener('abort', abort))
-  })
-}
 
 /** Chooses tokens for a batch of prompts: one Int32Array a step, an entry for each sequence. */
 export async function* decode(

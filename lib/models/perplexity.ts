@@ -1,6 +1,6 @@
 /** Perplexity over windows of a text. */
 import { HalfbyteError } from '../errors.js'
-import { abortable } from '../generation/decoding.js'
+import { abortable } from '../abortable.js'
 import { noGrad } from '../tensor/autograd.js'
 import type { CausalLM } from './causal_lm.js'
 

@@ -1,8 +1,10 @@
 /** The commands that load a model, as a shell runs them, on the model that comes with the repository. */
 import { spawn, spawnSync } from 'node:child_process'
+import { once } from 'node:events'
 import { existsSync, mkdtempSync, readdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
+import { setTimeout } from 'node:timers/promises'
 
 const root = join(__dirname, '../..')
 const program = join(root, 'dist/cli/main.js')
@@ -59,6 +61,20 @@ describe('generate', () => {
     const status = await new Promise((resolve) => child.on('close', resolve))
     expect({ status, stderr }).toEqual({ status: 130, stderr: '' })
   })
+})
+
+test('Ctrl-C stops a benchmark, which would run on for long', async () => {
+  const args = [program, 'bench', 'linear8bit', '--device', 'cpu', '--rounds', '100000']
+  const child = spawn(process.execPath, args, { stdio: 'ignore' })
+  const closed = once(child, 'close')
+  await setTimeout(1000)
+  child.kill('SIGINT')
+  expect(await closed).toEqual([130, null])
+})
+
+test('what generate is refused is said before anything is printed', () => {
+  const args = ['generate', model, 'def', '--device', 'cpu', '--repetition-penalty', '0']
+  expect(halfbyte(args)).toMatchObject({ status: 1, stdout: '' })
 })
 
 describe('a device map', () => {

@@ -2,6 +2,7 @@
 import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
+import { abortable } from '../../abortable.js'
 import { commonOptions } from '../options.js'
 import { usageError, type Command } from '../command.js'
 import { print } from '../output.js'
@@ -70,14 +71,14 @@ export const bench: Command = {
     const out = flags.text('out')
     for (const [i, name] of chosen.entries()) {
       if (i > 0 && !flags.switch('json')) print('')
-      await runBenchmark(await load(name), {
+      const running = runBenchmark(await load(name), {
         device: flags.text('device'),
         json: flags.switch('json'),
         out: out === undefined ? undefined : join(out, `${name}.json`),
         model: flags.text('model'),
         rounds: flags.number('rounds', { min: 1, whole: true }),
       })
-      signal.throwIfAborted()
+      await abortable(running, signal)
     }
   },
 }

@@ -62,7 +62,7 @@ export const generate: Command = {
     const tokenIds: number[] = []
     let finishReason: string | undefined
     const input = flags.switch('chat') ? asChat(model, prompt) : prompt
-    if (!json && !flags.switch('chat')) process.stdout.write(prompt)
+    let shown = false
     try {
       const parts = model.stream(input, {
         ...sampling,
@@ -70,15 +70,20 @@ export const generate: Command = {
         onPrefill: (done, total) => progress.update(done, total),
       })
       for await (const part of parts) {
-        progress.end()
-        first ||= performance.now()
+        if (first === 0) {
+          // not before: the line of progress would take the prompt's place
+          progress.end()
+          first = performance.now()
+          shown = !json
+          if (shown && !flags.switch('chat')) process.stdout.write(prompt)
+        }
         tokenIds.push(part.tokenId)
         text += part.text
         finishReason = part.finishReason
         if (!json) process.stdout.write(part.text)
       }
     } finally {
-      if (!json) process.stdout.write('\n')
+      if (shown) process.stdout.write('\n')
     }
     const firstSeconds = (first - began) / 1e3
     const restSeconds = (performance.now() - first) / 1e3
