@@ -1,5 +1,6 @@
 /** Loading the model that a command is about, with a progress line. */
 import { readConfig } from '../checkpoint/config.js'
+import { modelFolder } from '../checkpoint/folder.js'
 import { savedConfig } from '../models/auto.js'
 import { AutoModelForCausalLM, type CausalLM } from '../models/index.js'
 import type { Invocation } from './command.js'
@@ -19,7 +20,8 @@ export function describeWeights(model: CausalLM): string {
   return config.bnb4bitQuantType + (config.bnb4bitUseDoubleQuant ? ', double quantised' : '')
 }
 
-export async function loadModel(folder: string, { flags, signal }: Invocation): Promise<Loaded> {
+export async function loadModel(path: string, { flags, signal }: Invocation): Promise<Loaded> {
+  const folder = modelFolder(path, 'halfbyte')
   const quantizationConfig = quantizationFields(flags, () => savedConfig(readConfig(folder)))
   const dtype = modelDType(flags)
   using progress = new Progress('Loading')

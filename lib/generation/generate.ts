@@ -108,8 +108,8 @@ function promptIds(prompt: Prompt, model: CausalLM, tokenizer: Tokenizer | undef
 }
 
 function sequences(model: CausalLM, prompts: readonly Prompt[], options: GenerateOptions): Sequence[] {
-  options.signal?.throwIfAborted()
   const settings = readSettings(options, model.generationDefaults, model.spec.maxPositions)
+  options.signal?.throwIfAborted()
   const tokenizer = options.tokenizer ?? model.tokenizer
   if (settings.stops.length > 0 && !tokenizer) {
     throw new HalfbyteError(

@@ -61,13 +61,15 @@ function fail(message: string): never {
   throw new HalfbyteError('ERR_HALFBYTE_VALUE', `generate: ${message}`)
 }
 
+const shown = (value: unknown) => (typeof value === 'string' ? JSON.stringify(value) : String(value))
+
 function inRange(name: string, value: number, low: number, high: number, whole = false): number {
   const fits =
     typeof value === 'number' && value >= low && value <= high && (!whole || Number.isInteger(value))
   if (!fits) {
     const kind = whole ? 'a whole number' : 'a number'
     fail(
-      `${name} is ${String(value)}, it must be ${kind} ${high === Infinity ? `>= ${low}` : `from ${low} to ${high}`}`,
+      `${name} is ${shown(value)}, it must be ${kind} ${high === Infinity ? `>= ${low}` : `from ${low} to ${high}`}`,
     )
   }
   return value
@@ -97,6 +99,8 @@ export function readSettings(
   defaults: GenerationDefaults,
   maxPositions: number,
 ): Settings {
+  if (typeof options !== 'object' || options === null)
+    fail(`the options are ${shown(options)}, they must be an object`)
   const unknown = Object.keys(options).find((name) => !KNOWN.has(name as keyof GenerateOptions))
   if (unknown !== undefined) fail(`unknown option ${unknown}; the options are ${[...KNOWN].join(', ')}`)
   const eos = options.eosTokenId === undefined ? defaults.eosTokenIds : (options.eosTokenId ?? [])
@@ -119,10 +123,10 @@ function readSampling(options: GenerateOptions, defaults: GenerationDefaults): S
   const temperature = inRange('temperature', options.temperature ?? defaults.temperature ?? 1, 0, Infinity)
   const doSample = options.doSample ?? (given || (defaults.doSample ?? false))
   const seed = options.seed ?? Math.floor(Math.random() * 2 ** 48)
-  if (!Number.isSafeInteger(seed)) fail(`seed is ${String(seed)}, it must be a whole number`)
+  if (!Number.isSafeInteger(seed)) fail(`seed is ${shown(seed)}, it must be a whole number`)
   const repetitionPenalty = options.repetitionPenalty ?? defaults.repetitionPenalty ?? 1
   if (!(repetitionPenalty > 0) || repetitionPenalty === Infinity) {
-    fail(`repetitionPenalty is ${String(repetitionPenalty)}, it must be a number above 0`)
+    fail(`repetitionPenalty is ${shown(repetitionPenalty)}, it must be a number above 0`)
   }
   return {
     greedy: !doSample || temperature === 0,

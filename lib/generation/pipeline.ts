@@ -46,7 +46,7 @@ export class TextGenerationPipeline implements Disposable {
 
 export async function pipeline(
   task: 'text-generation',
-  folder: string,
+  folder: string | URL,
   options: FromPretrainedOptions = {},
 ): Promise<TextGenerationPipeline> {
   if (task !== 'text-generation') {

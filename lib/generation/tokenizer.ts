@@ -3,6 +3,7 @@ import { existsSync, readdirSync, readFileSync } from 'node:fs'
 import { basename, join } from 'node:path'
 import { Template } from '@huggingface/jinja'
 import * as tokenizers from '@huggingface/tokenizers'
+import { modelFolder } from '../checkpoint/folder.js'
 import { readJsonFile } from '../checkpoint/json.js'
 import { finishSave } from '../checkpoint/replace.js'
 import { HalfbyteError } from '../errors.js'
@@ -95,7 +96,8 @@ export class Tokenizer {
     this.#specialIds = new Set(added.filter(([, token]) => token.special).map(([id]) => id))
   }
 
-  static async fromPretrained(folder: string): Promise<Tokenizer> {
+  static async fromPretrained(path: string | URL): Promise<Tokenizer> {
+    const folder = modelFolder(path, 'Tokenizer.fromPretrained')
     finishSave(folder)
     const file = join(folder, 'tokenizer.json')
     const json = readJsonFile(file, 'ERR_HALFBYTE_TOKENIZER')
@@ -273,5 +275,5 @@ function readTemplates(folder: string, config: Record<string, unknown>): Map<str
 
 export const AutoTokenizer = {
   /** The tokenizer of a checkpoint folder. */
-  fromPretrained: (folder: string): Promise<Tokenizer> => Tokenizer.fromPretrained(folder),
+  fromPretrained: (folder: string | URL): Promise<Tokenizer> => Tokenizer.fromPretrained(folder),
 }

@@ -2,6 +2,7 @@
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { readConfig, readGenerationDefaults, type ConfigReader } from '../checkpoint/config.js'
+import { modelFolder } from '../checkpoint/folder.js'
 import { emitWarning, loadCheckpoint, type LoadOptions } from '../checkpoint/load.js'
 import { FROM_SAFETENSORS } from '../checkpoint/safetensors.js'
 import { Checkpoint } from '../checkpoint/source.js'
@@ -84,11 +85,11 @@ const KNOWN: readonly string[] = [
   'onWarning',
 ] satisfies (keyof FromPretrainedOptions)[]
 
-function checkArguments(folder: unknown, options: FromPretrainedOptions): void {
-  if (typeof folder !== 'string' || folder === '') {
+function checkOptions(options: FromPretrainedOptions): void {
+  if (typeof options !== 'object' || options === null) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_VALUE',
-      `fromPretrained: the folder is ${JSON.stringify(folder)}; give the path of a model as transformers saves it`,
+      `fromPretrained: the options are ${JSON.stringify(options)}, they must be an object`,
     )
   }
   // loadIn4bit beside quantizationConfig instead of in it would load a model four times as large
@@ -111,8 +112,9 @@ export function savedConfig(config: ConfigReader): BitsAndBytesConfig | undefine
   }
 }
 
-async function fromPretrained(folder: string, options: FromPretrainedOptions = {}): Promise<CausalLM> {
-  checkArguments(folder, options)
+async function fromPretrained(path: string | URL, options: FromPretrainedOptions = {}): Promise<CausalLM> {
+  checkOptions(options)
+  const folder = modelFolder(path, 'fromPretrained')
   options.signal?.throwIfAborted()
   const config = readConfig(folder)
   const spec = readSpec(config)
@@ -149,7 +151,7 @@ async function fromPretrained(folder: string, options: FromPretrainedOptions = {
 
 export const AutoModelForCausalLM = {
   /**
-   * The model in a folder as transformers (or savePretrained) writes it: config.json and safetensors, plain or
+   * The model in a folder (a path or a file: URL) as transformers (or savePretrained) writes it: config.json and safetensors, plain or
    * quantised by bitsandbytes. With a quantizationConfig its linear layers are quantised as they arrive.
    */
   fromPretrained,
