@@ -123,6 +123,11 @@ export class CausalLM extends Module {
     return this.model.embed_tokens.weight.dtype!
   }
 
+  /** That of what is not quantised, as Python's `model.dtype`. */
+  get dtype(): DType {
+    return this.computeDtype
+  }
+
   /** What the cache stores of each token, layer by layer. */
   cacheLayers(): CacheLayer[] {
     const { numKeyValueHeads: heads, headDim, layers, latentAttention } = this.spec
