@@ -15,6 +15,7 @@
  * For authors    a layer with tensors that are not plain parameters overrides the methods marked "own": they speak of
  *                this module alone, never of its children.
  */
+import { inspect } from 'node:util'
 import { HalfbyteError } from '../errors.js'
 import type { Device } from '../tensor/device.js'
 import { Tensor } from '../tensor/tensor.js'
@@ -31,6 +32,7 @@ import {
   type StateEntry,
 } from './state_dict.js'
 import { originalOf, refreshCopies, tiedCopies } from './tied.js'
+import { treeText } from './tree.js'
 
 export abstract class Module implements Disposable {
   /** Set by train() and eval(). */
@@ -422,6 +424,17 @@ export abstract class Module implements Disposable {
 
   [Symbol.dispose](): void {
     this.dispose()
+  }
+
+  // -- text
+
+  /** The tree of modules, as Python prints it. */
+  toString(): string {
+    return treeText(this)
+  }
+
+  [inspect.custom](): string {
+    return this.toString()
   }
 
   // -- walking

@@ -2,6 +2,7 @@
  * A named place for a tensor in a module. It has a shape from the start and a value from the moment that it is
  * initialised or loaded, so that a model can be built on no memory at all and filled tensor by tensor.
  */
+import { inspect } from 'node:util'
 import { HalfbyteError } from '../errors.js'
 import { noGrad } from '../tensor/autograd.js'
 import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
@@ -299,6 +300,16 @@ export class Parameter implements Disposable {
   retarget(target: { dtype?: DType | undefined; device?: Device | undefined }): void {
     this.#dtype = target.dtype ?? this.#dtype
     this.#device = target.device ?? this.#device
+  }
+
+  toString(): string {
+    const where = this.#disposed ? 'disposed' : this.isLoaded ? `on ${this.device?.name}` : 'not loaded'
+    const name = this.path && `${this.path}: `
+    return `${this.constructor.name}(${name}${this.dtype ?? 'any dtype'} [${this.shape.join(', ')}], ${where})`
+  }
+
+  [inspect.custom](): string {
+    return this.toString()
   }
 
   dispose(): void {

@@ -1,3 +1,4 @@
+import { inspect } from 'node:util'
 import { HalfbyteError } from '../errors.js'
 import { native, type NativeDevice, type NativeGraph } from '../native.js'
 import { cudaError, cudaProblem, standardDevice } from './cuda.js'
@@ -67,6 +68,10 @@ export class Device {
 
   toString(): string {
     return this.name
+  }
+
+  [inspect.custom](): string {
+    return `Device(${this.name})`
   }
 }
 

@@ -1,3 +1,4 @@
+import { inspect } from 'node:util'
 import {
   Embedding,
   HalfbyteError,
@@ -326,4 +327,28 @@ describe("names other than the properties'", () => {
     expect(model.parts[0]).toBe(model.getSubmodule('h.0'))
     expect(() => model.setChild('proj', new Linear(1, 1))).toThrow(/no child 'proj'/)
   })
+})
+
+test('a module is printed as its tree, a run of equal children once', () => {
+  class Tree extends Module {
+    embed = new Embedding(10, 4)
+    layers = new ModuleList([new Linear(4, 4), new Linear(4, 4), new Linear(4, 2, { bias: false })])
+    norm = new nn.RMSNorm(4)
+    forward(): void {}
+  }
+  using tree = new Tree()
+  const text = `Tree(
+  (embed): Embedding(10, 4)
+  (layers): ModuleList(
+    (0-1): 2 x Linear(4, 4)
+    (2): Linear(4, 2, no bias)
+  )
+  (norm): RMSNorm(weight: float32 [4])
+)`
+  expect(String(tree)).toBe(text)
+  expect(inspect(tree)).toBe(text)
+  const { weight } = tree.norm
+  const { name } = weight.device!
+  expect(inspect(weight)).toBe(`Parameter(float32 [4], on ${name})`)
+  expect(inspect(weight.device)).toBe(`Device(${name})`)
 })
