@@ -17,7 +17,7 @@ export function modelFolder(given: unknown, where: string): string {
   let path = given as string
   if (isUrl) {
     try {
-      path = fileURLToPath(given as string | URL)
+      path = fileURLToPath(given)
     } catch (cause) {
       throw new HalfbyteError('ERR_HALFBYTE_VALUE', `${where}: ${String(given)} is not the URL of a folder`, {
         cause,
