@@ -50,7 +50,7 @@ test.each([
   ['a text with a zero', 'a\0b', 'ERR_HALFBYTE_VALUE', /the folder is "a\\u0000b"/],
 ])('%s', async (_, path, code, message) => {
   for (const attempt of [load(path), AutoTokenizer.fromPretrained(path as string)]) {
-    const error = (await rejection(attempt))
+    const error = await rejection(attempt)
     expect(error).toBeInstanceOf(HalfbyteError)
     expect(error.code).toBe(code)
     expect(error.message).toMatch(message)
