@@ -117,8 +117,11 @@ export interface NativeBinding {
 
 const root = join(__dirname, '..')
 
+const override = process.env['HALFBYTE_BINDING']
+/** As a package, not as a checkout. */
+const installed = !existsSync(join(root, 'package-lock.json'))
+
 function candidates(): string[] {
-  const override = process.env['HALFBYTE_BINDING']
   if (override) return [override]
   return [
     join(root, 'build-cmake', 'Release', 'halfbyte.node'),
@@ -150,7 +153,12 @@ function load(): NativeBinding {
   throw new HalfbyteError(
     'ERR_HALFBYTE_BINDING',
     `No usable native binding for ${process.platform}-${process.arch}. Tried:\n  ${failures.join('\n  ')}\n` +
-      `Build it with: npm run build:native (needs CMake and a C++17 compiler) or: npm run build:gyp`,
+      (override
+        ? 'It was named by HALFBYTE_BINDING'
+        : installed
+          ? 'Build it where it is installed with: npm explore halfbyte -- npm run build:gyp (needs a C++17 compiler, ' +
+            'make and Python 3, and nvcc for the CUDA backend)'
+          : 'Build it with: npm run build:native (needs CMake and a C++17 compiler) or: npm run build:gyp'),
   )
 }
 

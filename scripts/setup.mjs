@@ -4,6 +4,8 @@
 //   node scripts/setup.mjs            whatever is stale
 //   node scripts/setup.mjs --native   the addon alone, always; --gyp or --cmake choose the builder, --clean starts anew
 //
+// In an installed package, which brings what the addon is made from, --native --gyp works: npm's node-gyp does it.
+//
 // HALFBYTE_CUDA=ON|OFF|AUTO (default AUTO) says whether to build the CUDA backend; CXX names the compiler.
 import { spawnSync } from 'node:child_process'
 import { existsSync, lstatSync, readdirSync, rmSync } from 'node:fs'
@@ -19,6 +21,10 @@ const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const stamps = join(root, 'build-setup')
 const options = new Set(process.argv.slice(2))
 const inModules = (path) => join(root, 'node_modules', path)
+/** As a package, not as a checkout. */
+const installed = !existsSync(join(root, 'package-lock.json'))
+const howToBuild =
+  'The addon of an installed package is built with: npm explore halfbyte -- npm run build:gyp'
 
 async function installModules() {
   const modules = inModules('')
@@ -34,6 +40,13 @@ async function installModules() {
   else await run('Installing packages', 'npm', args, { cwd: root })
 }
 
+function findNodeGyp() {
+  if (!installed) return inModules('node-gyp/bin/node-gyp.js')
+  const own = process.env.npm_config_node_gyp
+  if (own) return own
+  throw new SetupError(howToBuild)
+}
+
 /** Builds the addon and returns its path. */
 async function buildWith(builder, clean) {
   const jobs = String(availableParallelism())
@@ -46,14 +59,7 @@ async function buildWith(builder, clean) {
   }
   if (hasCcache() && !env.CXX.includes('ccache')) env.CXX = `ccache ${env.CXX}`
   const headers = nodeHeaders()
-  const args = [
-    inModules('node-gyp/bin/node-gyp.js'),
-    ...(clean ? ['clean'] : []),
-    'configure',
-    'build',
-    '--jobs',
-    jobs,
-  ]
+  const args = [findNodeGyp(), ...(clean ? ['clean'] : []), 'configure', 'build', '--jobs', jobs]
   if (headers) args.push(`--nodedir=${headers}`)
   await run('Building the addon', process.execPath, args, { cwd: root, env })
   return join(root, 'build/Release/halfbyte.node')
@@ -129,7 +135,10 @@ for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP']) {
 try {
   checkNode()
   release = await acquire(join(stamps, 'lock'))
-  await installModules()
+  if (installed && !(options.has('--native') && options.has('--gyp'))) {
+    throw new SetupError(howToBuild)
+  }
+  if (!installed) await installModules()
   await buildAddon()
   if (!options.has('--native')) await compile()
 } catch (error) {

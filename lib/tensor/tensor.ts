@@ -39,11 +39,18 @@ export function contiguousStrides(shape: Shape): number[] {
 }
 
 function checkShape(shape: Shape, where: string): void {
+  const given: unknown = shape
+  if (!Array.isArray(given)) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_SHAPE',
+      `${where}: the shape is ${String(given)}, not a list of lengths such as [2, 3]`,
+    )
+  }
   const bad = shape.find((n) => !Number.isSafeInteger(n) || n < 0)
   if (bad !== undefined || shape.length > 6 || !Number.isSafeInteger(sizeOf(shape) * 8)) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_SHAPE',
-      `${where}: [${shape.join(', ')}] is not a shape (at most 6 dimensions, whole numbers >= 0)`,
+      `${where}: [${shape.join(', ')}] is not a shape (at most 6 dimensions, whole numbers >= 0, less than 2^50 elements)`,
     )
   }
 }
@@ -196,6 +203,11 @@ export class Tensor implements Disposable {
 
   toString(): string {
     return `Tensor(${this.dtype} [${this.shape.join(', ')}] on ${this.device.name})`
+  }
+
+  /** What console.log() shows. */
+  [Symbol.for('nodejs.util.inspect.custom')](): string {
+    return this.toString()
   }
 
   // -- reading
@@ -430,6 +442,12 @@ export class Tensor implements Disposable {
 
   /** With another dtype, on another device, or both. Itself when nothing changes (so do not dispose it blindly). */
   to(target: DType | DeviceLike | { dtype?: DType; device?: DeviceLike }): Tensor {
+    if (typeof target !== 'string' && (typeof target !== 'object' || target === null)) {
+      throw new HalfbyteError(
+        'ERR_HALFBYTE_VALUE',
+        `to: ${String(target)} is neither a dtype nor a device, nor { dtype, device }`,
+      )
+    }
     const wanted =
       typeof target === 'string' && Object.hasOwn(DTYPES, target)
         ? { dtype: target as DType }

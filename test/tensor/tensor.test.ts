@@ -81,6 +81,10 @@ describe.each(devices())('tensors on %s', (on) => {
       expect(codeOf(() => Tensor.from([[1, 2], [3]], options))).toBe('ERR_HALFBYTE_SHAPE')
       expect(codeOf(() => Tensor.from(['a'] as never, options))).toBe('ERR_HALFBYTE_SHAPE')
       expect(codeOf(() => Tensor.empty([-1], 'float32', on))).toBe('ERR_HALFBYTE_SHAPE')
+      expect(codeOf(() => Tensor.zeros(3 as never, 'float32', on))).toBe('ERR_HALFBYTE_SHAPE')
+      for (const nothing of [undefined, null, 8]) {
+        expect(codeOf(() => make(2).to(nothing as never))).toBe('ERR_HALFBYTE_VALUE')
+      }
       expect(codeOf(() => Tensor.empty([1.5], 'float32', on))).toBe('ERR_HALFBYTE_SHAPE')
       expect(codeOf(() => Tensor.empty([2 ** 30, 2 ** 30], 'float32', on))).toBe('ERR_HALFBYTE_SHAPE')
       expect(codeOf(() => Tensor.empty([1, 1, 1, 1, 1, 1, 1], 'float32', on))).toBe('ERR_HALFBYTE_SHAPE')
