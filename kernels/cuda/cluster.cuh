@@ -35,6 +35,17 @@ __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
 #endif
 }
+/// The place of `own`, which is in shared memory, in block `rank` of the cluster.
+template <typename P>
+__device__ __forceinline__ P* cluster_place(P* own, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(rank));
+  return reinterpret_cast<P*>(there);
+#else
+  return own;
+#endif
+}
 /// A float in the shared memory of block `rank` of the cluster, at the place of `own`.
 __device__ __forceinline__ float cluster_value(const float* own, int rank) {
   float value = 0.0f;
