@@ -55,6 +55,18 @@ async function draw(
   return (await tokens.data()) as Int32Array
 }
 
+/** Every token, drawn with counters 0, 1, ..., is where its random number falls. */
+function expectByDefinition(tokens: Int32Array, chances: Float64Array, seed: bigint, slack: number): void {
+  tokens.forEach((token, i) => {
+    const u = uniform(BigInt.asUintN(64, seed), BigInt(i))
+    let below = 0
+    for (let j = 0; j < token; j++) below += chances[j]!
+    expect(chances[token]).toBeGreaterThan(0)
+    expect(u).toBeGreaterThanOrEqual(below - slack)
+    expect(u).toBeLessThan(below + chances[token]! + slack)
+  })
+}
+
 describe.each(devices())('choosing tokens on %s', (device) => {
   describe('argmax', () => {
     it.each(['float32', 'float16', 'bfloat16'] as DType[])('of %s', async (dtype) => {
@@ -174,14 +186,7 @@ describe.each(devices())('choosing tokens on %s', (device) => {
       const logits = gaussian(n, 6)
       const chances = probabilities(logits, params, seen)
       for (const seed of [0n, 77n, -1n, 1n << 40n]) {
-        const tokens = await draw(device, logits, params, 50, { seen, seed })
-        tokens.forEach((token, i) => {
-          const u = uniform(BigInt.asUintN(64, seed), BigInt(i))
-          const below = chances.subarray(0, token).reduce((a, b) => a + b, 0)
-          expect(u).toBeGreaterThanOrEqual(below - 1e-6)
-          expect(u).toBeLessThan(below + chances[token]! + 1e-6)
-          expect(chances[token]).toBeGreaterThan(0)
-        })
+        expectByDefinition(await draw(device, logits, params, 50, { seen, seed }), chances, seed, 1e-6)
       }
     })
 
@@ -198,15 +203,67 @@ describe.each(devices())('choosing tokens on %s', (device) => {
     ] as SamplingParams[])('chooses among 128k tokens exactly as the definition: %j', async (params) => {
       const logits = gaussian(128256, 8)
       const chances = probabilities(logits, params)
-      const tokens = await draw(device, logits, params, 4, { seed: 3n })
-      tokens.forEach((token, i) => {
-        let below = 0
-        for (let j = 0; j < token; j++) below += chances[j]!
-        const u = uniform(3n, BigInt(i))
-        expect(chances[token]).toBeGreaterThan(0)
-        expect(u).toBeGreaterThanOrEqual(below - 1e-5)
-        expect(u).toBeLessThan(below + chances[token]! + 1e-5)
-      })
+      expectByDefinition(await draw(device, logits, params, 4, { seed: 3n }), chances, 3n, 1e-5)
+    })
+
+    // rows that begin anywhere, end anywhere, and are shared by different numbers of threads
+    it.each(['float32', 'float16', 'bfloat16'] as DType[])(
+      'takes rows of any length of %s',
+      async (dtype) => {
+        const odd = { temperature: 0.8, penalty: 1.2, minP: 0.01 }
+        for (const n of [
+          1, 2, 7, 8, 9, 31, 33, 255, 257, 767, 768, 769, 1535, 1537, 3071, 6143, 6145, 12289,
+        ]) {
+          const logits = await Tensor.from(gaussian(n, n), { device }).to(dtype).floats()
+          const marked = Uint8Array.from({ length: n }, (_, i) => (i % 5 === 0 ? 1 : 0))
+          for (const params of [
+            {},
+            { topK: 40 },
+            { topP: 0.7 },
+            { topK: 900, topP: 0.95 },
+            odd,
+            { temperature: 0 },
+          ]) {
+            const chances = probabilities(logits, { ...params, temperature: params.temperature || 1 }, marked)
+            const tokens = await draw(device, logits, params, 3, { seed: BigInt(n), seen: marked, dtype })
+            if (params.temperature === 0)
+              expect([...tokens]).toEqual(new Array(3).fill(logits.indexOf(softmaxSum(logits)[0])))
+            else expectByDefinition(tokens, chances, BigInt(n), 1e-5)
+          }
+        }
+      },
+    )
+
+    it.each([1, 40, 100, 300])('takes %i rows of one batch', async (rows) => {
+      const logits = gaussian(9001, rows, 3)
+      for (const params of [{}, { topK: 50, topP: 0.9 }, { topP: 0.9 }, { topK: 2000 }]) {
+        const tokens = await draw(device, logits, params, rows, { seed: 5n, dtype: 'bfloat16' })
+        const rounded = await Tensor.from(logits, { device }).to('bfloat16').floats()
+        expectByDefinition(tokens, probabilities(rounded, params), 5n, 1e-5)
+      }
+    })
+
+    it('takes a row longer than any memory on the chip', async () => {
+      const logits = gaussian(600001, 4)
+      for (const params of [{}, { topK: 50 }, { topP: 0.8 }, { topK: 5000, minP: 0.3 }]) {
+        const tokens = await draw(device, logits, params, 2, { seed: 9n })
+        expectByDefinition(tokens, probabilities(logits, params), 9n, 1e-5)
+      }
+    })
+
+    it('keeps any number of ties, and finds the few tokens that are not masked', async () => {
+      const n = 20011
+      const levels = Float32Array.from({ length: n }, (_, i) => ((i * 7919) % 7) - 3)
+      const equal = new Float32Array(n).fill(-1.5)
+      const rising = Float32Array.from({ length: n }, (_, i) => i / 1000)
+      const masked = new Float32Array(n).fill(-Infinity)
+      for (const i of [17, 9000, 20010]) masked[i] = i / 1e4
+      for (const logits of [levels, equal, rising, rising.slice().reverse(), masked]) {
+        for (const params of [{ topK: 50 }, { topK: 3000 }, { topP: 0.55 }, { topK: 15000, topP: 0.31 }]) {
+          const tokens = await draw(device, logits, params, 5, { seed: 2n })
+          expectByDefinition(tokens, probabilities(logits, params), 2n, 1e-5)
+        }
+      }
     })
 
     it.each(['float16', 'bfloat16'] as DType[])('reads %s', async (dtype) => {

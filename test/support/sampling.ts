@@ -16,7 +16,10 @@ export const row = (p: SamplingParams): number[] => [
   p.penalty ?? 1,
 ]
 
-/** Probabilities after every filter; 0 for what is not kept. Follows the processors one after the other. */
+/**
+ * Probabilities after every filter; 0 for what is not kept. Follows the processors one after the other; tokens with equal
+ * logits stay together.
+ */
 export function probabilities(
   logits: ArrayLike<number>,
   p: SamplingParams,
@@ -34,14 +37,13 @@ export function probabilities(
   }
   if (topP < 1) {
     const chances = softmax(scores)
-    const ascending = scores.map((_, i) => i).sort((a, b) => scores[a]! - scores[b]!)
-    let sum = 0
-    const removed = new Set<number>()
-    for (const i of ascending.slice(0, -1)) {
+    const descending = scores.map((_, i) => i).sort((a, b) => scores[b]! - scores[a]!)
+    let [above, sum, value] = [0, 0, Infinity] // of strictly larger scores, and with those that are equal
+    for (const i of descending) {
+      if (scores[i]! < value) [above, value] = [sum, scores[i]!]
       sum += chances[i]!
-      if (sum <= 1 - Math.fround(topP)) removed.add(i)
+      if (!(above < Math.fround(topP))) scores[i] = -Infinity
     }
-    scores = scores.map((x, i) => (removed.has(i) ? -Infinity : x))
   }
   if (minP > 0) {
     const chances = softmax(scores)
