@@ -310,6 +310,8 @@ export function opCases(device: Device, dtype: DType, sizes: Sizes): OpCase[] {
   const samplers: [string, number[]][] = [
     ['sample, greedy', [0, 0, 1, 0, 1]],
     ['sample', [1, 0, 1, 0, 1]],
+    ['sample, temperature', [0.7, 0, 1, 0, 1]],
+    ['sample, top-p', [1, 0, 0.9, 0, 1]],
     ['sample, top-k, top-p', [1, 50, 0.9, 0, 1]],
   ]
   for (const [name, row] of samplers) {
