@@ -65,10 +65,12 @@ struct Problem {
   __device__ __forceinline__ int64_t row() const { return blockIdx.x / static_cast<unsigned>(blocks); }
   __device__ __forceinline__ int rank() const { return static_cast<int>(blockIdx.x) & (blocks - 1); }
   __device__ __forceinline__ void barrier() const {
-    if (blocks == 1)
+    if (blocks == 1) {
       __syncthreads();
-    else
+    } else {
+      __syncwarp();  // the barrier is for whole warps, and lanes come from loops of their own
       cluster_barrier();
+    }
   }
 };
 
@@ -547,6 +549,7 @@ struct Sampler {
       }
     }
     if (threadIdx.x == 0) s.uniform = uniform(rng[0], rng[1]);
+    __syncwarp();
     if (row.p.blocks > 1) cluster_meet();  // nothing is written to a block that has not begun
     if constexpr (kResident) {
       wait_copies<3>();
