@@ -23,6 +23,19 @@ class ReleaseWork final : public Work {
   size_t bytes_;
 };
 
+class ReleaseGraphWork final : public Work {
+ public:
+  explicit ReleaseGraphWork(Graph graph) : graph_(std::move(graph)) {}
+  const char* name() const override { return "release"; }
+  Status run(Backend&, Queue) override {
+    graph_.reset();
+    return {};
+  }
+
+ private:
+  Graph graph_;
+};
+
 /// N of "<type>:N", 0 of "<type>", or -1.
 int index_of(const std::string& name, const std::string& type) {
   if (name == type) return 0;
@@ -117,6 +130,11 @@ void Device::release(Queue queue, void* data, size_t bytes, const std::vector<Ma
       after.push_back(Point{mark.device, mark.queue, mark.touched});
   }
   append(queue, std::make_shared<ReleaseWork>(data, bytes), std::move(after));
+}
+
+void Device::release(Graph graph) {
+  if (!graph || running_device() == this) return;
+  append(Queue::compute, std::make_shared<ReleaseGraphWork>(std::move(graph)), {});
 }
 
 std::vector<std::string> device_names() {

@@ -26,6 +26,9 @@ class Device {
 
   /// Gives back memory that nobody refers to any more. From any thread.
   void release(Queue queue, void* data, size_t bytes, const std::vector<Mark>& marks);
+  /// Drops a graph of the backend on the executor's thread: never while that captures another. From any
+  /// thread.
+  void release(Graph graph);
 
  private:
   /// Work of `queue` from here on runs after all that was issued on the other one.

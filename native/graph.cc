@@ -11,7 +11,8 @@ namespace {
 /// itself.
 class Replay final : public Work {
  public:
-  explicit Replay(std::shared_ptr<const Recording> recording) : recording_(std::move(recording)) {
+  Replay(Device& device, std::shared_ptr<const Recording> recording)
+      : device_(device), recording_(std::move(recording)) {
     std::unordered_map<Storage*, size_t> index;
     for (const WorkPtr& work : recording_->works) {
       for (const Use& use : work->uses) {
@@ -21,6 +22,7 @@ class Replay final : public Work {
       }
     }
   }
+  ~Replay() override { device_.release(std::move(graph_)); }
   const char* name() const override { return "replay"; }
   bool passes_failures() const override { return false; }
   Status run(Backend& backend, Queue queue) override {
@@ -61,6 +63,7 @@ class Replay final : public Work {
     return status;
   }
 
+  Device& device_;
   std::shared_ptr<const Recording> recording_;
   Graph graph_;
   bool listed_ = false;
@@ -94,7 +97,7 @@ void define_graph_class(Environment& self) {
 }
 
 napi_value make_graph(Environment& self, Device& device, std::shared_ptr<Recording> recording) {
-  auto replay = std::make_shared<Replay>(std::move(recording));
+  auto replay = std::make_shared<Replay>(device, std::move(recording));
   replay->owner = self.link();
   return make_object(self, self.graph_class, std::make_unique<GraphHandle>(device, std::move(replay)));
 }

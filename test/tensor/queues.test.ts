@@ -176,6 +176,40 @@ describe.each(devices())('queues of %s', (on) => {
       expect(thrown(() => graph.replay()).code).toBe('ERR_HALFBYTE_DISPOSED')
     })
 
+    it('may go while others are captured', async () => {
+      const before = await baselineMemory(on)
+      const x = Tensor.from(count(1000), { device: on })
+      const y = Tensor.zeros([1000], 'float32', on)
+      /** y = x + 64 in many steps, with memory that goes back within the graph. */
+      const make = () =>
+        on.capture(() => {
+          let sum = ops.add(x, 1)
+          for (let i = 1; i < 64; i++) {
+            const next = ops.add(sum, 1)
+            sum.dispose()
+            sum = next
+          }
+          ops.copyInto(y, sum)
+          sum.dispose()
+        })
+      for (let round = 0; round < 10; round++) {
+        const ready = Array.from({ length: 8 }, make)
+        for (const graph of ready) graph.replay()
+        await on.synchronize()
+        for (const graph of ready) {
+          ops.fillInto(y, 0)
+          using other = make()
+          other.replay() // captured by the device's own thread, at about the time at which this one goes
+          graph.dispose()
+          other.replay()
+        }
+        expect((await y.data())[999]).toBe(999 + 64)
+      }
+      x.dispose()
+      y.dispose()
+      expect(await allocatedMemory(on)).toBeLessThanOrEqual(before)
+    })
+
     it('pass failures on at replay, and recover', async () => {
       using x = Tensor.from(count(4), { device: on })
       using bad = broken(x)
