@@ -80,6 +80,7 @@ enum class Route { gemv, skinny, gemm, stream, dense };
 
 Route route_of(const Launch& on, const View& x, const Weight4& w) {
   const int64_t rows = x.rows();
+  if (w.k == 0) return rows <= kStreamed ? Route::stream : Route::dense;  // no tiles to cut or to describe
   if (w.layout == Layout4::tiled && x.dtype != DType::f32 && is_aligned(x.data, 16)) {
     const bool skinny = on.wgmma && rows > kGemv && w.k >= kLongK;
     if (gemv4_takes(on.arch, rows, w.k) && !skinny) return Route::gemv;
@@ -87,7 +88,7 @@ Route route_of(const Launch& on, const View& x, const Weight4& w) {
     if (rows <= 8 * kMostPasses && gemv4_takes(on.arch, 8, w.k)) return Route::gemv;
     if (on.arch >= 80 && rows <= kMostGemm80) return Route::gemm;
   }
-  return rows <= kStreamed || w.k == 0 ? Route::stream : Route::dense;
+  return rows <= kStreamed ? Route::stream : Route::dense;
 }
 
 /// 8 rows of x at a time.
@@ -107,6 +108,7 @@ cudaError_t gemv_passes(Launch on, Product4<T> product) {
 }  // namespace
 
 size_t CudaBackend::linear_4bit_workspace(const View& x, const Weight4& w) const {
+  if (x.rows() == 0 || w.n == 0) return 0;
   const Route route = route_of(launch_, x, w);
   if (route == Route::skinny) return skinny4_sm90_workspace(launch_, x.rows(), w.n, w.k);
   if (route != Route::dense) return 0;

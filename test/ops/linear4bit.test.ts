@@ -77,6 +77,8 @@ async function check(
 const BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 describe.each(devices())('4-bit linear on %s', (on) => {
+  const layouts = on.native.tiles4bit ? (['flat', 'tiled'] as const) : (['flat'] as const)
+
   describe.each(['nf4', 'fp4'] as const)('%s', (quantType) => {
     describe.each([false, true])('nested: %s', (nested) => {
       it.each(BLOCKSIZES)('blocks of %i', async (blocksize) => {
@@ -238,8 +240,6 @@ describe.each(devices())('4-bit linear on %s', (on) => {
   })
 
   describe('of one x with several weights', () => {
-    const layouts = on.native.tiles4bit ? (['flat', 'tiled'] as const) : (['flat'] as const)
-
     describe.each(layouts)('%s', (layout) => {
       /** Formats of weight i of a group: of one kind, as a model has them and kernels take together, or in turn. */
       const formats: Record<string, (i: number) => Format> = {
@@ -335,6 +335,54 @@ describe.each(devices())('4-bit linear on %s', (on) => {
       )
       const narrow = randomPacked(8, 64, on, {}).weight
       expect(thrown(() => ops.linear4bitGated(x, a, narrow, 'silu')).message).toMatch(/gate has 16.*up 8/)
+    })
+  })
+
+  describe.each(layouts)('of a weight in the %s layout', (layout) => {
+    it.each([1, 16, 100])('without input features: %i rows of bias and residual', async (m) => {
+      const n = 4096
+      for (const nested of [false, true]) {
+        const weight = { ...randomPacked(n, 0, on, { nested }).weight, layout }
+        for (const dtype of FLOATS) {
+          const x = Tensor.empty([m, 0], dtype, on)
+          const bias = randomOperand([n], 'float32', on, 2)
+          const residual = randomOperand([m, n], dtype, on, 3)
+          const y = ops.linear4bit(x, weight, { bias: bias.tensor, residual: residual.tensor })
+          const expected = residual.values.map((value, i) => value + bias.values[i % n]!)
+          const tolerance = { float32: 1e-6, float16: 5e-4, bfloat16: 4e-3 }[dtype]
+          expect(relativeError(await y.floats(), expected)).toBeLessThan(tolerance)
+          const [first, second] = ops.linear4bitGroup(x, [weight, weight], [bias.tensor])
+          const rows = residual.values.map((_, i) => bias.values[i % n]!)
+          expect(relativeError(await first!.floats(), rows)).toBeLessThan(tolerance)
+          expect((await second!.floats()).every((value) => value === 0)).toBe(true)
+          const gated = ops.linear4bitGated(x, weight, weight, 'silu')
+          expect((await gated.floats()).every((value) => value === 0)).toBe(true)
+        }
+      }
+    })
+
+    it('gives nothing for no rows and without output features', async () => {
+      for (const dtype of FLOATS) {
+        for (const [m, n] of [
+          [0, 32],
+          [0, 4096],
+          [1, 0],
+          [16, 0],
+          [100, 0],
+        ] as const) {
+          const weight = { ...randomPacked(n, 128, on, {}).weight, layout }
+          const x = Tensor.zeros([m, 128], dtype, on)
+          const results = [
+            ops.linear4bit(x, weight),
+            ...ops.linear4bitGroup(x, [weight, weight]),
+            ops.linear4bitGated(x, weight, weight, 'silu'),
+          ]
+          for (const y of results) {
+            expect(y.shape).toEqual([m, n])
+            expect((await y.data()).length).toBe(0)
+          }
+        }
+      }
     })
   })
 
