@@ -583,14 +583,19 @@ Status CudaBackend::paged_attention(Queue queue, View y, View q, View key_cache,
   if ((q.shape[2] > 1 && q.strides[2] != 1) || (q.shape[1] > 1 && q.strides[1] != q.shape[2])) {
     return refuse("paged_attention", "the heads of q must be contiguous");
   }
+  const View &slopes = options.alibi_slopes, &sinks = options.sinks;
+  if (slopes && (slopes.dtype != DType::f32 || slopes.size() != q.shape[1] || !slopes.is_contiguous()))
+    return refuse("paged_attention", "alibi_slopes must be contiguous float32 [heads]");
+  if (sinks && (!is_float(sinks.dtype) || sinks.size() != q.shape[1] || !sinks.is_contiguous()))
+    return refuse("paged_attention", "sinks must be contiguous float [heads]");
   const int64_t dim = q.shape[2], value_dim = value_cache.shape[3];
   if (dim > 512 || value_dim > 512)
     return Status::error(Code::unsupported, "paged_attention: head_dim above 512");
   AttentionLaunch a{};
   Attention& p = a.problem;
-  p.sinks = options.sinks ? options.sinks.data : nullptr;
-  p.sinks_dtype = options.sinks ? options.sinks.dtype : DType::f32;
-  p.alibi = options.alibi_slopes ? options.alibi_slopes.as<const float>() : nullptr;
+  p.sinks = sinks ? sinks.data : nullptr;
+  p.sinks_dtype = sinks ? sinks.dtype : DType::f32;
+  p.alibi = slopes ? slopes.as<const float>() : nullptr;
   p.heads = static_cast<int>(q.shape[1]);
   p.kv_heads = static_cast<int>(key_cache.shape[2]);
   p.dim = static_cast<int>(dim);

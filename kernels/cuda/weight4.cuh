@@ -36,15 +36,18 @@ inline Status check_weight4(const char* op, const Weight4& w) {
   if (w.n < 0 || w.k < 0 || !is_blocksize(w.blocksize))
     return refuse(op, "the weight's shape or blocksize is wrong");
   const int64_t blocks = (n + w.blocksize - 1) / w.blocksize;
-  if (w.codes.dtype != DType::u8 || w.codes.size() < (n + 1) / 2) return refuse(op, "codes are too few");
-  if (w.absmax.size() < blocks || w.absmax.dtype != (w.nested_absmax ? DType::u8 : DType::f32)) {
-    return refuse(op, "absmax is too short or of the wrong dtype");
-  }
-  if (w.nested_absmax &&
-      (w.nested_absmax.size() < (blocks + kNestedBlocksize - 1) / kNestedBlocksize || !w.nested_code ||
-       w.nested_code.size() != 256 || !w.offset || w.offset.size() < 1)) {
-    return refuse(op, "the nested absmax is incomplete");
-  }
+  const auto holds = [](const View& v, DType dtype, int64_t least) {
+    return v && v.dtype == dtype && v.is_contiguous() && v.size() >= least;
+  };
+  const bool nested = static_cast<bool>(w.nested_absmax);
+  if (!holds(w.codes, DType::u8, (n + 1) / 2))
+    return refuse(op, "the codes must be contiguous uint8 of " + std::to_string((n + 1) / 2) + " bytes");
+  if (!holds(w.absmax, nested ? DType::u8 : DType::f32, blocks))
+    return refuse(op, "absmax must be contiguous " + std::string(nested ? "uint8" : "float32") + " of " +
+                          std::to_string(blocks) + " blocks");
+  if (nested && (!holds(w.nested_absmax, DType::f32, (blocks + kNestedBlocksize - 1) / kNestedBlocksize) ||
+                 !holds(w.nested_code, DType::f32, 256) || !holds(w.offset, DType::f32, 1)))
+    return refuse(op, "a nested absmax needs contiguous float32 nested absmax, code [256] and offset [1]");
   if (w.layout == Layout4::tiled) {
     if (!can_tile(w.n, w.k, w.blocksize)) return refuse(op, "a weight of these sizes has no tiled layout");
     if (!is_aligned(w.codes.data, 16) || !is_aligned(w.absmax.data, w.nested_absmax ? 2 : 8))

@@ -7,7 +7,7 @@ import { HalfbyteError } from '../errors.js'
 import { native } from '../native.js'
 import type { DeviceLike } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
-import { packedOperands, tile4, type Layout4, type Packed4, type QuantType } from '../tensor/ops.js'
+import { checkPacked, tile4, type Layout4, type Packed4, type QuantType } from '../tensor/ops.js'
 import { sizeOf, Tensor, type Shape } from '../tensor/tensor.js'
 import { keep } from '../tensor/tidy.js'
 import { jsonFloat } from './json_float.js'
@@ -118,7 +118,7 @@ export class QuantState implements Disposable {
       k,
       layout: this.layout,
     }
-    packedOperands('QuantState', weight)
+    checkPacked('QuantState', weight)
     return weight
   }
 

@@ -1,4 +1,5 @@
 import { devices, ops, Tensor, type DType } from '../../lib/index'
+import { native } from '../../lib/native'
 import {
   attentionOptions,
   fillCache,
@@ -9,6 +10,7 @@ import {
   runAttention,
   type Case,
 } from '../support/attention'
+import { rejection } from '../support/errors'
 import { relativeError, rounded } from '../support/reference'
 
 const base = { heads: 4, kvHeads: 2, headDim: 16 }
@@ -224,6 +226,35 @@ describe.each(devices())('paged attention on %s', (device) => {
       )
     },
   )
+
+  it('takes slopes and sinks that are one number for all heads', async () => {
+    const c: Case = { ...base, ...mixed, alibi: true, sinks: true }
+    const p = await makeProblem(c, device)
+    p.slopes.fill(0.125)
+    p.sinks.fill(0.75)
+    const cache = makeCache(c, device)
+    fillCache(c, p, cache, [0, 0, 0, 0, 0], c.lengths, device)
+    const q = Tensor.from(p.q, { shape: [44, c.heads, c.headDim], device })
+    const batch = makeBatch(c.queries, c.lengths, cache.table, device)
+    const [alibiSlopes, sinks] = [0.125, 0.75].map((x) =>
+      Tensor.full([1], x, 'float32', device).expand(c.heads),
+    )
+    const y = await ops.pagedAttention(q, cache.keys, cache.values, batch, { alibiSlopes, sinks }).floats()
+    expect(relativeError(y, referenceAttention(c, p))).toBeLessThan(1e-5)
+
+    // the addon itself refuses them
+    for (const extras of [
+      [alibiSlopes!.handle, null],
+      [null, sinks!.handle],
+    ]) {
+      const out = Tensor.empty(q.shape, 'float32', device)
+      const ragged = [batch.queryStarts, batch.lengths, batch.blockTable]
+      const inputs = [q, cache.keys, cache.values, ...ragged].map(({ handle }) => handle)
+      const op = native.ops.indexOf('paged_attention')
+      device.native.run(op, [out.handle], [...inputs, ...extras], [0.25, 1, 0, 0, 0])
+      expect((await rejection(out.data())).code).toBe('ERR_HALFBYTE_SHAPE')
+    }
+  })
 
   it('works without tokens and without sequences', async () => {
     const c: Case = { ...base, queries: [0, 0], lengths: [3, 0] }

@@ -1,7 +1,7 @@
 /** 4-bit linear against the product, in doubles, with the weight that its codes stand for. */
 import { native } from '../../lib/native.js'
 import { devices, ops, Tensor, type Device } from '../../lib/index.js'
-import { thrown } from '../support/errors.js'
+import { rejection, thrown } from '../support/errors.js'
 import { expectProduct, randomOperand } from '../support/product.js'
 import { FLOATS, relativeError, uniform, type FloatDType } from '../support/reference.js'
 
@@ -73,6 +73,9 @@ async function check(
   const y = ops.linear4bit(x.tensor, weight, { bias: bias?.tensor, residual: residual?.tensor })
   await expectProduct(y, x.values, values, k, bias?.values, residual?.values)
 }
+
+/** As many elements, which are not contiguous. */
+const strided = (t: Tensor): Tensor => Tensor.zeros([t.size, 2], t.dtype, t.device).slice(-1, 0, 1)
 
 const BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 
@@ -408,5 +411,45 @@ describe.each(devices())('4-bit linear on %s', (on) => {
     expect(refused({ quantType: 'int4' })).toMatch(/VALUE.*"int4".*nf4/)
     expect(refused({ absmax: Tensor.empty([6], 'uint8', on) })).toMatch(/DTYPE.*absmax is uint8/)
     expect(refused({ nestedAbsmax: Tensor.empty([1], 'float32', on) })).toMatch(/DTYPE.*absmax is float32/)
+  })
+
+  it('refuses parts of a weight that are not contiguous, or of another dtype', async () => {
+    const [n, k] = [32, 1024]
+    const { weight } = randomPacked(n, k, on, { nested: true })
+    const x = Tensor.zeros([1, k], 'float32', on)
+    const ids = Tensor.from(Int32Array.of(1), { device: on })
+    const calls = (packed: typeof weight) => [
+      () => ops.linear4bit(x, packed),
+      () => ops.linear4bitGroup(x, [weight, packed]),
+      () => ops.linear4bitGated(x, weight, packed, 'silu'),
+      () => ops.dequantizeBlocks4(packed, 'float32'),
+      () => ops.gatherRows4(packed, ids, 'float32'),
+    ]
+    /** The same from the addon, past the checks of the library. */
+    const refusedNatively = async (packed: typeof weight) => {
+      const y = Tensor.empty([n, k], 'float32', on)
+      const { codes, absmax, nestedAbsmax, nestedCode, offset } = packed
+      const parts = [codes, absmax, nestedAbsmax!, nestedCode!, offset!].map(({ handle }) => handle)
+      on.native.run(native.ops.indexOf('dequantize_4bit'), [y.handle], parts, [0, 64, n, k, 0])
+      expect((await rejection(y.data())).code).toBe('ERR_HALFBYTE_SHAPE')
+    }
+    for (const part of ['codes', 'absmax', 'nestedAbsmax', 'nestedCode'] as const) {
+      const packed = { ...weight, [part]: strided(weight[part]!) }
+      for (const call of calls(packed)) {
+        const { code, message } = thrown(call)
+        expect(code).toBe('ERR_HALFBYTE_SHAPE')
+        expect(message).toContain(`${part} [${weight[part]!.size}, 1] is not contiguous; call contiguous()`)
+      }
+      await refusedNatively(packed)
+    }
+    for (const part of ['nestedAbsmax', 'nestedCode', 'offset'] as const) {
+      const packed = { ...weight, [part]: weight[part]!.to('float16') }
+      for (const call of calls(packed)) {
+        const { code, message } = thrown(call)
+        expect(code).toBe('ERR_HALFBYTE_DTYPE')
+        expect(message).toContain(`${part} is float16`)
+      }
+      await refusedNatively(packed)
+    }
   })
 })

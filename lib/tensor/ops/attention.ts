@@ -1,5 +1,14 @@
 import { Tensor } from '../tensor.js'
-import { call, checkDTypes, checkFloat, checkSameDType, checkShape, fail, show } from './call.js'
+import {
+  call,
+  checkDTypes,
+  checkFloat,
+  checkSameDType,
+  checkShape,
+  fail,
+  show,
+  withContiguous,
+} from './call.js'
 
 /**
  * S sequences packed one after the other, T query tokens in all. Tokens of sequence s are rows queryStarts[s] ..
@@ -131,24 +140,29 @@ export function pagedAttention(
   const [blocks, blockLen, kvHeads, valueDim] = valueCache.shape as [number, number, number, number]
   checkShape('pagedAttention', 'keyCache', keyCache, [blocks, blockLen, kvHeads, headDim])
   if (heads % kvHeads !== 0) fail('pagedAttention', `${heads} query heads do not share ${kvHeads} key heads`)
-  for (const [name, t] of Object.entries({ alibiSlopes: options.alibiSlopes, sinks: options.sinks })) {
+  const { alibiSlopes, sinks } = options
+  for (const [name, t] of Object.entries({ alibiSlopes, sinks })) {
     if (!t) continue
     if (name === 'sinks') checkFloat('pagedAttention', name, t)
     else checkDTypes('pagedAttention', name, t, 'float32')
     checkShape('pagedAttention', name, t, [heads])
   }
-  const y = Tensor.empty([tokens, heads, valueDim], q.dtype, q.device)
-  call(
-    'paged_attention',
-    [y],
-    [q, keyCache, valueCache, ...batchOperands('pagedAttention', batch), options.alibiSlopes, options.sinks],
-    [
-      options.scale ?? 1 / Math.sqrt(headDim),
-      (options.causal ?? true) ? 1 : 0,
-      options.window ?? 0,
-      options.softcap ?? 0,
-      options.roundWeights ? 1 : 0,
-    ],
-  )
-  return y
+  const ofHeads = [...(alibiSlopes ? [alibiSlopes] : []), ...(sinks ? [sinks] : [])]
+  return withContiguous(ofHeads, (...given) => {
+    const y = Tensor.empty([tokens, heads, valueDim], q.dtype, q.device)
+    const slopes = alibiSlopes && given.shift()
+    call(
+      'paged_attention',
+      [y],
+      [q, keyCache, valueCache, ...batchOperands('pagedAttention', batch), slopes, given[0]],
+      [
+        options.scale ?? 1 / Math.sqrt(headDim),
+        (options.causal ?? true) ? 1 : 0,
+        options.window ?? 0,
+        options.softcap ?? 0,
+        options.roundWeights ? 1 : 0,
+      ],
+    )
+    return y
+  })
 }

@@ -2,7 +2,17 @@ import { HalfbyteError } from '../../errors.js'
 import type { Device } from '../device.js'
 import { type DType } from '../dtype.js'
 import { Tensor } from '../tensor.js'
-import { call, checkDTypes, checkFloat, checkShape, fail, show, withContiguous, rowsAndCols } from './call.js'
+import {
+  call,
+  checkContiguous,
+  checkDTypes,
+  checkFloat,
+  checkShape,
+  fail,
+  rowsAndCols,
+  show,
+  withContiguous,
+} from './call.js'
 
 export type QuantType = 'nf4' | 'fp4'
 export const QUANT_TYPES = { nf4: 0, fp4: 1 } as const
@@ -41,11 +51,8 @@ export function bestLayout4(device: Device, n: number, k: number, blocksize: num
   return device.native.tiles4bit && canTile4(n, k, blocksize) ? 'tiled' : 'flat'
 }
 
-/** The operands of a packed weight in the order of the addon, and its scalars. */
-export function packedOperands(
-  op: string,
-  w: Packed4,
-): { inputs: (Tensor | undefined)[]; scalars: number[] } {
+/** Refuses a packed weight whose parts do not fit it. */
+export function checkPacked(op: string, w: Packed4): void {
   checkBlocksize(op, w.blocksize)
   if (!Object.hasOwn(QUANT_TYPES, w.quantType)) badQuantType(op, w.quantType)
   const blocks = Math.ceil((w.n * w.k) / w.blocksize)
@@ -65,6 +72,8 @@ export function packedOperands(
     }
     if (w.nestedCode?.size !== 256 || w.offset?.size !== 1)
       fail(op, 'a nested absmax needs nestedCode [256] and offset [1]')
+    checkDTypes(op, 'nestedCode', w.nestedCode, 'float32')
+    checkDTypes(op, 'offset', w.offset, 'float32')
   } else {
     checkDTypes(op, 'absmax', w.absmax, 'float32')
   }
@@ -76,9 +85,23 @@ export function packedOperands(
         "it is 'flat', or 'tiled' with blocks of 64, n a multiple of 16 and k of 64",
     )
   }
+}
+
+/** The operands of a packed weight in the order of the addon, and its scalars. */
+export function packedOperands(
+  op: string,
+  w: Packed4,
+): { inputs: (Tensor | undefined)[]; scalars: number[] } {
+  checkPacked(op, w)
+  const { codes, absmax, nestedAbsmax, nestedCode, offset } = w
+  checkContiguous(op, 'codes', codes)
+  checkContiguous(op, 'absmax', absmax)
+  if (nestedAbsmax) checkContiguous(op, 'nestedAbsmax', nestedAbsmax)
+  if (nestedCode) checkContiguous(op, 'nestedCode', nestedCode)
+  if (offset) checkContiguous(op, 'offset', offset)
   return {
-    inputs: [w.codes, w.absmax, w.nestedAbsmax, w.nestedCode, w.offset],
-    scalars: [QUANT_TYPES[w.quantType], w.blocksize, w.n, w.k, LAYOUTS[layout]],
+    inputs: [codes, absmax, nestedAbsmax, nestedCode, offset],
+    scalars: [QUANT_TYPES[w.quantType], w.blocksize, w.n, w.k, LAYOUTS[w.layout ?? 'flat']],
   }
 }
 
@@ -128,8 +151,8 @@ export function quantizeBlocks4(
 
 /** Codes and absmax of a weight in another layout; views of the same when it has that layout already. */
 export function tile4(w: Packed4, layout: Layout4): { codes: Tensor; absmax: Tensor } {
-  packedOperands('tile4', { ...w, layout })
-  packedOperands('tile4', w)
+  checkPacked('tile4', { ...w, layout })
+  checkPacked('tile4', w)
   if ((w.layout ?? 'flat') === layout) return { codes: w.codes.share(), absmax: w.absmax.share() }
   return withContiguous([w.codes, w.absmax], (from, statistics) => {
     const codes = Tensor.empty(w.codes.shape, 'uint8', w.codes.device)
