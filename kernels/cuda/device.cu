@@ -76,12 +76,16 @@ cudaError_t describe(int index, Launch* on) {
   const auto read = [&](int* value, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(value, attribute, index);
   };
+  int major = 0, minor = 0;
   cudaError_t error = read(&on->multiprocessors, cudaDevAttrMultiProcessorCount);
   if (error == cudaSuccess) error = read(&on->shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  if (error == cudaSuccess) error = read(&major, cudaDevAttrComputeCapabilityMajor);
+  if (error == cudaSuccess) error = read(&minor, cudaDevAttrComputeCapabilityMinor);
   if (error == cudaSuccess) error = newest_code(&on->arch);
   if (error != cudaSuccess || on->arch < 90) return error;
 #ifdef HALFBYTE_CUDA_ARCHS
-  on->wgmma = on->arch == 90 && std::strstr(HALFBYTE_CUDA_ARCHS, "90a");
+  // of 90 alone: what is newer has no such products, and empty kernels in their place
+  on->wgmma = on->arch == 90 && major == 9 && minor == 0 && std::strstr(HALFBYTE_CUDA_ARCHS, "90a");
 #endif
   const int room = on->shared - 1024;  // all that a block can have: one on a multiprocessor
   error = cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
