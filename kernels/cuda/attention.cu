@@ -15,6 +15,7 @@
 //   eighth 16-byte piece of a row, scores need 3 shuffles a head, and each group of 8 lanes keeps its own
 //   running maximum. Rows come through asynchronous copies, several keys ahead.
 // Keys and values are read once for all kHeads heads; a prompt reads its keys again for every token, from L2.
+// Where a block cannot have the room for that many rows ahead it runs in a tight form.
 #include "attention.cuh"
 
 namespace halfbyte::cuda {
@@ -43,16 +44,40 @@ struct Slice {
   __device__ __forceinline__ float operator[](int e) const { return to_float(piece[e / N].v[e % N]); }
 };
 
-/// The ring in shared memory through which a block's keys and values come; E elements of a row a lane.
-template <typename T, int E>
+/// The ring in shared memory through which a block's keys and values come, and the sums of its groups after
+/// them; E elements of a row a lane. The tight form takes 64 KiB at most, all that a block has on sm_75.
+template <typename T, int E, bool kTight>
 struct Ring {
   static constexpr int kRowBytes = E * static_cast<int>(sizeof(T));
-  static constexpr int kAhead =
-      kRowBytes <= 128 ? 2 : 1;  // keys of a group in a batch: one step of the softmax
-  static constexpr int kBatches = kRowBytes <= 32 ? 4 : 2;
+  /// Keys of a group in a batch: one step of the softmax.
+  static constexpr int kAhead = !kTight && kRowBytes <= 128 ? 2 : 1;
+  static constexpr int kBatches = kTight ? (kRowBytes <= 64 ? 2 : 1) : kRowBytes <= 32 ? 4 : 2;
   static constexpr int kBytes = kWarps * 32 * kRowBytes * 2 * kAhead * kBatches;
-  static_assert(kBytes <= 160 << 10, "the ring must fit a multiprocessor");
+  static constexpr int kSums = kGroups * 8 * E, kStates = 2 * kGroups;  // floats
+  /// The groups' states are static, or where that would be too much lie behind the sums.
+  static constexpr int kStatic = kTight ? 0 : kStates * 4;
+  static constexpr int kNeeded = (kTight ? kSums + kStates : kSums) * 4;
+  static constexpr int kDynamic = kBytes > kNeeded ? kBytes : kNeeded;
+  static_assert(kDynamic + kStatic <= (kTight ? 64 << 10 : 160 << 10));
 };
+
+/// Bytes that a block can have on every device that runs code for `arch`: 86, 89, 120 are the smallest
+/// but 75.
+__host__ __device__ constexpr int least_shared(int arch) {
+  return (arch < 80 ? 64 : arch >= 90 && arch < 120 ? 227 : 99) << 10;
+}
+
+/// Whether code for `arch` has the tight form.
+template <typename T, int E>
+__host__ __device__ constexpr bool has_tight(int arch) {
+  return Ring<T, E, false>::kDynamic + Ring<T, E, false>::kStatic > least_shared(arch);
+}
+
+#ifdef __CUDA_ARCH__
+constexpr int kCode = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCode = 0;
+#endif
 
 /// A piece into the ring, or zeros: asynchronously where it is 16 bytes.
 template <typename T, int N>
@@ -65,10 +90,12 @@ __device__ __forceinline__ void copy_piece(Vec<T, N>* to, const T* from, bool th
   }
 }
 
-template <typename T, int E, int N, int kHeads>
+template <typename T, int E, int N, int kHeads, bool kTight>
 __global__ void __launch_bounds__(kWarps * 32)
     attention_kernel(T* y, Partial partial, const T* q, const T* keys, const T* values, Ragged batch,
                      Attention p) {
+  using R = Ring<T, E, kTight>;
+  if (kTight && !has_tight<T, E>(kCode)) return;  // nobody starts it
   let_next_start();
   wait_for_results();
   const int share = p.heads / p.kv_heads, head_blocks = (share + kHeads - 1) / kHeads;
@@ -108,7 +135,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const unsigned mask = 0xffu << (threadIdx.x % 32 / 8 * 8);
   // Rows travel through a ring in shared memory that hides their latency without registers. A lane reads back
   // only what it has copied itself, so nothing is to be synchronised but its own copies.
-  constexpr int kAhead = Ring<T, E>::kAhead, kBatches = Ring<T, E>::kBatches;
+  constexpr int kAhead = R::kAhead, kBatches = R::kBatches;
   constexpr int kPieces = E / N;
   using Piece = Vec<T, N>;
   extern __shared__ __align__(16) char ring_bytes[];
@@ -206,13 +233,15 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
 
   // join the groups: maxima and weights first, then the sums, head by head through shared memory
-  __shared__ float group_most[kGroups], group_weight[kGroups];
+  __shared__ float own_most_of[kGroups], own_weight_of[kGroups];
+  float* const sums = reinterpret_cast<float*>(ring_bytes);  // [kGroups][8 * E]
+  float* const group_most = kTight ? sums + R::kSums : own_most_of;
+  float* const group_weight = kTight ? group_most + kGroups : own_weight_of;
   const auto group_keep = [&](int g, float top) {  // NaN where all its scores are
     return group_most[g] == -INFINITY ? group_weight[g] : __expf(group_most[g] - top);
   };
   wait_copies<0>();
-  __syncthreads();                                           // the ring's memory is free
-  float* const sums = reinterpret_cast<float*>(ring_bytes);  // [kGroups][8 * E]
+  __syncthreads();  // the ring's memory is free
   for (int h = 0; h < kHeads; ++h) {
     if (h >= heads_here) break;
     float own_most = 0.0f, own_weight = 0.0f;
@@ -440,20 +469,44 @@ Status check_caches(const char* op, const View& key_cache, const View& value_cac
   return {};
 }
 
-template <typename T, int E, int N, int kHeads>
+template <typename T, int E, int N, int kHeads, bool kTight>
 cudaError_t launch_general(const Launch& on, const AttentionLaunch& a) {
-  constexpr int kRing = Ring<T, E>::kBytes;
-  constexpr int kSums = kGroups * 8 * E * 4;
   const Attention& p = a.problem;
   const int share = p.heads / p.kv_heads;
   LaunchShape shape;
   shape.grid =
       dim3(static_cast<unsigned>(p.tokens * p.kv_heads * ((share + kHeads - 1) / kHeads)), a.partial.splits);
   shape.block = dim3(kWarps * 32);
-  shape.shared = kRing > kSums ? kRing : kSums;
-  return launch_kernel(on, shape, attention_kernel<T, E, N, kHeads>, static_cast<T*>(a.y), a.partial,
+  shape.shared = Ring<T, E, kTight>::kDynamic;
+  return launch_kernel(on, shape, attention_kernel<T, E, N, kHeads, kTight>, static_cast<T*>(a.y), a.partial,
                        static_cast<const T*>(a.q), static_cast<const T*>(a.keys),
                        static_cast<const T*>(a.values), a.batch, p);
+}
+
+/// Calls body with the elements of a row a lane, as a compile-time number, for heads of up to `widest`.
+template <typename Body>
+auto with_elements(int64_t widest, const Body& body) {
+  if (widest <= 64) return body(std::integral_constant<int, 8>{});
+  if (widest <= 128) return body(std::integral_constant<int, 16>{});
+  if (widest <= 256) return body(std::integral_constant<int, 32>{});
+  return body(std::integral_constant<int, 64>{});
+}
+
+template <typename T, int E, bool kTight>
+bool has_room(const Launch& on) {
+  using R = Ring<T, E, kTight>;
+  return R::kDynamic + R::kStatic <= on.block_shared && (!kTight || has_tight<T, E>(on.code));
+}
+
+/// Whether the general kernel has a form that runs there.
+bool takes_general(const Launch& on, DType dtype, int64_t widest) {
+  return with_float_type(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    return with_elements(widest, [&](auto elements) {
+      constexpr int E = decltype(elements)::value;
+      return has_room<T, E, false>(on) || has_room<T, E, true>(on);
+    });
+  });
 }
 
 template <typename T>
@@ -461,22 +514,25 @@ cudaError_t launch_general(const Launch& on, const AttentionLaunch& a, bool wide
   constexpr int N = 16 / sizeof(T);
   const Attention& p = a.problem;
   const int at_once = heads_at_once(p.heads / p.kv_heads), widest = p.dim > p.value_dim ? p.dim : p.value_dim;
-  const auto run = [&](auto heads, auto elements) {
-    constexpr int H = decltype(heads)::value, E = decltype(elements)::value;
-    if constexpr (E % N == 0) {
-      if (wide) return launch_general<T, E, N, H>(on, a);
+  return with_elements(widest, [&](auto elements) {
+    constexpr int E = decltype(elements)::value;
+    const auto launch = [&](auto heads, auto each) {
+      constexpr int H = decltype(heads)::value, kEach = decltype(each)::value;
+      return has_room<T, E, false>(on) ? launch_general<T, E, kEach, H, false>(on, a)
+                                       : launch_general<T, E, kEach, H, true>(on, a);
+    };
+    const auto run = [&](auto heads) {
+      if constexpr (E % N == 0) {
+        if (wide) return launch(heads, std::integral_constant<int, N>{});
+      }
+      return launch(heads, std::integral_constant<int, 1>{});
+    };
+    if constexpr (E <= 16) {
+      if (at_once == 4) return run(std::integral_constant<int, 4>{});
+      if (at_once == 2) return run(std::integral_constant<int, 2>{});
     }
-    return launch_general<T, E, 1, H>(on, a);
-  };
-  const auto by_heads = [&](auto elements) {
-    return at_once == 4   ? run(std::integral_constant<int, 4>{}, elements)
-           : at_once == 2 ? run(std::integral_constant<int, 2>{}, elements)
-                          : run(std::integral_constant<int, 1>{}, elements);
-  };
-  if (widest <= 64) return by_heads(std::integral_constant<int, 8>{});
-  if (widest <= 128) return by_heads(std::integral_constant<int, 16>{});
-  if (widest <= 256) return run(std::integral_constant<int, 1>{}, std::integral_constant<int, 32>{});
-  return run(std::integral_constant<int, 1>{}, std::integral_constant<int, 64>{});
+    return run(std::integral_constant<int, 1>{});
+  });
 }
 
 template <typename T>
@@ -613,13 +669,22 @@ Status CudaBackend::paged_attention(Queue queue, View y, View q, View key_cache,
   a.q = q.data;
   a.keys = key_cache.data;
   a.values = value_cache.data;
-  const int64_t piece = 16 / size_of(q.dtype);
+  const int64_t piece = 16 / size_of(q.dtype), widest = dim > value_dim ? dim : value_dim;
   const bool wide = dim % piece == 0 && value_dim % piece == 0 && p.q_stride % piece == 0 &&
                     is_aligned(q.data, 16) && is_aligned(y.data, 16) && is_aligned(key_cache.data, 16) &&
                     is_aligned(value_cache.data, 16);
   const Plan plan = wide && fits_tensor(launch_, q, key_cache, value_cache, batch)
                         ? plan_tensor(launch_, q, key_cache, value_cache, batch)
                         : plan_general(q, key_cache, batch, launch_.multiprocessors);
+  if (plan.general.count > 0 && !takes_general(launch_, q.dtype, widest)) {
+    return Status::error(Code::unsupported,
+                         "paged_attention: heads of " + std::to_string(widest) +
+                             " elements need more shared memory than the " +
+                             std::to_string(launch_.block_shared >> 10) + " KiB of a block on " + name() +
+                             ", and the code for sm_" + std::to_string(launch_.code) +
+                             " that runs there has no form for less; build it with HALFBYTE_CUDA_ARCHS for "
+                             "this GPU");
+  }
   if (static_cast<size_t>(workspace.size()) < plan.bytes(value_dim))
     return refuse("paged_attention", "the workspace is too small");
   Launch on;

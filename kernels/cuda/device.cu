@@ -60,15 +60,21 @@ bool is_sticky(cudaError_t error) {
 /// Only its attributes are asked for.
 __global__ void empty_kernel() {}
 
+/// The number in an environment variable if it lies in [least, most), else most.
+int lowered_to(const char* variable, int least, int most) {
+  const char* text = std::getenv(variable);
+  const int wanted = text ? std::atoi(text) : most;
+  return wanted >= least && wanted < most ? wanted : most;
+}
+
 /// The architecture that the code chosen for the current device was written for (90a code says 90).
 /// HALFBYTE_CUDA_KERNELS names an older one whose kernels are to run instead: 80 on a Hopper, say.
-cudaError_t newest_code(int* arch) {
+cudaError_t newest_code(Launch* on) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, empty_kernel);
   if (error != cudaSuccess) return error;
-  *arch = attributes.ptxVersion;
-  const char* wanted = std::getenv("HALFBYTE_CUDA_KERNELS");
-  if (wanted && std::atoi(wanted) >= 75 && std::atoi(wanted) < *arch) *arch = std::atoi(wanted);
+  on->code = attributes.ptxVersion;
+  on->arch = lowered_to("HALFBYTE_CUDA_KERNELS", 75, on->code);
   return cudaSuccess;
 }
 
@@ -79,9 +85,12 @@ cudaError_t describe(int index, Launch* on) {
   int major = 0, minor = 0;
   cudaError_t error = read(&on->multiprocessors, cudaDevAttrMultiProcessorCount);
   if (error == cudaSuccess) error = read(&on->shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  if (error == cudaSuccess) error = read(&on->block_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error == cudaSuccess) error = read(&major, cudaDevAttrComputeCapabilityMajor);
   if (error == cudaSuccess) error = read(&minor, cudaDevAttrComputeCapabilityMinor);
-  if (error == cudaSuccess) error = newest_code(&on->arch);
+  if (error == cudaSuccess) error = newest_code(on);
+  // HALFBYTE_CUDA_SHARED, in KiB, lets a block have no more than on a smaller device
+  on->block_shared = lowered_to("HALFBYTE_CUDA_SHARED", 64, on->block_shared >> 10) << 10;
   if (error != cudaSuccess || on->arch < 90) return error;
 #ifdef HALFBYTE_CUDA_ARCHS
   // of 90 alone: what is newer has no such products, and empty kernels in their place

@@ -12,6 +12,7 @@ import {
 } from '../support/attention'
 import { rejection } from '../support/errors'
 import { relativeError, rounded } from '../support/reference'
+import { itCompiled, runScript } from '../support/run'
 
 const base = { heads: 4, kvHeads: 2, headDim: 16 }
 const mixed = { queries: [1, 37, 0, 5, 1], lengths: [1, 100, 9, 5, 200] }
@@ -48,6 +49,8 @@ const cases: [string, Case][] = [
   ['head size 256', { ...base, ...mixed, headDim: 256 }],
   ['head size 192, values of 128', { ...base, ...mixed, headDim: 192, valueDim: 128 }],
   ['head size 264', { ...base, ...mixed, headDim: 264 }],
+  ['head size 512', { ...base, ...mixed, headDim: 512 }],
+  ['an odd head size above 256', { ...base, ...mixed, headDim: 301, valueDim: 263 }],
   ['prefill, head size 64', { ...base, queries: [150], lengths: [181], headDim: 64 }],
   ['prefill, head size 128', { ...base, queries: [150], lengths: [181], headDim: 128 }],
   ['prefill, head size 256', { ...base, queries: [90], lengths: [121], headDim: 256 }],
@@ -254,6 +257,17 @@ describe.each(devices())('paged attention on %s', (device) => {
       device.native.run(op, [out.handle], [...inputs, ...extras], [0.25, 1, 0, 0, 0])
       expect((await rejection(out.data())).code).toBe('ERR_HALFBYTE_SHAPE')
     }
+  })
+
+  // what a smaller GPU has: a build for one gives numbers, any other says that it has no code for so little
+  const onGpu = device.type === 'cuda' ? itCompiled : it.skip
+  onGpu.each(['64', '99'])('gives the numbers or refuses within %s KiB of shared memory', async (kib) => {
+    const env = { HALFBYTE_CUDA_SHARED: kib }
+    const { stdout, ...rest } = await runScript('little-shared.js', [device.name], [], { env })
+    expect(rest).toEqual({ code: 0, signal: null, stderr: '' })
+    const lines = stdout.trim().split('\n')
+    expect(lines.length).toBe(9)
+    for (const line of lines) expect(line).toMatch(/^\w+ \d+ (ok|ERR_HALFBYTE_UNSUPPORTED)$/)
   })
 
   it('works without tokens and without sequences', async () => {
