@@ -595,7 +595,7 @@ Status CudaBackend::paged_write(Queue queue, View key_cache, View value_cache, V
   }
   if (k.shape[0] == 0 || key_cache.size() == 0) return {};
   Launch on;
-  if (Status status = enter_early(queue, &on); !status.ok()) return status;
+  if (Status status = enter_early(queue, &on, {key_cache, value_cache}); !status.ok()) return status;
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(k.shape[0]));
   shape.block = dim3(256);
@@ -688,7 +688,7 @@ Status CudaBackend::paged_attention(Queue queue, View y, View q, View key_cache,
   if (static_cast<size_t>(workspace.size()) < plan.bytes(value_dim))
     return refuse("paged_attention", "the workspace is too small");
   Launch on;
-  if (Status status = enter_early(queue, &on); !status.ok()) return status;
+  if (Status status = enter_early(queue, &on, {y}); !status.ok()) return status;
   const cudaError_t error = with_float_type(q.dtype, [&](auto* t) {
     return launch_plan<std::remove_pointer_t<decltype(t)>>(on, a, plan, wide, workspace.as<char>());
   });

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <initializer_list>
 #include <map>
 
 #include "../backend.h"
@@ -26,6 +27,39 @@ struct Launch {
 
   int clusters_of(int blocks) const {
     return blocks == 1 ? multiprocessors : clusters[blocks == 2 ? 0 : blocks == 4 ? 1 : 2];
+  }
+};
+
+/// Memory of a few operands.
+struct Spans {
+  static constexpr int kMost = 16;
+  struct {
+    const char *begin, *end;
+  } at[kMost];
+  int count = 0;
+
+  Spans() = default;
+  Spans(std::initializer_list<View> views) {
+    for (const View& view : views) add(view);
+  }
+  /// False where there is no place for it.
+  bool add(const char* begin, const char* end) {
+    if (count == kMost) return false;
+    at[count++] = {begin, end};
+    return true;
+  }
+  /// A contiguous view, or an absent one.
+  void add(const View& view) {
+    if (view && view.size() > 0)
+      add(view.as<const char>(), view.as<const char>() + view.size() * size_of(view.dtype));
+  }
+  bool meets(const Spans& other) const {
+    for (int i = 0; i < count; ++i) {
+      for (int j = 0; j < other.count; ++j) {
+        if (at[i].begin < other.at[j].end && other.at[j].begin < at[i].end) return true;
+      }
+    }
+    return false;
   }
 };
 
@@ -138,7 +172,9 @@ class CudaBackend final : public Backend {
   Status enter() const;
   /// The same for an op whose kernel may start early, if the op queued before was such a one too: its results
   /// are then all that the new one must wait for. Every other op, and every wait for an event, ends that.
-  Status enter_early(Queue queue, Launch* on);
+  /// `ahead`: what its kernels read before they wait for results; where it is a result of an op that they
+  /// might overtake they do not start early. `results`: what the op writes.
+  Status enter_early(Queue queue, Launch* on, const Spans& results, const Spans& ahead = {});
   /// The part of both that changes nothing of this object.
   Status make_current() const;
   void count(int64_t bytes);
@@ -148,6 +184,7 @@ class CudaBackend final : public Backend {
   int index_;
   Launch launch_;               // of the compute queue
   mutable bool early_ = false;  // the op last queued for computing lets the next one start early
+  Spans written_;               // results of that op and of those that it may still run beside
   cudaStream_t streams_[2] = {};
   cudaMemPool_t pool_ = nullptr;
   void* marks_ = nullptr;  // of outlier columns, a set for each stream

@@ -135,12 +135,16 @@ Status CudaBackend::enter() const {
   return make_current();
 }
 
-Status CudaBackend::enter_early(Queue queue, Launch* on) {
+Status CudaBackend::enter_early(Queue queue, Launch* on, const Spans& results, const Spans& ahead) {
+  if (Status status = make_current(); !status.ok()) return status;
   *on = launch_;
   on->stream = stream(queue);
-  on->early = early_ && queue == Queue::compute;
+  on->early = early_ && queue == Queue::compute && !ahead.meets(written_);
   early_ = queue == Queue::compute && launch_.arch >= 90;
-  return make_current();
+  if (!on->early) written_.count = 0;
+  for (int i = 0; early_ && i < results.count; ++i)
+    early_ = written_.add(results.at[i].begin, results.at[i].end);
+  return {};
 }
 
 Status CudaBackend::make_current() const {

@@ -153,8 +153,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) fetch(i);
 
-  for (int i = threadIdx.x; i < min(static_cast<int>(tiles) * kTile, kScales); i += blockDim.x)
-    scales[i] = layer.scb[min((cluster + i / kTile * clusters) * kTile + i % kTile, last_row)];
   if (kThreshold) {
     for (int i = threadIdx.x; i < block_units * 2; i += blockDim.x) bits[i] = 0;
     if (threadIdx.x == 0) found = 0;
@@ -162,6 +160,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
   if (threadIdx.x < kMaxRows) part_most[threadIdx.x] = 0;
   __syncthreads();
   wait_for_results();
+
+  // this thread's first of scb is on its way while the largest of x are found
+  const int scales_here = min(static_cast<int>(tiles) * kTile, kScales), own_scale = threadIdx.x;
+  const auto scb_at = [&](int i) {
+    return layer.scb[min((cluster + i / kTile * clusters) * kTile + i % kTile, last_row)];
+  };
+  const float first_scale = own_scale < scales_here ? scb_at(own_scale) : 0.0f;
 
   // x: teams of warps take a row each; a warp's pieces of it are 32 lanes wide, `teams` apart
   using Part = Piece<T, 16 / sizeof(T)>;
@@ -211,6 +216,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
     most = most_of_warp(most);
     if (lane == 0) atomicMax(part_most + row, __float_as_uint(most));
   }
+  if (own_scale < scales_here) scales[own_scale] = first_scale;
+  for (int i = own_scale + blockDim.x; i < scales_here; i += blockDim.x) scales[i] = scb_at(i);
   __syncthreads();
 
   int count = 0;  // of this block's outlier columns

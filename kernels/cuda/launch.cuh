@@ -2,8 +2,8 @@
 // and then waits, before it touches what that one makes. Nothing of it exists before sm_90, where the calls
 // do nothing.
 //
-// A kernel that is launched so reads only what no recent kernel has written (weights) before
-// wait_for_results(), writes only after it, and every block of it waits.
+// A kernel that is launched so reads only what no recent kernel has written before wait_for_results()
+// (weights: enter_early() is told where they lie), writes only after it, and every block of it waits.
 #pragma once
 
 #include "tiled4.cuh"

@@ -53,6 +53,17 @@ Product4<T> product_of(const View& y, const View& x, const Weight4& w, const Epi
   return {output_of<T>(y, epilogue), x.as<const T>(), x.rows(), tiled_of(w)};
 }
 
+/// What the kernels read before they wait: all of the weights.
+Spans spans_of(const Weight4* w, int count) {
+  static_assert(5 * kMaxGroup <= Spans::kMost);
+  Spans spans;
+  for (int i = 0; i < count; ++i) {
+    for (const View& part : {w[i].codes, w[i].absmax, w[i].nested_absmax, w[i].nested_code, w[i].offset})
+      spans.add(part);
+  }
+  return spans;
+}
+
 /// Of y[i] = x w[i]^T + bias[i].
 Status check_products(const char* op, const View* y, const View& x, const Weight4* w, const View* bias,
                       int count) {
@@ -128,7 +139,7 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
   if (route == Route::gemm && launch_.wgmma && !is_aligned(y.data, 16)) route = Route::skinny;
   if (route == Route::gemv || route == Route::skinny || route == Route::gemm) {
     Launch on;
-    if (Status status = enter_early(queue, &on); !status.ok()) return status;
+    if (Status status = enter_early(queue, &on, {y}, spans_of(&w, 1)); !status.ok()) return status;
     return check(with_half_type(x.dtype,
                                 [&](auto* p) {
                                   using T = std::remove_pointer_t<decltype(p)>;
@@ -156,8 +167,10 @@ Status CudaBackend::linear_4bit_group(Queue queue, const View* y, View x, const 
     return Backend::linear_4bit_group(queue, y, x, w, bias, count, workspace);
   const char* const op = "linear_4bit_group";
   if (Status status = check_products(op, y, x, w, bias, count); !status.ok()) return status;
+  Spans results;
+  for (int i = 0; i < count; ++i) results.add(y[i]);
   Launch on;
-  if (Status status = enter_early(queue, &on); !status.ok()) return status;
+  if (Status status = enter_early(queue, &on, results, spans_of(w, count)); !status.ok()) return status;
   const auto launch = [&](const auto* products) { return gemv4(on, products, count); };
   return check(with_products(y, x, w, bias, count, launch), op);
 }
@@ -174,7 +187,7 @@ Status CudaBackend::linear_4bit_gated(Queue queue, View y, View x, const Weight4
   const View both[2] = {y, y};
   if (Status status = check_products(op, both, x, w, bias, 2); !status.ok()) return status;
   Launch on;
-  if (Status status = enter_early(queue, &on); !status.ok()) return status;
+  if (Status status = enter_early(queue, &on, {y}, spans_of(w, 2)); !status.ok()) return status;
   const auto launch = [&](const auto* products) { return gemv4_gated(on, products, act); };
   return check(with_products(both, x, w, bias, 2, launch), op);
 }

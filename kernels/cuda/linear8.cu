@@ -221,7 +221,7 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   if (y.size() == 0) return {};
   Launch on;
   if (!bnb_exact && takes_gemv(launch_, x, k) && is_aligned(x.data, 16) && is_aligned(weight.data, 16)) {
-    if (Status status = enter_early(queue, &on); !status.ok()) return status;
+    if (Status status = enter_early(queue, &on, {y}, {weight}); !status.ok()) return status;
     return with_float_type(x.dtype, [&](auto* t) {
       using T = std::remove_pointer_t<decltype(t)>;
       const Linear8<T> layer{output_of<T>(y, epilogue),
@@ -242,7 +242,7 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   const Parts parts = parts_of(m, n, k, threshold > 0.0f);
   if (static_cast<size_t>(workspace.size()) < parts.total)
     return refuse("linear_8bit", "the workspace is too small");
-  if (Status status = enter_early(queue, &on); !status.ok()) return status;
+  if (Status status = enter_early(queue, &on, {y}, {weight}); !status.ok()) return status;
 
   Layer layer = {y, x, weight, scb, epilogue, {}, {}, nullptr, m, n, k, bnb_exact};
   layer.codes = part(workspace, parts.codes, DType::i8, m * k);

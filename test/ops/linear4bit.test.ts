@@ -389,6 +389,34 @@ describe.each(devices())('4-bit linear on %s', (on) => {
     })
   })
 
+  it('takes statistics that the op before it makes', async () => {
+    const [n, k, inner] = [64, 1024, 256]
+    const blocks = (n * k) / 64
+    const layout = layouts.at(-1)!
+    const { weight } = randomPacked(n, k, on, {})
+    const packed = { ...weight, ...ops.tile4(weight, layout), layout }
+    const x = randomOperand([1, k], 'bfloat16', on, 1).tensor
+    const random = uniform(2)
+    const wide = Tensor.from(
+      Int8Array.from({ length: blocks * inner }, () => 255 * random() - 127),
+      { shape: [blocks, inner], device: on },
+    )
+    const ones = Tensor.full([blocks], 1, 'float32', on)
+    for (let i = 0; i < 20; i++) {
+      const source = randomOperand([1, inner], 'float32', on, i).tensor
+      const made = ops.linear8bit(source, wide, ones).reshape(-1)
+      const four = ops.linear4bit(x, { ...packed, absmax: made })
+      const scb = ops.linear8bit(source, wide, ones).reshape(-1)
+      const eight = ops.linear8bit(source, wide, scb)
+      await on.synchronize()
+      const later = ops.linear4bit(x, { ...packed, absmax: made })
+      expect(await four.data()).toEqual(await later.data())
+      await on.synchronize()
+      expect(await eight.data()).toEqual(await ops.linear8bit(source, wide, scb).data())
+      expect((await eight.floats()).some((value) => value !== 0)).toBe(true)
+    }
+  })
+
   it('gives no rows for no rows', async () => {
     const { weight } = randomPacked(6, 64, on, {})
     const y = ops.linear4bit(Tensor.empty([2, 0, 64], 'float16', on), weight)
