@@ -261,14 +261,18 @@ describe.each(devices())('paged attention on %s', (device) => {
 
   // what a smaller GPU has: a build for one gives numbers, any other says that it has no code for so little
   const onGpu = device.type === 'cuda' ? itCompiled : it.skip
-  onGpu.each(['64', '99'])('gives the numbers or refuses within %s KiB of shared memory', async (kib) => {
-    const env = { HALFBYTE_CUDA_SHARED: kib }
-    const { stdout, ...rest } = await runScript('little-shared.js', [device.name], [], { env })
-    expect(rest).toEqual({ code: 0, signal: null, stderr: '' })
-    const lines = stdout.trim().split('\n')
-    expect(lines.length).toBe(9)
-    for (const line of lines) expect(line).toMatch(/^\w+ \d+ (ok|ERR_HALFBYTE_UNSUPPORTED)$/)
-  })
+  onGpu.each(['64', '99'])(
+    'gives the numbers or refuses within %s KiB of shared memory',
+    async (kib) => {
+      const env = { HALFBYTE_CUDA_SHARED: kib }
+      const { stdout, ...rest } = await runScript('little-shared.js', [device.name], [], { env })
+      expect(rest).toEqual({ code: 0, signal: null, stderr: '' })
+      const lines = stdout.trim().split('\n')
+      expect(lines.length).toBe(9)
+      for (const line of lines) expect(line).toMatch(/^\w+ \d+ (ok|ERR_HALFBYTE_UNSUPPORTED)$/)
+    },
+    300_000,
+  )
 
   it('works without tokens and without sequences', async () => {
     const c: Case = { ...base, queries: [0, 0], lengths: [3, 0] }
