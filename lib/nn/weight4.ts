@@ -240,10 +240,8 @@ export class Weight4 implements PackedWeight {
 
   /** Becomes a copy of another weight, on a device and in its layout. */
   copy(from: Weight4, device: Device): void {
-    const codes = from.codes.value
-    const there = codes.to(device)
     from.#finite.refuse(from.codes.path)
-    this.#replace(there === codes ? codes.share() : there, from.#state!.to(device))
+    this.#replace(onDevice(from.codes.value, device), from.#state!.to(device))
     this.#arrange()
   }
 

@@ -87,29 +87,26 @@ export function checkPacked(op: string, w: Packed4): void {
   }
 }
 
-/** The operands of a packed weight in the order of the addon, and its scalars. */
+/** Tensors of a packed weight, in the order of the addon. */
+const PARTS = ['codes', 'absmax', 'nestedAbsmax', 'nestedCode', 'offset'] as const
+
+/** The operands of a packed weight, and its scalars. */
 export function packedOperands(
   op: string,
   w: Packed4,
 ): { inputs: (Tensor | undefined)[]; scalars: number[] } {
   checkPacked(op, w)
-  const { codes, absmax, nestedAbsmax, nestedCode, offset } = w
-  checkContiguous(op, 'codes', codes)
-  checkContiguous(op, 'absmax', absmax)
-  if (nestedAbsmax) checkContiguous(op, 'nestedAbsmax', nestedAbsmax)
-  if (nestedCode) checkContiguous(op, 'nestedCode', nestedCode)
-  if (offset) checkContiguous(op, 'offset', offset)
+  const inputs = PARTS.map((name) => w[name])
+  inputs.forEach((part, i) => part && checkContiguous(op, PARTS[i]!, part))
   return {
-    inputs: [codes, absmax, nestedAbsmax, nestedCode, offset],
+    inputs,
     scalars: [QUANT_TYPES[w.quantType], w.blocksize, w.n, w.k, LAYOUTS[w.layout ?? 'flat']],
   }
 }
 
 /** The tensors of a packed weight, and the weight again from such a list. */
 export function packedTensors(w: Packed4): [Tensor[], (tensors: readonly Tensor[]) => Packed4] {
-  const names = (['codes', 'absmax', 'nestedAbsmax', 'nestedCode', 'offset'] as const).filter(
-    (name) => w[name],
-  )
+  const names = PARTS.filter((name) => w[name])
   return [
     names.map((name) => w[name]!),
     (tensors) => ({ ...w, ...Object.fromEntries(names.map((name, i) => [name, tensors[i]])) }),
