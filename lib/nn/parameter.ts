@@ -296,6 +296,12 @@ export class Parameter implements Disposable {
     this.#device = tensor.device
   }
 
+  /** @internal Puts the same bytes in another order in place of the value, which is disposed; an offloaded one stays so. */
+  rearrange(tensor: Tensor): void {
+    this.#value?.dispose()
+    this.#value = keep(tensor)
+  }
+
   /** @internal What a value that is still to come will have. */
   retarget(target: { dtype?: DType | undefined; device?: Device | undefined }): void {
     this.#dtype = target.dtype ?? this.#dtype

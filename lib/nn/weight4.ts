@@ -256,10 +256,9 @@ export class Weight4 implements PackedWeight {
 
   #replace(codes: Tensor, state: QuantState): void {
     this.codes.tensor?.dispose()
-    this.#state?.dispose()
     this.codes.replace(codes)
+    this.#letGo()
     this.#state = state
-    this.#operand = undefined
   }
 
   /** Brings codes and statistics into the layout of their device. */
@@ -271,7 +270,9 @@ export class Weight4 implements PackedWeight {
     const layout = multiplied ? bestLayout4(codes.device, this.n, this.k, state.blocksize) : 'flat'
     if (state.layout === layout) return
     const arranged = state.withLayout(codes, layout)
-    this.#replace(keep(arranged.codes), arranged.state)
+    this.codes.rearrange(arranged.codes)
+    this.#letGo()
+    this.#state = arranged.state
   }
 
   // -- state

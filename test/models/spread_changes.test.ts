@@ -19,6 +19,7 @@ import {
 import { thrown } from '../support/errors'
 import { temporaryFolder } from '../support/files'
 import { allocatedMemory, baselineMemory } from '../support/memory'
+import { relativeError } from '../support/reference'
 import { writeTinyModel } from '../support/tiny_model'
 
 const root = temporaryFolder()
@@ -189,7 +190,10 @@ describe.each(devices())('on %s', (device) => {
           using whole = await AutoModelForCausalLM.fromPretrained(folder, { ...rest, device })
           await run(whole)
           const [ours, theirs] = [await logits(model), await logits(whole)]
-          expect(ours).toEqual(theirs)
+          // a GPU and the CPU beside it add in another order than one of them
+          if (device.type === 'cuda' && kind.startsWith('spread'))
+            expect(relativeError(ours, theirs)).toBeLessThan(model.dtype === 'bfloat16' ? 2e-2 : 1e-5)
+          else expect(ours).toEqual(theirs)
         } else {
           expect(error?.name).toBe('HalfbyteError')
           expect(error!.code).toMatch(code ?? /ERR_HALFBYTE_USAGE/)
