@@ -6,21 +6,27 @@ import { promisify } from 'node:util'
 import { AutoModelForCausalLM, type BitsAndBytesConfigOptions, type CausalLM } from '../../lib'
 import { root, temporaryFolder } from '../support/files'
 import { error } from '../support/golden_model'
+import { relativeError } from '../support/reference'
 import { readSafetensors, type Stored } from '../support/safetensors'
 
 const python = process.env['HALFBYTE_PYTHON'] ?? 'python3'
 const script = join(__dirname, 'python_side.py')
-const checked = spawnSync(python, [script, 'check'], { encoding: 'utf8' })
-const lacking = checked.status === 0 ? undefined : (checked.stderr?.trim().split('\n').at(-1) ?? 'no python3')
+const transformers = ['torch', 'transformers', 'accelerate', 'safetensors']
+
+/** What Python lacks of these modules; undefined when it has them. */
+function lacking(modules: readonly string[]): string | undefined {
+  const { status, stderr } = spawnSync(python, [script, 'check', ...modules], { encoding: 'utf8' })
+  return status === 0 ? undefined : (stderr?.trim().split('\n').at(-1) ?? 'no python3')
+}
 
 interface PythonModel {
   quantised: string[]
   footprint: number
 }
 
-async function run(...args: string[]): Promise<PythonModel> {
+async function run<Said = PythonModel>(...args: string[]): Promise<Said> {
   const { stdout } = await promisify(execFile)(python, [script, ...args], { maxBuffer: 1 << 26 })
-  return JSON.parse(stdout.trim().split('\n').at(-1)!) as PythonModel
+  return JSON.parse(stdout.trim().split('\n').at(-1)!) as Said
 }
 
 /** All tensors of a folder, with the files that hold them left aside. */
@@ -56,10 +62,60 @@ const kinds: [string, BitsAndBytesConfigOptions, number][] = [
   ['int8', { loadIn8bit: true, bnbExact: true }, 2e-2],
 ]
 
-if (lacking !== undefined) it.skip(`Python interop (${lacking})`, () => undefined)
-else {
-  const folder = temporaryFolder()
+const folder = temporaryFolder()
+const floats = (path: string, name: string) => readSafetensors(path).get(name)!.data as Float32Array
 
+const withoutTransformers = lacking(transformers)
+if (withoutTransformers !== undefined) {
+  it.skip(`interop with transformers (${withoutTransformers})`, () => undefined)
+} else {
+  describe('transformers alone', () => {
+    it('loads what we saved in shards, computes the same, and saves the same tensors', async () => {
+      const [ours, read] = [join(folder, 'dense'), join(folder, 'dense-read')]
+      using model = await AutoModelForCausalLM.fromPretrained(source, { dtype: 'float32' })
+      await model.savePretrained(ours, { maxShardSize: '1MB' })
+      writeFileSync(join(ours, 'ids.json'), JSON.stringify(ids))
+      expect((await run('read', ours, read)).quantised).toEqual([])
+      const wanted = floats(join(read, 'logits.safetensors'), 'logits')
+      expect(error(await logits(model, ids), wanted).most).toBeLessThan(1e-4)
+      expectSameTensors(tensorsOf(ours), tensorsOf(read))
+    }, 300_000)
+
+    it.each(kinds)(
+      '%s: has our values and logits from what we saved',
+      async (name, options) => {
+        const [ours, decoded, dense] = ['saved', 'decoded', 'dense'].map((part) =>
+          join(folder, `${name}-${part}`),
+        )
+        using model = await AutoModelForCausalLM.fromPretrained(source, {
+          dtype: 'float32',
+          quantizationConfig: { ...options, bnbExact: false },
+        })
+        await model.savePretrained(ours!, { maxShardSize: '1MB' })
+        writeFileSync(join(ours!, 'ids.json'), JSON.stringify(ids))
+        const said = await run<{ missing: string[]; unexpected: string[] }>('decode', ours!, decoded!)
+        expect(said).toEqual({ missing: [], unexpected: [] })
+        const computed = await logits(model, ids)
+        const wanted = floats(join(decoded!, 'logits.safetensors'), 'logits')
+        // Python has the weights alone in int8, not the inputs
+        expect(error(computed, wanted).most).toBeLessThan(options.loadIn8bit ? 3e-2 : 1e-4)
+        await model.dequantize().savePretrained(dense!)
+        const values = readSafetensors(join(decoded!, 'weights.safetensors'))
+        for (const [path, { data }] of tensorsOf(dense!)) {
+          expect([path, relativeError(data as Float32Array, values.get(path)!.data as Float32Array)]).toEqual(
+            [path, expect.closeTo(0, 6)],
+          )
+        }
+      },
+      300_000,
+    )
+  })
+}
+
+const withoutBitsandbytes = lacking([...transformers, 'bitsandbytes'])
+if (withoutBitsandbytes !== undefined) {
+  it.skip(`interop with bitsandbytes (${withoutBitsandbytes})`, () => undefined)
+} else {
   describe.each(kinds)('%s', (name, options, most) => {
     const ours = join(folder, name)
     const read = join(folder, `${name}-read`)
@@ -75,7 +131,7 @@ else {
       const { quantised, footprint } = await run('read', ours, read)
       expect(quantised).toEqual(model.replacement!.replaced.map(({ path }) => path).sort())
       expect(footprint).toBe(model.getMemoryFootprint())
-      const wanted = readSafetensors(join(read, 'logits.safetensors')).get('logits')!.data as Float32Array
+      const wanted = floats(join(read, 'logits.safetensors'), 'logits')
       expect(error(await logits(model, ids), wanted).most).toBeLessThan(most)
       expectSameTensors(tensorsOf(ours), tensorsOf(read))
     }, 300_000)
@@ -93,7 +149,7 @@ else {
       })
       expect(model.replacement!.replaced.map(({ path }) => path).sort()).toEqual(quantised)
       expect(model.getMemoryFootprint()).toBe(footprint)
-      const wanted = readSafetensors(join(theirs, 'logits.safetensors')).get('logits')!.data as Float32Array
+      const wanted = floats(join(theirs, 'logits.safetensors'), 'logits')
       // bfloat16 where the checkpoint has it
       expect(error(await logits(model, ids), wanted).most).toBeLessThan(Math.max(most, 2e-2))
       const again = join(folder, `${name}-again`)
