@@ -253,6 +253,27 @@ describe.each(devices())('queues of %s', (on) => {
 })
 
 describe('two devices', () => {
+  const [first, second] = devices().filter(({ type }) => type === 'cuda')
+  const name = 'of two GPUs copy from one to the other, and refuse to mix'
+  if (!first || !second) it.skip(`${name} (there are no two GPUs)`, () => undefined)
+  else {
+    it(name, async () => {
+      const n = 3_000_000
+      const data = count(n)
+      using x = Tensor.from(data, { device: first })
+      using doubled = ops.add(x, x)
+      using there = doubled.to(second)
+      using quadrupled = ops.add(there, there)
+      using back = quadrupled.to(first)
+      x.write(new Float32Array(n))
+      expect(await back.data()).toEqual(data.map((v) => v * 4))
+      const error = thrown(() => ops.add(x, there))
+      expect(error.code).toBe('ERR_HALFBYTE_DEVICE')
+      expect(error.message).toMatch(/cuda:0.*cuda:1|cuda:1.*cuda:0/)
+      expect(second.memoryUsage().allocated).toBeGreaterThanOrEqual(2 * 4 * n)
+    })
+  }
+
   it('work at the same time as each other and do not mix', async () => {
     const tensors = ['cpu', 'cpu:1', 'cpu:2'].map((name) => Tensor.full([1000], 1, 'float32', name))
     for (let i = 0; i < 200; i++) for (const t of tensors) ops.addInto(t, t)
