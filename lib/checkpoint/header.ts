@@ -8,7 +8,7 @@
  * believed before it is checked: a header may come from anywhere.
  */
 import { HalfbyteError } from '../errors.js'
-import { duplicateKey } from './json.js'
+import { duplicateKey, lfsPointer } from './json.js'
 
 /** Bits of an element, by the format's names of dtypes. */
 const DTYPE_BITS: Readonly<Record<string, number>> = {
@@ -77,6 +77,8 @@ export function parseHeader(
   const lengthBytes = read(0, 8)
   const announced = new DataView(lengthBytes.buffer, lengthBytes.byteOffset, 8).getBigUint64(0, true)
   if (announced > BigInt(MAX_HEADER_BYTES)) {
+    const pointer = lfsPointer(new TextDecoder().decode(read(0, Math.min(size, 64))))
+    if (pointer) throw checkpointError(file, pointer)
     throw checkpointError(
       file,
       `the header claims ${announced} bytes, the limit is ${MAX_HEADER_BYTES}; this is not a safetensors file, or a damaged one`,

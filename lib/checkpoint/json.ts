@@ -97,6 +97,12 @@ export function jsonText(value: unknown, indent = ''): string {
   return `${open}\n${inner}${parts.join(`,\n${inner}`)}\n${indent}${close}`
 }
 
+/** What is said of a file that Git left in place of the one it stands for; undefined where `text` begins otherwise. */
+export function lfsPointer(text: string): string | undefined {
+  if (!text.startsWith('version https://git-lfs')) return undefined
+  return 'a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`'
+}
+
 /** The text of a file; undefined when there is no such file. */
 export function readTextFile(path: string): string | undefined {
   try {
@@ -124,7 +130,8 @@ export function parseObject(text: string, path: string, code: ErrorCode): Record
   try {
     value = JSON.parse(text)
   } catch (cause) {
-    throw new HalfbyteError(code, `${path}: not JSON (${(cause as Error).message})`, { cause })
+    const why = lfsPointer(text) ?? `not JSON (${(cause as Error).message})`
+    throw new HalfbyteError(code, `${path}: ${why}`, { cause })
   }
   if (typeof value !== 'object' || value === null || Array.isArray(value)) {
     throw new HalfbyteError(code, `${path}: ${basename(path)} must hold an object`)

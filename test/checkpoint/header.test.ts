@@ -46,6 +46,8 @@ describe('a good header', () => {
   })
 })
 
+const POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e'
+
 describe('a bad header', () => {
   const huge = Buffer.alloc(64)
   huge.writeBigUInt64LE(100_000_000_000n)
@@ -61,6 +63,11 @@ describe('a bad header', () => {
     ['a header of 100 GB', huge, new RegExp(`claims 100000000000 bytes, the limit is ${MAX_HEADER_BYTES}`)],
     ['a header of 2^64 - 1 bytes', most, /claims 18446744073709551615 bytes/],
     ['a header longer than the file', announced, /truncated: the header takes 208 bytes, the file has 10/],
+    [
+      'a pointer of Git LFS',
+      Buffer.from(`${POINTER}\nsize 4976698672\n`),
+      /pointer of Git LFS.*git lfs pull/,
+    ],
     ['no header', Buffer.alloc(8), /does not begin with "\{"/],
     ['something else', rawSafetensors('PK\u0003\u0004zip'), /does not begin with "\{"/],
     ['broken UTF-8', Buffer.concat([Buffer.from([3, 0, 0, 0, 0, 0, 0, 0, 0x7b, 0xff, 0x7d])]), /not UTF-8/],

@@ -44,6 +44,11 @@ describe('Tokenizer', () => {
     await expect(AutoTokenizer.fromPretrained(folder)).rejects.toThrow(/tokenizer.json cannot be used/)
     writeFileSync(join(folder, 'tokenizer.json'), '{')
     await expect(AutoTokenizer.fromPretrained(folder)).rejects.toThrow(/not JSON/)
+    writeFileSync(
+      join(folder, 'tokenizer.json'),
+      'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n',
+    )
+    await expect(AutoTokenizer.fromPretrained(folder)).rejects.toThrow(/tokenizer.json: a pointer of Git LFS/)
   })
 })
 
