@@ -1,6 +1,7 @@
 /** The options of generate() and stream(), checked and completed with what the model says about itself. */
 import type { GenerationDefaults } from '../checkpoint/config.js'
 import { HalfbyteError } from '../errors.js'
+import { unknownName, wrongHandler } from '../options.js'
 import type { Tokenizer } from './tokenizer.js'
 
 export interface GenerateOptions {
@@ -75,7 +76,7 @@ function inRange(name: string, value: number, low: number, high: number, whole =
   return value
 }
 
-const KNOWN = new Set<keyof GenerateOptions>([
+const KNOWN: readonly (keyof GenerateOptions)[] = [
   'maxNewTokens',
   'maxLength',
   'minNewTokens',
@@ -92,7 +93,7 @@ const KNOWN = new Set<keyof GenerateOptions>([
   'skipSpecialTokens',
   'signal',
   'onPrefill',
-])
+]
 
 export function readSettings(
   options: GenerateOptions,
@@ -101,8 +102,8 @@ export function readSettings(
 ): Settings {
   if (typeof options !== 'object' || options === null)
     fail(`the options are ${shown(options)}, they must be an object`)
-  const unknown = Object.keys(options).find((name) => !KNOWN.has(name as keyof GenerateOptions))
-  if (unknown !== undefined) fail(`unknown option ${unknown}; the options are ${[...KNOWN].join(', ')}`)
+  const problem = unknownName(options, KNOWN, 'option') ?? wrongHandler(options)
+  if (problem !== undefined) fail(problem)
   const eos = options.eosTokenId === undefined ? defaults.eosTokenIds : (options.eosTokenId ?? [])
   const ids = typeof eos === 'number' ? [eos] : eos
   for (const id of ids) inRange('eosTokenId', id, 0, Infinity, true)

@@ -9,6 +9,7 @@ import { Checkpoint } from '../checkpoint/source.js'
 import { HalfbyteError } from '../errors.js'
 import { Tokenizer } from '../generation/tokenizer.js'
 import { onMeta } from '../nn/parameter.js'
+import { unknownName, wrongHandler } from '../options.js'
 import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from '../quantization/config.js'
 import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
 import { CausalLM } from './causal_lm.js'
@@ -93,13 +94,8 @@ function checkOptions(options: FromPretrainedOptions): void {
     )
   }
   // loadIn4bit beside quantizationConfig instead of in it would load a model four times as large
-  const unknown = Object.keys(options).find((name) => !KNOWN.includes(name))
-  if (unknown !== undefined) {
-    throw new HalfbyteError(
-      'ERR_HALFBYTE_VALUE',
-      `fromPretrained: unknown option ${unknown}; the options are ${KNOWN.join(', ')}`,
-    )
-  }
+  const problem = unknownName(options, KNOWN, 'option') ?? wrongHandler(options)
+  if (problem !== undefined) throw new HalfbyteError('ERR_HALFBYTE_VALUE', `fromPretrained: ${problem}`)
 }
 
 /** How the checkpoint says that it is quantised. */

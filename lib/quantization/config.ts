@@ -3,6 +3,7 @@
  * camelCase; what Python lets pass silently (no mode, an unknown type, a misspelt field) is an error here.
  */
 import { HalfbyteError } from '../errors.js'
+import { unknownName } from '../options.js'
 import type { DType } from '../tensor/dtype.js'
 import type { QuantType } from '../tensor/ops.js'
 
@@ -97,11 +98,9 @@ export class BitsAndBytesConfig {
   readonly #given: ReadonlySet<string>
 
   constructor(options: BitsAndBytesConfigOptions = {}) {
-    const known = new Set<string>([...NAMES, ...OURS].map(([field]) => field))
-    const unknown = Object.keys(options).filter((name) => !known.has(name))
-    if (unknown.length > 0) {
-      fail(`unknown field ${unknown.join(', ')}; the fields are ${[...known].join(', ')}`)
-    }
+    const known = [...NAMES, ...OURS].map(([field]) => field)
+    const unknown = unknownName(options, known, 'field')
+    if (unknown !== undefined) fail(unknown)
     this.#given = new Set(Object.keys(options).filter((name) => options[name as Field] !== undefined))
     this.loadIn8bit = boolean('loadIn8bit', options.loadIn8bit)
     this.loadIn4bit = boolean('loadIn4bit', options.loadIn4bit)

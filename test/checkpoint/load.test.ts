@@ -399,6 +399,17 @@ describe('config.json', () => {
         /unknown option loadIn4bit; the options are quantizationConfig/,
       ) as string,
     })
+    const wrong: [object, RegExp][] = [
+      [{ device_map: 'auto' }, /unknown option device_map; its name is deviceMap/],
+      [{ onProgress: 5 }, /onProgress must be a function/],
+      [{ signal: null }, /signal must be an AbortSignal/],
+    ]
+    for (const [options, message] of wrong) {
+      await expect(load({}, options as FromPretrainedOptions)).rejects.toMatchObject({
+        code,
+        message: expect.stringMatching(message) as string,
+      })
+    }
     const text = {
       quantizationConfig: { loadIn4bit: true },
       modulesToNotConvert: 'lm_head' as unknown as string[],

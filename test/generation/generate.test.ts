@@ -302,8 +302,16 @@ describe.each(devices())('generating on %s', (device) => {
       'x',
       { max_new_tokens: 5 } as GenerateOptions,
       'VALUE',
-      /unknown option max_new_tokens/,
+      /unknown option max_new_tokens; its name is maxNewTokens/,
     ],
+    [
+      'an option that is none',
+      'x',
+      { beams: 5 } as GenerateOptions,
+      'VALUE',
+      /unknown option beams; the options are maxNewTokens, /,
+    ],
+    ['a signal that is none', 'x', { signal: {} as AbortSignal }, 'VALUE', /signal must be an AbortSignal/],
   ])('refuses %s', async (_, prompt, options, code, message) => {
     await expect(model.generate(prompt, options)).rejects.toMatchObject({
       code: `ERR_HALFBYTE_${code}`,
