@@ -125,6 +125,18 @@ export class Tokenizer {
     return text === undefined ? undefined : this.#core.token_to_id(text)
   }
 
+  get bosToken(): string | undefined {
+    return this.specialTokens.bos_token
+  }
+
+  get eosToken(): string | undefined {
+    return this.specialTokens.eos_token
+  }
+
+  get padToken(): string | undefined {
+    return this.specialTokens.pad_token
+  }
+
   get bosTokenId(): number | undefined {
     return this.#id('bos_token')
   }

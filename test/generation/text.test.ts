@@ -23,6 +23,9 @@ describe('Tokenizer', () => {
   it('knows its special tokens', () => {
     expect(tokenizer.bosTokenId).toBe(0)
     expect(tokenizer.eosTokenId).toBe(0)
+    expect(tokenizer.eosToken).toBe(tokenizer.idToToken(0))
+    expect(tokenizer.padToken).toBe(tokenizer.idToToken(1))
+    expect(tokenizer.tokenToId(tokenizer.bosToken!)).toBe(tokenizer.bosTokenId)
     expect(tokenizer.padTokenId).toBe(1)
     expect(tokenizer.allSpecialIds).toEqual([0, 1])
     const ids = tokenizer.encode('a<|endoftext|>b')
