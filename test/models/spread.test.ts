@@ -238,7 +238,7 @@ describe.each(pairs)('a model on %s and %s', (a, b) => {
   })
 
   it('keeps tied weights together where a strategy places them', async () => {
-    const maxMemory = { [b === 'cpu:1' ? 'cpu:2' : b]: '1GB', 'cpu:1': '1GB' }
+    const maxMemory = { [b === 'cpu:1' ? 'cpu:2' : b]: '1GB', [a === 'cpu' ? 'cpu:1' : a]: '1GB' }
     using model = await load(tied, { deviceMap: 'auto', maxMemory })
     expect(model.lm_head.weight).toBe(model.model.embed_tokens.weight)
     expect(new Set(Object.values(model.hfDeviceMap!)).size).toBe(2)
