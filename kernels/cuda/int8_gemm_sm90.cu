@@ -12,14 +12,15 @@
 //   outliers  more steps of the same ring, of 64 columns in 16 bits: x as it is, codes of b, which are exact.
 //             A few columns are gathered by the idle warps while the product runs, more come from where
 //             gather_outliers() has put them, what does not fit there is added by mma.sync
-//   end       times the row's scale, + bias + residual, rounded once and turned round (output_sm90.cuh); the
-//             copy engine writes it while the next item begins
+//   end       times the row's scale, + bias + residual, rounded once and turned round; without a residual the
+//             copy engine writes it between the first products of the next item (int8_output_sm90.cuh)
 //
 // Blocks stay and take items in turn, in bands of token tiles, so that what runs at once shares a and b in
 // L2. Items that do not fill the last round go to a cluster each, whose blocks divide K and exchange sums
 // through shared memory, in a fixed order.
 #include <algorithm>
 
+#include "int8_output_sm90.cuh"
 #include "int8_product.cuh"
 #include "launch.cuh"
 #include "output_sm90.cuh"
@@ -31,6 +32,9 @@ namespace {
 constexpr int kRows = 128, kThreads = 384;  // of a block: rows of b; consumers and the producer
 constexpr int kStep = 128;                  // bytes of a row in a step
 constexpr int kRowBytes = kRows * kStep;    // of b in a step
+constexpr int kFewestSteps = 3;             // of an item; steps beyond K are zeros
+
+constexpr int64_t steps_of(int64_t k) { return std::max<int64_t>((k + kStep - 1) / kStep, kFewestSteps); }
 
 /// Shared memory: the ring, results, token scales, barriers.
 template <int kTokens>
@@ -213,10 +217,12 @@ __device__ __forceinline__ void write_plain(const Output<T>& out, int64_t tokens
 /// like wgmma's; both operands come straight from memory.
 template <int kTokens, typename T>
 __device__ __forceinline__ void add_columns(const Gemm8<T>& p, float (&acc)[kTokens / 2], int count,
-                                            const int64_t (&rows)[2], int64_t first_token) {
+                                            int64_t first_row, int64_t first_token) {
   using Half = typename OutlierType<T>::type;
   constexpr int kPieces = OutlierType<T>::kPieces;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, slots = count * kPieces;
+  const int64_t row = first_row + threadIdx.x / 32 % 4 * 16 + g;
+  const int64_t rows[2] = {min(row, p.out.n - 1), min(row + 8, p.out.n - 1)};
 #pragma unroll 1
   for (int from = kOutlierSlots / kPieces * kPieces + t * 2; from - t * 2 < slots; from += 16) {
     int column[4];  // of the slots of this lane: two, and two more 8 slots further
@@ -247,22 +253,18 @@ __device__ __forceinline__ void add_columns(const Gemm8<T>& p, float (&acc)[kTok
   }
 }
 
-/// The rest of an item: sums of kTokens tokens, of whole K.
+/// The rest of an item that the copy engine does not write: sums of kTokens tokens, of whole K.
 template <int kTokens, typename T>
-__device__ __forceinline__ void finish(const Gemm8<T>& p, const CUtensorMap* y, float (&acc)[kTokens / 2],
-                                       int count, char* staging, int group, int64_t first_row,
-                                       int64_t first_token) {
+__device__ __forceinline__ void finish(const Gemm8<T>& p, float (&acc)[kTokens / 2], char* staging, int group,
+                                       int64_t first_row, int64_t first_token) {
   const int64_t row = first_row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
   const int64_t rows[2] = {min(row, p.out.n - 1), min(row + 8, p.out.n - 1)};
-  if (count > kOutlierSlots / OutlierType<T>::kPieces) add_columns<kTokens>(p, acc, count, rows, first_token);
   const float scale[2] = {p.scb[rows[0]] * kInt8Scale, p.scb[rows[1]] * kInt8Scale};
 #pragma unroll
   for (int i = 0; i < kTokens / 2; ++i) acc[i] *= scale[i / 2 % 2];
-  if constexpr (std::is_same_v<T, float>)
+  if constexpr (std::is_same_v<T, float>) {
     write_plain<kTokens>(p.out, p.m, acc, first_row, first_token);
-  else if (y)
-    store_sums<kTokens>(*y, p.out, acc, staging, group, first_row, first_token);
-  else {
+  } else {
     if (p.engine) {  // it may still read the staging of the item before
       if (threadIdx.x % kGroup == 0) wait_stores<0>();
       group_barrier(group);
@@ -280,10 +282,12 @@ __device__ __forceinline__ void finish_divided(const Gemm8<T>& p, const V (&acc)
     V total[kShare / 2];
     exchange_sums<kSplits, kConsumers>(total, acc, ring);
     first_token += cluster_rank() * kShare;
-    if constexpr (std::is_same_v<V, float>)
-      finish<kShare>(p, nullptr, total, count, staging, group, first_row, first_token);
-    else
+    if constexpr (std::is_same_v<V, float>) {
+      add_columns<kShare>(p, total, count, first_row, first_token);
+      finish<kShare>(p, total, staging, group, first_row, first_token);
+    } else {
       write_plain<kShare>(p.out, p.m, total, first_row, first_token);
+    }
   }
 }
 
@@ -411,22 +415,26 @@ __global__ void __launch_bounds__(kThreads, 1)
         arrive(empty + of * 8);
       }
     };
+    // 16-bit results that the copy engine writes do so while the next item is multiplied
+    constexpr bool kMayFollow = std::is_same_v<T, half_t> || std::is_same_v<T, bf16_t>;
+    using R = Results<std::conditional_t<kMayFollow, T, half_t>, kTokens>;
+    constexpr int kPeeled = kFewestSteps;
+    const bool follows = kMayFollow && p.engine;
+    R results;
+    bool pending = false;  // of an item whose later parts are not written yet
+    int its_row = 0, its_token = 0;
+    const auto write_part = [&](int part) __attribute__((always_inline)) {
+      if constexpr (kMayFollow) results.go_on(part, maps.y, staging, group, its_row, its_token);
+    };
+    const auto write_rest = [&]() __attribute__((always_inline)) {
+#pragma unroll
+      for (int part = 0; part < R::kLater; ++part) write_part(part);
+      pending = false;
+    };
     Work work;
     for (int n = 0; find_work<kPair>(p, n, &work); ++n) {
-      const Place place = place_of(p, work.item);
-      const int64_t first_row = static_cast<int64_t>(place.rows * kBlocks + rank) * kRows + group * 64;
-      const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
-      float scale[(kTokens + kGroup - 1) / kGroup];  // of this thread's tokens
-      if (!kSums) {
-#pragma unroll
-        for (int i = 0; i < (kTokens + kGroup - 1) / kGroup; ++i)
-          scale[i] = p.row_absmax[min(first_token + threadIdx.x % kGroup + i * kGroup, int64_t{p.m} - 1)];
-      }
       int32_t sums[kTokens / 2];
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
-      int before = -1;  // the step whose product runs
-      for (int i = 0; i < work.steps; ++i) {
+      const auto multiply_step = [&](bool first) __attribute__((always_inline)) {
         wait_barrier(full + stage * 8, parity);
         const uint32_t at = ring + stage * S::kStage;
         const uint64_t rows = describe_b(at + group * (64 * kStep), 0),
@@ -434,10 +442,54 @@ __global__ void __launch_bounds__(kThreads, 1)
         begin_group();
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          multiply_group(sums, rows + ((j * 32) >> 4), tokens + ((j * 32) >> 4), true);
+          multiply_group(sums, rows + ((j * 32) >> 4), tokens + ((j * 32) >> 4), !first || j > 0);
         commit_group();
+      };
+      Place place;
+      int64_t first_row = 0, first_token = 0;
+      float scale[(kTokens + kGroup - 1) / kGroup];  // of this thread's tokens
+      Ending ending = {};
+      const auto fetch_scales = [&]() __attribute__((always_inline)) {
+        place = place_of(p, work.item);
+        first_row = static_cast<int64_t>(place.rows * kBlocks + rank) * kRows + group * 64;
+        first_token = static_cast<int64_t>(place.tokens) * kTokens;
+        if constexpr (!kSums) {
+#pragma unroll
+          for (int i = 0; i < (kTokens + kGroup - 1) / kGroup; ++i)
+            scale[i] = p.row_absmax[min(first_token + threadIdx.x % kGroup + i * kGroup, int64_t{p.m} - 1)];
+        }
+        if constexpr (kMayFollow) fetch_ending(&ending, p.out, p.scb, first_row);
+      };
+      const auto store_scales = [&]() __attribute__((always_inline)) {
+        if constexpr (!kSums) {
+          if (threadIdx.x % kGroup == 0) wait_stores<0>();
+#pragma unroll
+          for (int i = 0; i < (kTokens + kGroup - 1) / kGroup; ++i) {
+            const int at = threadIdx.x % kGroup + i * kGroup;
+            if (at < kTokens) scales[at] = scale[i] * kInt8Scale;
+          }
+          group_barrier(group);
+        }
+      };
+      int before = 0;  // the step whose product runs
+#pragma unroll
+      for (int i = 0; i < kPeeled; ++i) {
+        multiply_step(i == 0);
+        if (i == 0) fetch_scales();
+        if (i < R::kLater && pending) write_part(i);
+        if (i == kPeeled - 1) store_scales();
+        if (i > 0) {
+          wait_group<1>();
+          release(before);
+        }
+        before = stage;
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      }
+      pending = false;
+      for (int i = kPeeled; i < work.steps; ++i) {
+        multiply_step(false);
         wait_group<1>();
-        if (before >= 0) release(before);
+        release(before);
         before = stage;
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
@@ -459,12 +511,22 @@ __global__ void __launch_bounds__(kThreads, 1)
         else
           finish_divided<8, kTokens>(p, sums, 0, free, staging, group, first_row, first_token);
       } else {
-#pragma unroll
-        for (int i = 0; i < (kTokens + kGroup - 1) / kGroup; ++i) {
-          const int at = threadIdx.x % kGroup + i * kGroup;
-          if (at < kTokens) scales[at] = scale[i] * kInt8Scale;
+        const bool divided = !kPair && n == p.rounds;
+        const auto keep_results = [&](const auto& of) __attribute__((always_inline)) {
+          its_row = static_cast<int>(first_row);
+          its_token = static_cast<int>(first_token);
+          if constexpr (kMayFollow) {
+            if (p.out.bias)
+              results.template begin<true>(of, ending, scales, maps.y, staging, group, its_row, its_token);
+            else
+              results.template begin<false>(of, ending, scales, maps.y, staging, group, its_row, its_token);
+          }
+          pending = R::kLater > 0;
+        };
+        if (follows && slots == 0 && !divided) {
+          keep_results(sums);
+          continue;
         }
-        group_barrier(group);
         float acc[kTokens / 2];
 #pragma unroll
         for (int j = 0; j < kTokens / 8; ++j) {
@@ -474,7 +536,6 @@ __global__ void __launch_bounds__(kThreads, 1)
             acc[j * 4 + e] = static_cast<float>(sums[j * 4 + e]) * (e % 2 ? pair.y : pair.x);
         }
         hold_registers(acc);
-        const bool divided = !kPair && n == p.rounds;
         const int step = outlier_step(p, n);
         for (int i = first_outlier(p, n); i * kStepSlots < slots; i += step) {
           using Half = typename OutlierType<T>::type;
@@ -494,10 +555,16 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (++stage == kStages) stage = 0, parity ^= 1;
         }
         if (!divided) {
-          finish<kTokens>(p, p.engine ? &maps.y : nullptr, acc, count, staging, group, first_row,
-                          first_token);
+          add_columns<kTokens>(p, acc, count, first_row, first_token);
+          if (follows)
+            keep_results(acc);
+          else {
+            finish<kTokens>(p, acc, staging, group, first_row, first_token);
+            results = {};
+          }
           continue;
         }
+        results = {};
         cluster_meet();  // nothing more comes, the rings of the cluster are free
         if (p.splits == 2)
           finish_divided<2, kTokens>(p, acc, count, free, staging, group, first_row, first_token);
@@ -507,6 +574,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           finish_divided<8, kTokens>(p, acc, count, free, staging, group, first_row, first_token);
       }
     }
+    if (pending) write_rest();
     if (threadIdx.x % kGroup == 0) wait_stores<0>();
   }
   if (kPair) {
@@ -544,7 +612,7 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
   p.x = product.x;
   p.k = product.k;
   p.m = static_cast<int>(product.m);
-  p.steps = static_cast<int>((product.k + kStep - 1) / kStep);
+  p.steps = static_cast<int>(steps_of(product.k));
   const int64_t n = product.out.n, rows = kPair ? 2 * kRows : kRows;
   p.row_groups = static_cast<int>((n + rows - 1) / rows);
   p.token_tiles = (p.m + kTokens - 1) / kTokens;
@@ -601,7 +669,7 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, const Cut& cut)
 Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
   Cut best = {};
   double least = 0.0;
-  const int64_t steps = (k + kStep - 1) / kStep;
+  const int64_t steps = steps_of(k);
   for (const int tokens : {256, 128, 64, 32}) {
     if (tokens > 32 && m <= tokens / 2) continue;
     const double step = tokens == 256   ? 1.0
@@ -611,6 +679,7 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
     const double end = tokens == 256 ? 4.4 : tokens == 128 ? 3.2 : tokens / 128.0;
     const double exchange = tokens >= 128 ? 3.0 : 6.0;
     for (const int splits : {1, 2, 4, 8}) {
+      if (splits > 1 && steps < kFewestSteps * splits) continue;
       if (on.clusters_of(splits) == 0 || tokens / splits < 16 || (tokens == 256 && splits > 1)) continue;
       Cut cut = {tokens, splits, false, 4096 / tokens};
       const Rounds rounds = rounds_of(on, m, n, cut);
