@@ -1,0 +1,215 @@
+// Filters of `sample`: the search for the smallest logit that is kept, and the block that ranks a list.
+#pragma once
+
+#include "sampling.cuh"
+
+namespace halfbyte::cuda {
+namespace sampling {
+
+/// The running sum that the token drawn is the first to exceed; rounding must not put it beyond them all.
+__device__ __forceinline__ Weight draw_target(double part, Weight total) {
+  return min(static_cast<Weight>(part * static_cast<double>(total)), total - 1);
+}
+/// Tokens with less than this above them are the top-p of what weighs `total` together. It is above 0, so
+/// that something is kept, and not above the total: that is 2^40 at least, and a top-p under 1 is 2^-24 from
+/// it.
+__device__ __forceinline__ Weight top_p_target(float top_p, Weight total) {
+  return static_cast<Weight>(ceil(static_cast<double>(top_p) * static_cast<double>(total)));
+}
+
+/// The smallest l from `lowest` to `highest` that has less than `target` above it, of those that
+/// tokens.each() calls its argument with; `lowest` when all together are less. A token weighs its weight, or
+/// 1. A search over histograms of the keys, narrower by kBucketBits each time.
+template <bool kWeighted, typename Tokens>
+__device__ __forceinline__ float threshold(const Cluster& cluster, const Tokens& tokens, float most,
+                                           float lowest, float highest, Weight target) {
+  Shared& s = cluster.s;
+  uint32_t low = key_of(lowest), high = key_of(highest);
+  Weight above = 0;
+  while (low < high) {
+    const int shift = max(0, 32 - kBucketBits - __clz(static_cast<int>(high - low)));
+    s.sums[threadIdx.x] = make_uint2(0, 0);
+    __syncthreads();
+    if (threadIdx.x == 0) s.bucket = -1;
+    tokens.each([&](float l) {
+      const uint32_t key = key_of(l);
+      if (key < low || key > high) return;
+      uint2& sum = s.sums[(key - low) >> shift];
+      if constexpr (kWeighted) {
+        const Weight w = weight_of(l, most);
+        const uint32_t part = static_cast<uint32_t>(w), before = atomicAdd(&sum.x, part);
+        const uint32_t upper = static_cast<uint32_t>(w >> 32) + (before + part < part ? 1 : 0);
+        if (upper != 0) atomicAdd(&sum.y, upper);
+      } else {
+        atomicAdd(&sum.x, 1u);
+      }
+    });
+    cluster.barrier();
+    const int bucket = kBuckets - 1 - static_cast<int>(threadIdx.x);
+    Weight mine = 0;
+#pragma unroll 1
+    for (int r = 0; r < cluster.blocks; ++r) {
+      const uint2 there = *cluster_place(&s.sums[bucket], r);
+      mine += static_cast<Weight>(there.y) << 32 | there.x;
+    }
+    const Weight before = above + block_prefix(s, mine).before;
+    if (before < target && target <= before + mine) {
+      s.bucket = bucket;
+      s.above = before;
+    }
+    cluster.barrier();
+    if (s.bucket < 0) return lowest;
+    low += static_cast<uint32_t>(s.bucket) << shift;
+    high = min(high, low + (1u << shift) - 1);
+    above = s.above;
+  }
+  return value_of(low);
+}
+
+/// The smallest of the cluster's items that has less than `target` above it; none when all together are less.
+/// A thread has `count` of them in its column, floats from `low_value` to `high_value` whose lowest kZero
+/// bits are zero. One of `high_value` weighs 2^31 in the units of the target. The search is threshold()'s,
+/// but a sum is in words of 16 bits, so that no addition waits for another, and the last round of items that
+/// are all the same within a bucket only counts them.
+template <int kZero, typename Item>
+__device__ __forceinline__ bool find_cut(const Cluster& cluster, const Item* items, int count,
+                                         float low_value, float high_value, float scale, Weight target,
+                                         float& cut) {
+  Shared& s = cluster.s;
+  constexpr uint32_t kRest = (1u << kZero) - 1;
+  uint32_t low = key_of(low_value) & ~kRest, high = key_of(high_value);
+  const auto weigh = [&](float x) { return __float2uint_rn(rough_exp2(fmaf(x - high_value, scale, 31.0f))); };
+  Weight above = 0;
+  bool last = false;
+#pragma unroll 1
+  while (!last) {
+    const int shift = max(kZero, 32 - kBucketBits - __clz(static_cast<int>(high - low | 1)));
+    last = shift == kZero;
+    const bool counting = kZero > 0 && last;  // all that is in a bucket is the same
+    s.sums[threadIdx.x] = make_uint2(0, 0);
+    __syncthreads();
+    if (threadIdx.x == 0) s.bucket = -1;
+#pragma unroll 1
+    for (int first = 0; first < count; first += 4) {
+      float x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        x[i] = first + i < count ? to_float(items[(first + i) * kThreads]) : -INFINITY;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t key = key_of(x[i]);
+        if (key < low || key > high) continue;
+        uint2* const sum = &s.sums[(key - low) >> shift];
+        if (counting) {
+          atomicAdd(&sum->x, 1u);
+        } else {
+          const uint32_t w = weigh(x[i]);
+          atomicAdd(&sum->x, w & 0xffff);
+          atomicAdd(&sum->y, w >> 16);
+        }
+      }
+    }
+    cluster.barrier();
+    const int bucket = kBuckets - 1 - static_cast<int>(threadIdx.x);
+    const uint32_t key = low + (static_cast<uint32_t>(bucket) << shift);
+    const float value = value_of(key & 0x80000000u ? key : key | kRest);
+    Weight mine = 0;
+#pragma unroll 4
+    for (int r = 0; r < cluster.blocks; ++r) {
+      const uint2 there = *cluster_place(&s.sums[bucket], r);
+      mine += (static_cast<Weight>(there.y) << 16) + there.x;
+    }
+    if (counting && mine > 0) mine *= weigh(value);
+    const Weight before = above + block_prefix(s, mine).before;
+    if (before < target && target <= before + mine) {
+      s.bucket = bucket;
+      s.above = before;
+      s.least = __float_as_uint(value);
+    }
+    cluster.barrier();
+    if (s.bucket < 0) return false;
+    low += static_cast<uint32_t>(s.bucket) << shift;
+    high = min(high, low + (1u << shift) - 1);
+    above = s.above;
+  }
+  cut = __uint_as_float(s.least);
+  return true;
+}
+
+/// Filters and draws from the list of `size`, by the first block: top-k where `count` is not 0, and top-p
+/// where it is below 1. Without top-k `total` is what the whole row weighs. The token, in one thread; -1 in
+/// all others.
+__device__ __forceinline__ int64_t draw_listed(Shared& s, List& list, Ranked& ranked, int size, float most,
+                                               Weight count, float top_p, Weight total, float min_p) {
+  float floor = -kLargest;
+  const int thread = threadIdx.x;
+  // how many are larger, or as large and before; and how many have a lower index, above. Several threads a
+  // token when there are many threads.
+  int width = 32;
+  while (width < size && width < kThreads) width *= 2;
+  const int slices = kThreads / width, slice = thread / width, each = (size + slices - 1) / slices;
+  for (int i = thread; i < size; i += kThreads) ranked.ranks[i] = 0;
+  __syncthreads();
+  for (int i = thread % width; i < size; i += width) {
+    const float l = list.l[i];
+    const int32_t index = list.index[i];
+    uint32_t rank = 0;
+    const int stop = min(size, (slice + 1) * each);
+#pragma unroll 4
+    for (int j = slice * each; j < stop; ++j) {
+      const float other = list.l[j];
+      const bool first = list.index[j] < index;
+      rank += (other > l || (other == l && first) ? 1u : 0u) + (first ? 1u << 16 : 0u);
+    }
+    atomicAdd(&ranked.ranks[i], rank);
+  }
+  if (thread == 0) s.least = ~0u;
+  __syncthreads();
+  float l[2];
+  int32_t index[2];
+  uint32_t rank[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int from = thread + i * kThreads;
+    if (from >= size) continue;
+    l[i] = list.l[from];
+    index[i] = list.index[from];
+    rank[i] = ranked.ranks[from];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (thread + i * kThreads >= size) continue;
+    ranked.sorted[rank[i] & 0xffff] = l[i];
+    list.l[rank[i] >> 16] = l[i];
+    list.index[rank[i] >> 16] = index[i];
+  }
+  __syncthreads();
+  if (count > 0 && count <= static_cast<Weight>(size)) floor = ranked.sorted[count - 1];
+  const int at = 2 * thread;
+  if (top_p < 1.0f) {
+    const float first = at < size ? ranked.sorted[at] : -INFINITY;
+    const float second = at + 1 < size ? ranked.sorted[at + 1] : -INFINITY;
+    const Weight a = first >= floor ? weight_of(first, most) : 0,
+                 b = second >= floor ? weight_of(second, most) : 0;
+    const Prefix prefix = block_prefix(s, a + b);
+    const Weight target = top_p_target(top_p, count > 0 ? prefix.total : total);
+    if (a > 0 && prefix.before < target) atomicMin(&s.least, key_of(first));
+    if (b > 0 && prefix.before + a < target) atomicMin(&s.least, key_of(second));
+    __syncthreads();
+    floor = value_of(s.least);
+  }
+  const auto weight_at = [&](int i) -> Weight {
+    if (i >= size || !(list.l[i] >= floor)) return 0;
+    const float w = scaled_exp(list.l[i] - most);
+    return w < min_p && list.l[i] < most ? 0 : __float2ull_rz(w);
+  };
+  const Weight a = weight_at(at), b = weight_at(at + 1);
+  const Prefix prefix = block_prefix(s, a + b);
+  const Weight target = draw_target(s.uniform, prefix.total);
+  if (target < prefix.before || target >= prefix.before + a + b) return -1;
+  return list.index[target < prefix.before + a ? at : at + 1];
+}
+
+}  // namespace sampling
+}  // namespace halfbyte::cuda
