@@ -243,6 +243,39 @@ describe.each(devices())('choosing tokens on %s', (device) => {
       }
     })
 
+    // few rows and many, which different numbers of threads share
+    const shapes = ['flat', 'wide', 'peaked', 'masked', 'broken']
+    const dtypes: DType[] = ['float32', 'float16', 'bfloat16']
+    it.each(dtypes.flatMap((dtype) => shapes.map((shape): [DType, string] => [dtype, shape])))(
+      'takes a large vocabulary of %s, %s',
+      async (dtype, shape) => {
+        const n = 20011
+        const logits = gaussian(n, 21, shape === 'flat' || shape === 'peaked' ? 1 : 3)
+        if (shape === 'peaked') for (let i = 5; i < n; i += 701) logits[i]! += 12
+        if (shape === 'masked')
+          for (let i = 0; i < n; i++) logits[i] = i % 90 === 7 ? logits[i]! + 100 : -Infinity
+        if (shape === 'broken')
+          for (let i = 0; i < n; i++) logits[i] = i % 333 === 1 ? NaN : logits[i]! - 2000
+        const marked = Uint8Array.from({ length: n }, (_, i) => (i % 5 === 0 ? 1 : 0))
+        const rounded = await Tensor.from(logits, { device }).to(dtype).floats()
+        const clean = rounded.map((x) => (Number.isNaN(x) ? -Infinity : x))
+        for (const [params, seen] of [
+          [{ temperature: 0.7 }],
+          [{ topP: 0.9 }],
+          [{ topP: 0.95, temperature: 1.4, penalty: 1.2 }, marked],
+          [{ topP: 0.6, minP: 0.01 }],
+          [{ minP: 0.02 }],
+          [{ topK: 40, topP: 0.8 }],
+        ] as [SamplingParams, Uint8Array?][]) {
+          const chances = probabilities(clean, params, seen)
+          for (const draws of [2, 140]) {
+            const tokens = await draw(device, logits, params, draws, { seed: 6n, seen, dtype })
+            expectByDefinition(tokens, chances, 6n, 2e-5)
+          }
+        }
+      },
+    )
+
     it('takes a row longer than any memory on the chip', async () => {
       const logits = gaussian(600001, 4)
       for (const params of [{}, { topK: 50 }, { topP: 0.8 }, { topK: 5000, minP: 0.3 }]) {
