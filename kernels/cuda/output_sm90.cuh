@@ -169,47 +169,6 @@ __device__ __forceinline__ void write_sums(const Output<T>& out, int64_t tokens,
   }
 }
 
-/// The same by the copy engine, without a residual; it writes while the warpgroup goes on. `y` describes
-/// tiles of kStaged (or kTokens) tokens x 64 columns; `staging` has room for two. Thread 0 of the group waits
-/// for its stores at the end of the kernel.
-template <int kTokens, typename T>
-__device__ __forceinline__ void store_sums(const CUtensorMap& y, const Output<T>& out,
-                                           const float (&acc)[kTokens / 2], char* staging, int group,
-                                           int64_t first_row, int64_t first_token) {
-  constexpr int kPass = kTokens < kStaged ? kTokens : kStaged;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const bool stores = threadIdx.x % kGroup == 0;
-  float bias[2] = {};
-  if (out.bias) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      bias[h] = out.bias_at(min(first_row + warp * 16 + lane / 4 + h * 8, out.n - 1));
-  }
-  const int token = lane / 16 * 8 + lane % 8, rows8 = warp * 2 + lane / 8 % 2;
-  const uint32_t matrices = shared_address(staging) + token * 128 + ((rows8 ^ (token & 7)) * 16);
-#pragma unroll
-  for (int part = 0; part < kTokens / kPass; ++part) {
-    const uint32_t at = part % 2 * kStaging;
-    if (stores) wait_stores<(kTokens > kPass ? 1 : 0)>();  // one that reads the same staging is done
-    group_barrier(group);
-#pragma unroll
-    for (int j = 0; j < kPass / 16; ++j) {
-      uint32_t r[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int e = part * (kPass / 2) + j * 8 + i * 2;
-        r[i] = pair_of<T>(acc[e] + bias[i % 2], acc[e + 1] + bias[i % 2]);
-      }
-      store_transposed(matrices + at + j * 16 * 128, r);
-    }
-    publish_shared();
-    group_barrier(group);
-    if (stores)
-      store_tile(y, shared_address(staging) + at, static_cast<int>(first_token) + part * kPass,
-                 static_cast<int>(first_row));
-  }
-}
-
 #endif  // HALFBYTE_WGMMA
 
 }  // namespace halfbyte::cuda
