@@ -1,16 +1,19 @@
 // y = x w^T + bias + residual with a tiled 4-bit weight and many rows of x (65 and more), on sm_90a: the
-// weight is the A operand of wgmma, decoded on the way from shared memory into registers; x is B. Bound by
-// the tensor cores.
+// weight is the A operand of wgmma, decoded on the way from shared memory into registers; x is B. 256 tokens
+// at a time are bound by the tensor cores, 128 by shared memory.
 //
-// A block makes 128 rows of the weight times 128 or 256 tokens: a producer warp and two consumer warpgroups
-// of 64 rows each. One step is 64 k:
+// A block makes 128 rows of the weight times 128 or 256 tokens, or 192 rows times 128: a producer warp and a
+// consumer warpgroup for every 64 rows. One step is 64 k:
 //
-//   producer  a box of x [tokens][64 k], swizzled, codes and absmax of 8 row tiles, by the copy engine into a
+//   producer  a box of x [tokens][64 k], swizzled, codes and absmax of the row tiles, by the copy engine into
+//   a
 //             ring
 //   decode    a byte permute makes an address, a look-up makes two weights (table4.cuh), one product scales
 //             them by absmax rounded to their type; done while the product of the step before runs
-//   end       fp32 sums + bias + residual, rounded once, turned round in shared memory so that y is written
-//             in lines
+//   end       after the steps of an item each warpgroup is lent a stage of the ring: the residual comes into
+//             it, fp32 sums + bias + residual are rounded once and turned round in it, the copy engine writes
+//             it to y while the next item is made. Without the engine (y or the residual not on 16 bytes)
+//             results go through a place of their own
 //
 // Blocks stay and take items in turn, in bands of token tiles, so that what runs at once shares x and weights
 // in L2. Items that do not fill the last round go to a cluster each, whose blocks divide K and exchange sums
@@ -25,26 +28,37 @@
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int kRows = 128, kThreads = 384;  // of a block: rows of the weight; consumers and the producer
-constexpr int kCodes = kRows / kTileRows * 512, kAbsmax = kRows * 4;  // bytes of a step
-
-/// Shared memory behind the table: a ring of x, of codes, of absmax, then results, then barriers.
-template <int kTokens>
-struct Space {
-  static constexpr int kX = kTokens * 128, kStages = kTokens == 256 ? 4 : 7;
+/// What a block makes: 64 rows of the weight for each of kGroups consumer warpgroups, times kTokens tokens.
+/// Shared memory behind the table: a ring of x, of codes, of absmax, then results that do not go by the copy
+/// engine, then barriers.
+template <int kTokens_, int kGroups_>
+struct Shape {
+  static constexpr int kTokens = kTokens_, kGroups = kGroups_;
+  static constexpr int kRows = kGroups * 64, kConsumers = kGroups * 128, kThreads = kConsumers + 128;
+  static constexpr int kX = kTokens * 128, kCodes = kRows / kTileRows * 512,
+                       kAbsmax = kRows * 4;  // of a step
+  static constexpr int kStages =
+      ((227 << 10) - kTable4Bytes - kGroups * kStaging - 256) / (kX + kCodes + kAbsmax);
   static constexpr int kCodesAt = kTable4Bytes + kStages * kX, kAbsmaxAt = kCodesAt + kStages * kCodes;
   static constexpr int kStagingAt = kAbsmaxAt + kStages * kAbsmax;
-  static constexpr int kBarriersAt = kStagingAt + 2 * kStaging;
-  static constexpr int kBytes = kBarriersAt + kStages * 16;
-  static_assert(kBytes <= 227 << 10);
+  static constexpr int kBarriersAt = kStagingAt + kGroups * kStaging, kBytes = kBarriersAt + kStages * 16;
+  static_assert(kStages >= kGroups + 2 && kBytes <= 227 << 10);
+
+  /// Where the ring was when an item is divided: what other blocks send, then results.
+  static HALFBYTE_ANYWHERE constexpr int received(int splits) {
+    return (splits - 1) * (kTokens / splits) * kRows * 4;
+  }
+  static HALFBYTE_ANYWHERE constexpr bool fits(int splits) {
+    return received(splits) + kGroups * (kTokens / splits) * 128 <= kStages * kX;
+  }
 };
 struct Maps {
-  CUtensorMap x, codes, absmax;
+  CUtensorMap x, codes, absmax, y, residual;
 };
 
-/// How the product is cut: tokens of a block, blocks that divide K of the last items.
+/// How the product is cut: tokens and warpgroups of a block, blocks that divide K of the last items.
 struct Cut {
-  int tokens, splits;
+  int tokens, groups, splits;
 };
 
 template <typename T>
@@ -57,12 +71,12 @@ struct Gemm4 {
   int whole, items;  // items of one block each; all of them
   int rounds;        // of whole items before the divided ones
   int splits, part;  // blocks that divide K of an item, and their k tiles
-  bool whole_lines;  // the residual lies on 16 bytes
+  bool whole_lines;  // see write_sums()
+  bool engine;       // y is written, and the residual read, by the copy engine
+  int box;           // in boxes of so many tokens x 64 columns
 };
 
 #if HALFBYTE_WGMMA
-
-constexpr int kConsumers = 256;  // threads
 
 /// What a lane holds of a tile: its codes, and the absmax of rows g and g + 8, or when they are nested that
 /// of row g + 8 (lane % 2).
@@ -72,13 +86,14 @@ struct Tile {
   float2 scale;   // nested: x = the nested absmax
   uint32_t code;  // nested: its byte
 
-  /// `block` is the number of the lane's nested absmax in the flat order.
+  /// `block` is the number of the lane's nested absmax in the flat order, `first` says that the one before it
+  /// was not read.
   __device__ __forceinline__ void read(const char* code_bytes, const char* absmax_bytes, const float* nested,
-                                       int64_t block) {
+                                       int64_t block, bool first) {
     codes = *reinterpret_cast<const uint4*>(code_bytes);
     if (kNested) {
       code = *reinterpret_cast<const uint8_t*>(absmax_bytes);
-      scale.x = nested[block / kNestedBlocksize];
+      if (first || block % kNestedBlocksize == 0) scale.x = nested[block / kNestedBlocksize];
     } else {
       scale = *reinterpret_cast<const float2*>(absmax_bytes);
     }
@@ -89,6 +104,11 @@ struct Tile {
     return make_float2(__shfl_sync(0xffffffffu, own, 0, 2), __shfl_sync(0xffffffffu, own, 1, 2));
   }
 };
+
+/// arrive() for each warp of a warpgroup.
+__device__ __forceinline__ void arrive_for_group(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 4;\n" ::"r"(barrier) : "memory");
+}
 
 /// An item of a block: which, and its k tiles.
 struct Work {
@@ -119,25 +139,90 @@ __device__ __forceinline__ Place place_of(const Gemm4<T>& p, int item) {
   return {in_band / width, band * p.band + in_band % width};
 }
 
+/// fill_table4() by kThreads threads, whose reads of the map are under way together.
+template <int kThreads>
+__device__ __forceinline__ void fill_table(char* table, const Book4& book, const float* map) {
+  constexpr int kPieces = 256 * 8, kEach = (kPieces + kThreads - 1) / kThreads;
+  const int own = threadIdx.x;
+  float value[kEach] = {};
+  if (map) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) value[i] = map[min(own + i * kThreads, kPieces - 1) / 8];
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = own + i * kThreads, byte = at / 8;
+    if (at >= kPieces) break;
+    const uint32_t pair = book.bits[byte >> 4] | static_cast<uint32_t>(book.bits[byte & 15]) << 16;
+    char* const entry = table + byte * 256 + at % 8 * 16;
+    *reinterpret_cast<uint4*>(entry) = make_uint4(pair, pair, pair, pair);
+    if (map) *reinterpret_cast<float4*>(entry + 128) = make_float4(value[i], value[i], value[i], value[i]);
+  }
+}
+
+/// Turns a warpgroup's sums of kTokens tokens round into `results` [kTokens][128 bytes], swizzled, for the
+/// copy engine, with the bias and the residual, which is there already.
+template <int kTokens, typename T>
+__device__ __forceinline__ void turn_sums(const Output<T>& out, const float (&acc)[kTokens / 2],
+                                          uint32_t results, bool residual, int64_t first_row) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  float bias[2] = {};
+  if (out.bias) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      bias[h] = out.bias_at(min(first_row + warp * 16 + lane / 4 + h * 8, out.n - 1));
+  }
+  const int token = lane / 16 * 8 + lane % 8, rows8 = warp * 2 + lane / 8 % 2;
+  const uint32_t matrices = results + token * 128 + ((rows8 ^ (token & 7)) * 16);
+#pragma unroll
+  for (int j = 0; j < kTokens / 16; ++j) {
+    uint32_t r[4] = {};
+    if (residual) load_transposed(r, matrices + j * 16 * 128);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float low = acc[j * 8 + i * 2] + bias[i % 2], high = acc[j * 8 + i * 2 + 1] + bias[i % 2];
+      if (residual) {
+        const float2 add = floats_of(r[i], T{});
+        low += add.x, high += add.y;
+      }
+      r[i] = pair_of<T>(low, high);
+    }
+    store_transposed(matrices + j * 16 * 128, r);
+  }
+  publish_shared();
+}
+
 /// The end of an item whose K is divided: each block writes its share of the tokens.
-template <int kSplits, int kTokens, typename T>
-__device__ __forceinline__ void write_divided(const Gemm4<T>& p, const float (&acc)[kTokens / 2], char* ring,
-                                              char* staging, int group, int64_t first_row,
-                                              int64_t first_token) {
-  float total[kTokens / kSplits / 2];
-  exchange_sums<kSplits, kConsumers>(total, acc, ring);
-  write_sums<kTokens / kSplits>(p.out, p.m, p.whole_lines, total, staging, group, first_row,
-                                first_token + cluster_rank() * (kTokens / kSplits));
+template <int kSplits, typename S, typename T>
+__device__ __forceinline__ void finish_divided(const Gemm4<T>& p, const CUtensorMap& y,
+                                               const float (&acc)[S::kTokens / 2], char* table, int group,
+                                               int64_t first_row, int64_t first_token) {
+  if constexpr (S::fits(kSplits)) {
+    constexpr int kShare = S::kTokens / kSplits;
+    char* const ring = table + kTable4Bytes;
+    float total[kShare / 2];
+    exchange_sums<kSplits, S::kConsumers>(total, acc, ring);
+    first_token += cluster_rank() * kShare;
+    if (!p.engine || p.out.residual) {
+      write_sums<kShare>(p.out, p.m, p.whole_lines, total, table + S::kStagingAt + group * kStaging, group,
+                         first_row, first_token);
+      return;
+    }
+    const uint32_t results = shared_address(ring) + S::received(kSplits) + group * (kShare * 128);
+    turn_sums<kShare>(p.out, total, results, false, first_row);
+    group_barrier(group);
+    if (threadIdx.x % kGroup == 0)
+      store_tile(y, results, static_cast<int>(first_token), static_cast<int>(first_row));
+  }
 }
 
 #endif  // HALFBYTE_WGMMA
 
-template <typename T, int kTokens, bool kNested>
-__global__ void __launch_bounds__(kThreads, 1)
+template <typename T, typename S, bool kNested>
+__global__ void __launch_bounds__(S::kThreads, 1)
     gemm4_kernel(const __grid_constant__ Gemm4<T> p, const __grid_constant__ Maps maps) {
 #if HALFBYTE_WGMMA
-  using S = Space<kTokens>;
-  constexpr int kStages = S::kStages;
+  constexpr int kTokens = S::kTokens, kRows = S::kRows, kConsumers = S::kConsumers, kStages = S::kStages;
   constexpr int kAbsmaxBytes = kNested ? kRows : kRows * 4;
   extern __shared__ __align__(1024) char table[];
   const uint32_t shared = shared_address(table);
@@ -157,22 +242,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   // the producer's part of a step; the weight needs nothing of the kernels before
   const auto fetch_weight = [&](int stage, int row_tile, int kt) {
-    arrive_expecting(full + stage * 8, S::kX + kCodes + kAbsmaxBytes);
-    fetch_tile(shared + S::kCodesAt + stage * kCodes, maps.codes, row_tile, kt * 128, full + stage * 8);
-    fetch_tile(shared + S::kAbsmaxAt + stage * kAbsmax, maps.absmax, row_tile, kt * (kNested ? 4 : 16),
+    arrive_expecting(full + stage * 8, S::kX + S::kCodes + kAbsmaxBytes);
+    fetch_tile(shared + S::kCodesAt + stage * S::kCodes, maps.codes, row_tile, kt * 128, full + stage * 8);
+    fetch_tile(shared + S::kAbsmaxAt + stage * S::kAbsmax, maps.absmax, row_tile, kt * (kNested ? 4 : 16),
                full + stage * 8);
   };
-  int early = 0;  // steps whose weights were fetched before
+  const auto fetch_x = [&](int stage, int token, int kt) {
+    fetch_tile(ring + stage * S::kX, maps.x, token, kt * kTileK, full + stage * 8);
+  };
+  int early = 0;  // steps that are asked for before the table is there
   if (Work work; threadIdx.x == kConsumers && find_work(p, 0, &work)) {
-    const int row_tile = place_of(p, work.item).rows * (kRows / kTileRows);
+    const Place place = place_of(p, work.item);
+    const int row_tile = place.rows * (kRows / kTileRows);
     for (; early < min(kStages, work.steps); ++early) fetch_weight(early, row_tile, work.first_tile + early);
+    wait_for_results();
+    for (int i = 0; i < early; ++i) fetch_x(i, place.tokens * kTokens, work.first_tile + i);
   }
-  fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
+  if (consumes) fill_table<kConsumers>(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
   wait_for_results();
   __syncthreads();
 
   if (!consumes) {
-    give_registers<40>();
+    give_registers<S::kGroups == 2 ? 40 : 32>();
     if (threadIdx.x == kConsumers) {
       int stage = 0;
       uint32_t parity = 1;
@@ -183,11 +274,24 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < work.steps; ++i) {
           const int kt = work.first_tile + i;
           wait_barrier(empty + stage * 8, parity);
-          if (early > 0)
+          if (early > 0) {
             --early;
-          else
+          } else {
             fetch_weight(stage, row_tile, kt);
-          fetch_tile(ring + stage * S::kX, maps.x, place.tokens * kTokens, kt * kTileK, full + stage * 8);
+            fetch_x(stage, place.tokens * kTokens, kt);
+          }
+          if (++stage == kStages) stage = 0, parity ^= 1;
+        }
+        for (int i = 0; p.engine && n != p.rounds && i < S::kGroups; ++i) {  // stages for y
+          wait_barrier(empty + stage * 8, parity);
+          if (p.out.residual) {
+            arrive_expecting(full + stage * 8, S::kX);
+            for (int t = 0; t < kTokens; t += p.box)
+              fetch_tile(ring + stage * S::kX + t * 128, maps.residual, place.tokens * kTokens + t,
+                         place.rows * kRows + i * 64, full + stage * 8);
+          } else {
+            arrive(full + stage * 8);
+          }
           if (++stage == kStages) stage = 0, parity ^= 1;
         }
       }
@@ -198,13 +302,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       cluster_barrier();
     }
   } else {
-    take_registers<232>();
+    take_registers<S::kGroups == 2 ? 232 : 160>();
     const int group = warp / 4;
     const float offset = kNested ? *p.w.absmax.offset : 0.0f;
     const char* const my_codes = table + S::kCodesAt + warp * 512 + lane * 16;
     const char* const my_absmax =
         table + S::kAbsmaxAt + (kNested ? warp * 16 + g * 2 + lane % 2 : warp * 64 + g * 8);
-    int stage = 0;
+    int stage = 0, lent = -1;  // the stage from which the copy engine writes y
     uint32_t parity = 0;
     Work work;
     for (int n = 0; find_work(p, n, &work); ++n) {
@@ -217,8 +321,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       Tile<kNested> tile;
       const auto read = [&] {  // the step at `stage`
         wait_barrier(full + stage * 8, parity);
-        tile.read(my_codes + stage * kCodes, my_absmax + stage * kAbsmax, p.w.absmax.nested,
-                  first_block + min(kt, p.tiles - 1));
+        tile.read(my_codes + stage * S::kCodes, my_absmax + stage * S::kAbsmax, p.w.absmax.nested,
+                  first_block + min(kt, p.tiles - 1), kt == work.first_tile);
       };
       const auto release = [&](int of) __attribute__((always_inline)) {
         if (lane == 0) arrive(empty + of * 8);
@@ -248,6 +352,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int j = 0; j < 4; ++j) multiply_group(acc, now[j], x_tile + ((j * 32) >> 4), true, T{});
           commit_group();
+          if (u == 1 && lent >= 0) {
+            if (threadIdx.x % kGroup == 0) {
+              wait_stores<0>();
+              arrive_for_group(empty + lent * 8);
+            }
+            lent = -1;
+            __syncwarp();
+          }
           const int running = stage;
           if (++stage == kStages) stage = 0, parity ^= 1;
           if (i + u + 1 < work.steps) {
@@ -265,21 +377,36 @@ __global__ void __launch_bounds__(kThreads, 1)
       hold_registers(acc);
       release(before);
 
-      char* const staging = table + S::kStagingAt + group * kStaging;
       const int64_t row = first_row + group * 64;
-      if (n != p.rounds) {
-        write_sums<kTokens>(p.out, p.m, p.whole_lines, acc, staging, group, row, first_token);
-        continue;
+      if (n == p.rounds) {
+        cluster_meet();  // nothing more comes, the rings of the cluster are free
+        if (p.splits == 2)
+          finish_divided<2, S>(p, maps.y, acc, table, group, row, first_token);
+        else if (p.splits == 4)
+          finish_divided<4, S>(p, maps.y, acc, table, group, row, first_token);
+        else
+          finish_divided<8, S>(p, maps.y, acc, table, group, row, first_token);
+      } else if (p.engine) {
+#pragma unroll
+        for (int i = 0; i < S::kGroups; ++i) {
+          wait_barrier(full + stage * 8, parity);
+          if (i == group)
+            lent = stage;
+          else
+            release(stage);
+          if (++stage == kStages) stage = 0, parity ^= 1;
+        }
+        const uint32_t results = ring + lent * S::kX;
+        turn_sums<kTokens>(p.out, acc, results, p.out.residual != nullptr, row);
+        group_barrier(group);
+        for (int t = 0; t < kTokens && threadIdx.x % kGroup == 0; t += p.box)
+          store_tile(maps.y, results + t * 128, static_cast<int>(first_token) + t, static_cast<int>(row));
+      } else {
+        write_sums<kTokens>(p.out, p.m, p.whole_lines, acc, table + S::kStagingAt + group * kStaging, group,
+                            row, first_token);
       }
-      cluster_meet();  // nothing more comes, the rings of the cluster are free
-      char* const free = table + kTable4Bytes;
-      if (p.splits == 2)
-        write_divided<2, kTokens>(p, acc, free, staging, group, row, first_token);
-      else if (p.splits == 4)
-        write_divided<4, kTokens>(p, acc, free, staging, group, row, first_token);
-      else
-        write_divided<8, kTokens>(p, acc, free, staging, group, row, first_token);
     }
+    if (threadIdx.x % kGroup == 0) wait_stores<0>();
   }
 #endif
 }
@@ -289,14 +416,15 @@ struct Rounds {
   int64_t whole, divided, blocks;
 };
 Rounds rounds_of(const Launch& on, int64_t m, int64_t n, const Cut& cut) {
-  const int64_t items = (n + kRows - 1) / kRows * ((m + cut.tokens - 1) / cut.tokens);
+  const int64_t rows = cut.groups * 64;
+  const int64_t items = (n + rows - 1) / rows * ((m + cut.tokens - 1) / cut.tokens);
   const int64_t clusters = on.clusters_of(cut.splits), blocks = clusters * cut.splits;
   const int64_t left = cut.splits > 1 ? items % blocks : 0;
   if (left == 0 || left > clusters) return {items, 0, std::min(items, blocks)};
   return {items - left, left, items > left ? blocks : left * cut.splits};
 }
 
-template <typename T, int kTokens, bool kNested>
+template <typename T, typename S, bool kNested>
 cudaError_t launch(const Launch& on, const Product4<T>& product, Cut cut) {
   Gemm4<T> p = {};
   p.w = product.w;
@@ -304,9 +432,9 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, Cut cut) {
   p.book = book_of<T>(product.w.type);
   p.m = static_cast<int>(product.m);
   p.tiles = static_cast<int>(product.w.k / kTileK);
-  p.row_groups = static_cast<int>((product.w.n + kRows - 1) / kRows);
-  p.token_tiles = (p.m + kTokens - 1) / kTokens;
-  p.band = std::min(p.token_tiles, 1024 / kTokens);
+  p.row_groups = static_cast<int>((product.w.n + S::kRows - 1) / S::kRows);
+  p.token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
+  p.band = std::min(p.token_tiles, 1024 / S::kTokens);
   const Rounds rounds = rounds_of(on, product.m, product.w.n, cut);
   if (rounds.divided == 0) cut.splits = 1;
   p.whole = static_cast<int>(rounds.whole);
@@ -314,54 +442,74 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, Cut cut) {
   p.rounds = rounds.divided ? static_cast<int>(rounds.whole / rounds.blocks) : -1;
   p.splits = cut.splits;
   p.part = ((p.tiles + p.splits - 1) / p.splits + 1) / 2 * 2;
-  p.whole_lines = is_aligned(product.out.residual, 16);
-  Maps maps;
+  p.box = S::kTokens / p.splits;
+  p.whole_lines = p.engine = is_aligned(product.out.y, 16) && is_aligned(product.out.residual, 16);
+  Maps maps = {};
   const DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
   const Absmax& absmax = p.w.absmax;
   const void* scales = kNested ? static_cast<const void*>(absmax.codes) : absmax.plain;
-  constexpr int kTileWords = kNested ? 4 : 16, kRowTiles = kRows / kTileRows;
+  constexpr int kTileWords = kNested ? 4 : 16, kRowTiles = S::kRows / kTileRows;
   const int64_t row_tiles = p.w.n / kTileRows;
-  cudaError_t error = describe_tiles(&maps.x, dtype, product.x, product.m, product.w.k, kTokens);
+  cudaError_t error = describe_tiles(&maps.x, dtype, product.x, product.m, product.w.k, S::kTokens);
   if (error == cudaSuccess)
     error = describe_words(&maps.codes, p.w.codes, row_tiles, p.tiles * int64_t{128}, kRowTiles, 128);
   if (error == cudaSuccess)
     error =
         describe_words(&maps.absmax, scales, row_tiles, p.tiles * int64_t{kTileWords}, kRowTiles, kTileWords);
+  if (error == cudaSuccess && p.engine)
+    error = describe_tiles(&maps.y, dtype, product.out.y, product.m, product.out.n, p.box);
+  if (error == cudaSuccess && p.engine && product.out.residual)
+    error = describe_tiles(&maps.residual, dtype, product.out.residual, product.m, product.out.n, p.box);
   if (error != cudaSuccess) return error;
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(rounds.blocks));
-  shape.block = dim3(kThreads);
-  shape.shared = Space<kTokens>::kBytes;
+  shape.block = dim3(S::kThreads);
+  shape.shared = S::kBytes;
   shape.cluster = static_cast<unsigned>(cut.splits);
-  return launch_kernel(on, shape, gemm4_kernel<T, kTokens, kNested>, p, maps);
+  return launch_kernel(on, shape, gemm4_kernel<T, S, kNested>, p, maps);
 }
 
-/// The cut that should end first. Costs are in steps of 256 tokens, as measured.
+/// Clocks of a step, and of the end of an item, as measured: the product of 256 tokens is bound by the tensor
+/// cores, those of 128 by shared memory.
+struct Cost {
+  int tokens, groups;
+  double step, end;
+};
+constexpr Cost kCosts[] = {{256, 2, 1033, 1100}, {128, 3, 866, 900}, {128, 2, 622, 900}};
+constexpr double kExchange = 3000;
+
+/// The cut that should end first.
 Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
-  Cut best = {256, 1};
+  Cut best = {256, 2, 1};
   double least = 0.0;
   const int64_t steps = k / kTileK;
-  for (const int tokens : {256, 128}) {
-    const double step = tokens == 256 ? 1.0 : 0.6, end = tokens == 256 ? 2.0 : 1.0;
+  for (const Cost& cost : kCosts) {
     for (const int splits : {1, 2, 4, 8}) {
-      if (on.clusters_of(splits) == 0) continue;
-      const Rounds rounds = rounds_of(on, m, n, {tokens, splits});
+      if (on.clusters_of(splits) == 0 || (cost.tokens == 256 && splits > 2)) continue;
+      const Cut cut = {cost.tokens, cost.groups, splits};
+      const Rounds rounds = rounds_of(on, m, n, cut);
       if (splits > 1 && rounds.divided == 0) continue;
       const int64_t whole = (rounds.whole + rounds.blocks - 1) / rounds.blocks;
-      double cost = whole * (steps * step + end);
-      if (rounds.divided > 0) cost += (steps + splits - 1) / splits * step + end + 3.0;
-      if (least != 0.0 && cost >= least) continue;
-      least = cost;
-      best = {tokens, splits};
+      double clocks = whole * (steps * cost.step + cost.end);
+      if (rounds.divided > 0) clocks += (steps + splits - 1) / splits * cost.step + cost.end + kExchange;
+      if (least != 0.0 && clocks >= least) continue;
+      least = clocks;
+      best = cut;
     }
   }
   return best;
 }
 
-template <typename T, int kTokens>
+template <typename T, typename S>
 cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut) {
-  return product.w.absmax.plain ? launch<T, kTokens, false>(on, product, cut)
-                                : launch<T, kTokens, true>(on, product, cut);
+  return product.w.absmax.plain ? launch<T, S, false>(on, product, cut)
+                                : launch<T, S, true>(on, product, cut);
+}
+template <typename T>
+cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut) {
+  if (cut.tokens == 256) return launch<T, Shape<256, 2>>(on, product, cut);
+  if (cut.groups == 3) return launch<T, Shape<128, 3>>(on, product, cut);
+  return launch<T, Shape<128, 2>>(on, product, cut);
 }
 
 }  // namespace
@@ -371,8 +519,7 @@ cudaError_t gemm4_sm90(const Launch& on, const Product4<T>& product) {
   const Absmax& absmax = product.w.absmax;
   const void* scales = absmax.plain ? static_cast<const void*>(absmax.plain) : absmax.codes;
   if (!is_aligned(scales, 16)) return skinny4_sm90(on, product, nullptr);  // the copy engine cannot read it
-  const Cut cut = cut_of(on, product.m, product.w.n, product.w.k);
-  return cut.tokens == 128 ? launch<T, 128>(on, product, cut) : launch<T, 256>(on, product, cut);
+  return launch(on, product, cut_of(on, product.m, product.w.n, product.w.k));
 }
 
 template cudaError_t gemm4_sm90(const Launch&, const Product4<half_t>&);

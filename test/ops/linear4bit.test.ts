@@ -180,14 +180,15 @@ describe.each(devices())('4-bit linear on %s', (on) => {
       [m, n, k]: readonly [number, number, number],
       format: Format,
       dtype: FloatDType,
+      extras = true,
     ): Promise<void> => {
       const { weight, values } = randomPacked(n, k, on, format)
       const tiled = { ...weight, ...ops.tile4(weight, 'tiled'), layout: 'tiled' as const }
       const x = randomOperand([m, k], dtype, on, m)
-      const bias = randomOperand([n], 'float32', on, 2)
-      const residual = randomOperand([m, n], dtype, on, 3)
-      const y = ops.linear4bit(x.tensor, tiled, { bias: bias.tensor, residual: residual.tensor })
-      await expectProduct(y, x.values, values, k, bias.values, residual.values)
+      const bias = extras ? randomOperand([n], 'float32', on, 2) : undefined
+      const residual = extras ? randomOperand([m, n], dtype, on, 3) : undefined
+      const y = ops.linear4bit(x.tensor, tiled, { bias: bias?.tensor, residual: residual?.tensor })
+      await expectProduct(y, x.values, values, k, bias?.values, residual?.values)
     }
 
     it.each(['nf4', 'fp4'] as const)('has the values of %s', async (quantType) => {
@@ -236,6 +237,20 @@ describe.each(devices())('4-bit linear on %s', (on) => {
         async (...shape) => {
           await checkTiled(shape, {}, dtype)
           await checkTiled(shape, { nested: true }, dtype)
+        },
+        60_000,
+      )
+
+      it.each([
+        [100, 48, 320],
+        [257, 80, 704],
+        [513, 6160, 64],
+        [2100, 4352, 64],
+      ] as const)(
+        '%i x %i x %i, no bias and no residual',
+        async (...shape) => {
+          await checkTiled(shape, {}, dtype, false)
+          await checkTiled(shape, { nested: true }, dtype, false)
         },
         60_000,
       )
