@@ -1,13 +1,13 @@
 // y = x w^T + bias + residual with a tiled 4-bit weight and many rows of x (65 and more), on sm_90a: the
 // weight is the A operand of wgmma, decoded on the way from shared memory into registers; x is B. 256 tokens
-// at a time are bound by the tensor cores, 128 by shared memory.
+// at a time are bound by the tensor cores; a tile of 128, which decodes as much for half the product, takes a
+// fifth longer than they would.
 //
-// A block makes 128 rows of the weight times 128 or 256 tokens, or 192 rows times 128: a producer warp and a
-// consumer warpgroup for every 64 rows. One step is 64 k:
+// A block makes 128 rows of the weight times 256 tokens, or 64, 128 or 192 rows times 128: a producer warp
+// and a consumer warpgroup for every 64 rows. One step is 64 k:
 //
-//   producer  a box of x [tokens][64 k], swizzled, codes and absmax of the row tiles, by the copy engine into
-//   a
-//             ring
+//   producer  a box of x [tokens][64 k], swizzled, codes and absmax of the row tiles, by the copy engine
+//             into a ring
 //   decode    a byte permute makes an address, a look-up makes two weights (table4.cuh), one product scales
 //             them by absmax rounded to their type; done while the product of the step before runs
 //   end       after the steps of an item each warpgroup is lent a stage of the ring: the residual comes into
@@ -28,6 +28,11 @@
 namespace halfbyte::cuda {
 namespace {
 
+/// Bytes that the other blocks send to a block where `splits` of them divide K: sums in fp32.
+HALFBYTE_ANYWHERE constexpr int received(int tokens, int groups, int splits) {
+  return (splits - 1) * (tokens / splits) * groups * 64 * 4;
+}
+
 /// What a block makes: 64 rows of the weight for each of kGroups consumer warpgroups, times kTokens tokens.
 /// Shared memory behind the table: a ring of x, of codes, of absmax, then results that do not go by the copy
 /// engine, then barriers.
@@ -45,11 +50,8 @@ struct Shape {
   static_assert(kStages >= kGroups + 2 && kBytes <= 227 << 10);
 
   /// Where the ring was when an item is divided: what other blocks send, then results.
-  static HALFBYTE_ANYWHERE constexpr int received(int splits) {
-    return (splits - 1) * (kTokens / splits) * kRows * 4;
-  }
   static HALFBYTE_ANYWHERE constexpr bool fits(int splits) {
-    return received(splits) + kGroups * (kTokens / splits) * 128 <= kStages * kX;
+    return received(kTokens, kGroups, splits) + kGroups * (kTokens / splits) * 128 <= kStages * kX;
   }
 };
 struct Maps {
@@ -208,7 +210,8 @@ __device__ __forceinline__ void finish_divided(const Gemm4<T>& p, const CUtensor
                          first_row, first_token);
       return;
     }
-    const uint32_t results = shared_address(ring) + S::received(kSplits) + group * (kShare * 128);
+    const uint32_t results =
+        shared_address(ring) + received(S::kTokens, S::kGroups, kSplits) + group * (kShare * 128);
     turn_sums<kShare>(p.out, total, results, false, first_row);
     group_barrier(group);
     if (threadIdx.x % kGroup == 0)
@@ -263,7 +266,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __syncthreads();
 
   if (!consumes) {
-    give_registers<S::kGroups == 2 ? 40 : 32>();
+    if constexpr (S::kGroups > 1) give_registers<S::kGroups == 2 ? 40 : 32>();
     if (threadIdx.x == kConsumers) {
       int stage = 0;
       uint32_t parity = 1;
@@ -302,7 +305,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       cluster_barrier();
     }
   } else {
-    take_registers<S::kGroups == 2 ? 232 : 160>();
+    if constexpr (S::kGroups > 1) take_registers<S::kGroups == 2 ? 232 : 160>();
     const int group = warp / 4;
     const float offset = kNested ? *p.w.absmax.offset : 0.0f;
     const char* const my_codes = table + S::kCodesAt + warp * 512 + lane * 16;
@@ -469,14 +472,13 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, Cut cut) {
   return launch_kernel(on, shape, gemm4_kernel<T, S, kNested>, p, maps);
 }
 
-/// Clocks of a step, and of the end of an item, as measured: the product of 256 tokens is bound by the tensor
-/// cores, those of 128 by shared memory.
+/// Clocks of a step and of the end of an item, as measured.
 struct Cost {
   int tokens, groups;
   double step, end;
 };
-constexpr Cost kCosts[] = {{256, 2, 1033, 1100}, {128, 3, 866, 900}, {128, 2, 622, 900}};
-constexpr double kExchange = 3000;
+constexpr Cost kCosts[] = {{256, 2, 1033, 1100}, {128, 3, 878, 900}, {128, 2, 645, 900}, {128, 1, 395, 900}};
+constexpr double kSent = 9.5;  // bytes a clock from block to block of a cluster
 
 /// The cut that should end first.
 Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
@@ -491,7 +493,9 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
       if (splits > 1 && rounds.divided == 0) continue;
       const int64_t whole = (rounds.whole + rounds.blocks - 1) / rounds.blocks;
       double clocks = whole * (steps * cost.step + cost.end);
-      if (rounds.divided > 0) clocks += (steps + splits - 1) / splits * cost.step + cost.end + kExchange;
+      if (rounds.divided > 0)
+        clocks += (steps + splits - 1) / splits * cost.step + cost.end +
+                  received(cut.tokens, cut.groups, splits) / kSent;
       if (least != 0.0 && clocks >= least) continue;
       least = clocks;
       best = cut;
@@ -508,6 +512,7 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut)
 template <typename T>
 cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut) {
   if (cut.tokens == 256) return launch<T, Shape<256, 2>>(on, product, cut);
+  if (cut.groups == 1) return launch<T, Shape<128, 1>>(on, product, cut);
   if (cut.groups == 3) return launch<T, Shape<128, 3>>(on, product, cut);
   return launch<T, Shape<128, 2>>(on, product, cut);
 }

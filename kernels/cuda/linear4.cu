@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kStreamed = 16;            // rows of x up to which streaming beats dequantising
 constexpr int64_t kGemv = 4, kLongK = 8192;  // more rows of x and longer K: skinny4_sm90 beats gemv4
 // Rows of x up to which skinny4_sm90 beats gemm4_sm90: by how many rows the weight has.
-constexpr int64_t kSkinny = 64, kSkinnyFew = 128, kFewRows = 6144;
+constexpr int64_t kSkinny = 64, kSkinnyFew = 128, kFewRows = 4096;
 constexpr int64_t kMostPasses = 4;    // of gemv4, for M > 8
 constexpr int64_t kMostGemm80 = 256;  // rows of x up to which gemm4_sm80 beats dequantising
 
