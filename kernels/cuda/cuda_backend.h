@@ -16,14 +16,14 @@ namespace halfbyte::cuda {
 struct Launch {
   cudaStream_t stream = nullptr;
   int multiprocessors = 0;
-  int shared = 0;        // bytes of shared memory of a multiprocessor; a block pays 1 KiB besides its own
-  int block_shared = 0;  // bytes that a block can have, its static ones counted in
-  int code = 0;          // 75, 80, 90, ...: the newest code in this build that the device runs
-  int arch = 0;          // the same, or an older one whose kernels are to run instead
-  bool wgmma = false;    // the code is for sm_90a and has its warpgroup products
-  int clusters[3] = {};  // of 2, 4, 8 blocks that run at once, each block on a multiprocessor of its own
-  bool early = false;    // it may start before the kernel in front of it has ended
-  uint32_t* arrivals = nullptr;  // a zero for each multiprocessor; a kernel that counts there leaves zeros
+  int shared = 0;          // bytes of shared memory of a multiprocessor; a block pays 1 KiB besides its own
+  int block_shared = 0;    // bytes that a block can have, its static ones counted in
+  int code = 0;            // 75, 80, 90, ...: the newest code in this build that the device runs
+  int arch = 0;            // the same, or an older one whose kernels are to run instead
+  bool wgmma = false;      // the code is for sm_90a and has its warpgroup products
+  int clusters[3] = {};    // of 2, 4, 8 blocks that run at once, each block on a multiprocessor of its own
+  bool early = false;      // it may start before the kernel in front of it has ended
+  float* parts = nullptr;  // of sums, between blocks of a kernel of the compute queue: skinny4_sm90.cu
 
   int clusters_of(int blocks) const {
     return blocks == 1 ? multiprocessors : clusters[blocks == 2 ? 0 : blocks == 4 ? 1 : 2];

@@ -10,6 +10,7 @@
 
 #include "cublaslt.h"
 #include "int8_rows.cuh"
+#include "tiled4.cuh"
 
 namespace halfbyte {
 
@@ -194,11 +195,13 @@ Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
   }
   status = backend->check(error, "reading attributes");
   if (!status.ok()) return status;
-  uint32_t*& arrivals = backend->launch_.arrivals;
-  const size_t bytes = static_cast<size_t>(backend->launch_.multiprocessors) * sizeof(uint32_t);
-  status = backend->check(cudaMalloc(&arrivals, bytes), "allocating counters");
-  if (status.ok()) status = backend->check(cudaMemset(arrivals, 0, bytes), "clearing counters");
-  if (!status.ok()) return status;
+  if (backend->launch_.wgmma) {
+    const size_t bytes = skinny4_sm90_parts(backend->launch_);
+    status = backend->check(cudaMalloc(&backend->launch_.parts, bytes), "allocating parts of sums");
+    if (status.ok())
+      status = backend->check(cudaMemset(backend->launch_.parts, 0xff, bytes), "clearing parts of sums");
+    if (!status.ok()) return status;
+  }
   status = backend->check(cudaMalloc(&backend->marks_, 2 * sizeof(ColumnMarks)), "allocating");
   if (!status.ok()) return status;
   status = backend->check(cudaMemset(backend->marks_, 0, 2 * sizeof(ColumnMarks)), "allocating");
@@ -215,7 +218,7 @@ CudaBackend::~CudaBackend() {
   for (cudaStream_t stream : streams_) {
     if (stream) cudaStreamDestroy(stream);
   }
-  cudaFree(launch_.arrivals);
+  cudaFree(launch_.parts);
   cudaFree(marks_);
   if (pool_) cudaMemPoolDestroy(pool_);
 }

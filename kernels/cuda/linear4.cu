@@ -1,8 +1,9 @@
 // y [M, N] = x [M, K] w^T + bias + residual with a 4-bit weight, alone or several together: the choice of a
 // kernel.
 //
-//   tiled, 16-bit x   up to M = 8 (4 where K is long) gemv4.cu, then skinny4_sm90.cu, from kSkinny on
-//                     gemm4_sm90.cu; without wgmma gemv4.cu a few times, for 8 rows each, then gemm4_sm80.cu
+//   tiled, 16-bit x   up to M = 8 (4 or 2, the larger the weight) gemv4.cu, then skinny4_sm90.cu, from
+//                     kSkinny on gemm4_sm90.cu; without wgmma gemv4.cu a few times, for 8 rows each, then
+//                     gemm4_sm80.cu
 //   a few rows        stream4.cu: fp32 multiply-adds, both layouts, any K
 //   else              the weight is dequantised to x's dtype in the workspace, then the dense product runs
 #include <algorithm>
@@ -12,8 +13,11 @@
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int64_t kStreamed = 16;            // rows of x up to which streaming beats dequantising
-constexpr int64_t kGemv = 4, kLongK = 8192;  // more rows of x and longer K: skinny4_sm90 beats gemv4
+constexpr int64_t kStreamed = 16;  // rows of x up to which streaming beats dequantising
+// More rows of x than kGemv and as many elements of the weight, or more than kGemvLarge and even more
+// elements or as long a K: skinny4_sm90 beats gemv4.
+constexpr int64_t kGemv = 4, kManyWeights = 16 << 20;
+constexpr int64_t kGemvLarge = 2, kLargeWeight = 64 << 20, kLongK = 8192;
 // Rows of x up to which skinny4_sm90 beats gemm4_sm90: by how many rows the weight has.
 constexpr int64_t kSkinny = 64, kSkinnyFew = 128, kFewRows = 4096;
 constexpr int64_t kMostPasses = 4;    // of gemv4, for M > 8
@@ -93,7 +97,9 @@ Route route_of(const Launch& on, const View& x, const Weight4& w) {
   const int64_t rows = x.rows();
   if (w.k == 0) return rows <= kStreamed ? Route::stream : Route::dense;  // no tiles to cut or to describe
   if (w.layout == Layout4::tiled && x.dtype != DType::f32 && is_aligned(x.data, 16)) {
-    const bool skinny = on.wgmma && rows > kGemv && w.k >= kLongK;
+    const int64_t weights = w.n * w.k;
+    const bool skinny = on.wgmma && ((rows > kGemv && weights >= kManyWeights) ||
+                                     (rows > kGemvLarge && (weights >= kLargeWeight || w.k >= kLongK)));
     if (gemv4_takes(on.arch, rows, w.k) && !skinny) return Route::gemv;
     if (on.wgmma) return rows <= (w.n < kFewRows ? kSkinnyFew : kSkinny) ? Route::skinny : Route::gemm;
     if (rows <= 8 * kMostPasses && gemv4_takes(on.arch, 8, w.k)) return Route::gemv;
@@ -121,7 +127,6 @@ cudaError_t gemv_passes(Launch on, Product4<T> product) {
 size_t CudaBackend::linear_4bit_workspace(const View& x, const Weight4& w) const {
   if (x.rows() == 0 || w.n == 0) return 0;
   const Route route = route_of(launch_, x, w);
-  if (route == Route::skinny) return skinny4_sm90_workspace(launch_, x.rows(), w.n, w.k);
   if (route != Route::dense) return 0;
   const View dense = dense_view(w, x.dtype, nullptr);
   return round_up(static_cast<size_t>(w.n * w.k * size_of(x.dtype))) + linear_workspace(x, dense);
@@ -135,17 +140,17 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
   Route route = route_of(launch_, x, w);
   if (static_cast<size_t>(workspace.size()) < linear_4bit_workspace(x, w))
     return refuse("linear_4bit", "the workspace is too small");
-  void* const sums = route == Route::skinny ? workspace.data : nullptr;
   if (route == Route::gemm && launch_.wgmma && !is_aligned(y.data, 16)) route = Route::skinny;
   if (route == Route::gemv || route == Route::skinny || route == Route::gemm) {
     Launch on;
     if (Status status = enter_early(queue, &on, {y}, spans_of(&w, 1)); !status.ok()) return status;
+    float* const parts = queue == Queue::compute ? on.parts : nullptr;
     return check(with_half_type(x.dtype,
                                 [&](auto* p) {
                                   using T = std::remove_pointer_t<decltype(p)>;
                                   const Product4<T> product = product_of<T>(y, x, w, epilogue);
                                   if (route == Route::gemv) return gemv_passes(on, product);
-                                  if (route == Route::skinny) return skinny4_sm90(on, product, sums);
+                                  if (route == Route::skinny) return skinny4_sm90(on, product, parts);
                                   return on.wgmma ? gemm4_sm90(on, product) : gemm4_sm80(on, product);
                                 }),
                  "linear_4bit");

@@ -1,244 +1,291 @@
-// y = x w^T + bias + residual with a tiled 4-bit weight and 5 to 128 rows of 16-bit x, on sm_90a: the weight
-// is the A operand of wgmma, decoded on the way from memory into registers; x is B, from shared memory.
+// y = x w^T + bias + residual with a tiled 4-bit weight and 3 to 128 rows of 16-bit x, on sm_90a: the weight
+// is the A operand of wgmma, decoded on its way from shared memory into registers; x is B.
 //
-// An item is 128 rows of the weight times up to 64 tokens: a block of four warpgroups, two with 64 rows each
-// and the other two at the same rows and other k. A step is 2 k tiles of a warpgroup. The steps of all items
-// follow each other in one line, of which every block takes as many: an item that lies in several blocks is
-// summed up by the last of them to come, so that every multiprocessor has as much work whatever N is.
+// An item is 128 rows of the weight times up to 64 tokens. A block has warpgroups that multiply, two with 64
+// rows each and, where kDepth is 2, another two at the same rows and other k; and a warp that asks the copy
+// engine for what they need. A step is 2 k tiles of each. The steps of all items follow each other in one
+// line, of which every block takes as many, so that every multiprocessor has as much work whatever N is. With
+// kDepth 1 two blocks fit on a multiprocessor and an item is one block's.
 //
-//   codes   2 x 16 bytes a lane, straight into registers, two steps ahead, on into the next item
-//   x       [tokens][64 k] a tile by the copy engine into a ring, swizzled as wgmma wants it; where all of a
-//           block's part of x fits into the ring it is loaded once
-//   decode  a byte permute makes an address, a look-up makes two weights (table4.cuh)
+//   ring    a stage has a step: x, [tokens][64 k] a tile, swizzled as wgmma wants it, codes and absmax. Some
+//           weights are asked for before what ran before has ended; more would stand in the way of x.
+//   decode  a dot product of bytes makes an address, a look-up makes two weights
 //   scale   up to 16 tokens absmax times the sums of a tile, in fp32; more: times the weights, a rounding
 //           more, which lets the product of a tile run while the next one is decoded
-//   reduce  warpgroups through shared memory, blocks through the workspace, both in a fixed order
+//   reduce  warpgroups through shared memory, blocks through memory, both in a fixed order: all but the last
+//           block of an item put their part down, the last one waits for them
 //
-// Bound by memory and decoding. More than 64 tokens are several items for the same rows, which decode the
-// weight again: right where N is too small for gemm4_sm90.cu to fill the chip.
+// Blocks go from their last item to their first: what others wait for comes first, what a block has to wait
+// for itself comes last. It waits for blocks of lower numbers only, which started before it.
+//
+// Bound by memory, from 32 tokens on by shared memory. More than 64 tokens are several items for the same
+// rows, which decode the weight again: right where N is too small for gemm4_sm90.cu to fill the chip.
 #include <algorithm>
 
 #include "launch.cuh"
+#include "output_sm90.cuh"
 #include "table4.cuh"
-#include "tma_sm90.cuh"
-#include "wgmma_sm90.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int kThreads = 512, kPair = 2;  // kPair: tiles of a step
-constexpr int kMostStages = 32;           // of the ring, where x stays
+constexpr int kRows = 128, kRowTiles = kRows / 16;  // of an item
+constexpr int kMostStages = 16;                     // of the ring
+constexpr int kTable = 256 * 128, kMap = 1024, kBarriers = 1024;
+constexpr int kPartFloats = 64 * kRows;  // of a block, the most
 
-constexpr int kDepth = 2, kRows = 128;  // groups of warps along k; rows of an item
-constexpr int kStages = 4;              // of the ring, where x passes through it
-constexpr int kUnit = 2;                // steps at a time
-constexpr int kSumStride = kRows + 4;   // floats between tokens of the sums
-
-/// Shared memory behind the table: sums, barriers, then a ring for each of the kDepth groups.
-template <int kTokens>
+/// A block. Shared memory: the table and the nested map, barriers, sums for another warpgroup, the ring.
+template <int kTokens, bool kNested, int kDepth>
 struct Shape {
-  static constexpr int kSumBytes = (kTokens * kSumStride * 4 + 1023) / 1024 * 1024;
-  static constexpr int kFixed = kTable4Bytes + kSumBytes + 1024;  // the last for barriers
-  static constexpr int kStage = kPair * kTokens * 128;
+  static constexpr int kConsumers = 256 * kDepth;         // threads
+  static constexpr int kThreads = kConsumers + 128;       // the last warpgroup has the warp that asks
+  static constexpr int kBlocks = kDepth == 1 ? 2 : 1;     // of a multiprocessor
+  static constexpr int kTiles = 2 * kDepth;               // k tiles of a step
+  static constexpr int kAbsmaxBytes = kNested ? 16 : 64;  // of a tile
+  static constexpr int kX = kTiles * kTokens * 128, kCodes = kRowTiles * kTiles * 512;
+  static constexpr int kAbsmax = kRowTiles * kTiles * kAbsmaxBytes;
+  static constexpr int kStage = kX + kCodes + (kAbsmax + 1023) / 1024 * 1024;
+  static constexpr int kSumsAt = kTable + kMap + kBarriers;
+  static constexpr int kRingAt = kSumsAt + (kDepth - 1) * kTokens / 4 * kConsumers * 4;
 };
 
 template <typename T>
 struct Skinny {
   Tiled4 w;
   Output<T> out;
-  const T* x;
   Book4 book;
-  float* partial;        // [blocks][2][kTokens][kRows]: a block's part of the items it shares with others
-  uint32_t* arrivals;    // of the blocks that share an item, at the first of them
-  int64_t total, share;  // steps of all items, of a block
-  int m, tiles, steps;   // steps of an item
+  float* parts;         // [blocks][kPartFloats], all kAbsent before and after
+  int total, share;     // steps of all items, of a block
+  int m, tiles, steps;  // steps of an item
   int token_blocks;
-  int stages;     // of the ring
-  bool resident;  // x stays in it
-  bool wide;      // y takes 4 elements at a time
+  int stages;         // of the ring
+  bool absmax_apart;  // it lies where the copy engine cannot read it
 };
 
 #if HALFBYTE_WGMMA
 
-constexpr int kGroup = kThreads / kDepth;  // threads that share a part of k
+constexpr int kMostEarly = 4;              // stages that are asked for before the wait, of a multiprocessor
+constexpr uint32_t kAbsent = 0xffffffffu;  // in place of a part: a NaN that no sum is
 
-/// Where a lane reads of one row tile.
-struct Lane {
-  const uint8_t* codes;  // its 16 bytes of the first tile
-  const char* absmax;    // plain: the pair of the first tile; nested: its byte of the first tile
-  int64_t block;         // nested: number of that absmax in the flat order
+/// Steps of a block that are of one item.
+struct Span {
+  int item, begin, steps;  // begin: in the item
 };
-
-/// What a lane holds of a step: its 16 bytes of each tile, and of the absmax of rows g and g + 8 both, or one
-/// when they are nested: the four lanes of a row decode one each, of row g + 8 (t / 2) in tile t % 2.
-template <bool kNested>
-struct Step {
-  uint4 codes[kPair];
-  float2 scale[kNested ? 1 : kPair];  // nested: x = the nested absmax
-  uint32_t code;                      // nested: its byte
-
-  __device__ __forceinline__ void fetch(const Lane& at, const float* nested, int tile, int tiles, int t) {
-#pragma unroll
-    for (int p = 0; p < kPair; ++p) {
-      const int kt = min(tile + p, tiles - 1);
-      codes[p] = __ldcs(reinterpret_cast<const uint4*>(at.codes + kt * 512));
-      if (!kNested) scale[p] = *reinterpret_cast<const float2*>(at.absmax + kt * 64);
-    }
-    if (kNested) {
-      const int kt = min(tile + t % kPair, tiles - 1);
-      code = *reinterpret_cast<const uint8_t*>(at.absmax + kt * 16);
-      scale[0].x = nested[(at.block + kt) / kNestedBlocksize];
-    }
-  }
-  __device__ __forceinline__ void decode_absmax(const char* table, float offset, uint32_t lane4) {
-    if (kNested) scale[0].x = nested_value(map_value(table, code, lane4), scale[0].x, offset);
-  }
-  /// After decode_absmax, of tile p.
-  __device__ __forceinline__ float2 absmax(int p, int t) const {
-    if (!kNested) return scale[p];
-    return make_float2(__shfl_sync(0xffffffffu, scale[0].x, p, 4),
-                       __shfl_sync(0xffffffffu, scale[0].x, p + 2, 4));
-  }
-};
-
-__device__ __forceinline__ float4 sum_of(float4 a, float4 b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+/// The last item of the first `rest` of the block's steps.
+template <typename T>
+__device__ __forceinline__ Span span_of(const Skinny<T>& p, int first_step, int rest) {
+  const int end = first_step + rest, item = (end - 1) / p.steps, begin = max(first_step, item * p.steps);
+  return {item, begin - item * p.steps, end - begin};
 }
+
+/// Fills the table: entry e of lane l at 128 e + 4 l, then the nested map.
+template <int kThreads>
+__device__ __forceinline__ void fill_table(char* table, const Book4& book, const float* map) {
+  for (int i = threadIdx.x; i < 256 * 8; i += kThreads) {
+    const int byte = i / 8;
+    const uint32_t pair = book.bits[byte >> 4] | static_cast<uint32_t>(book.bits[byte & 15]) << 16;
+    *reinterpret_cast<uint4*>(table + i * 16) = make_uint4(pair, pair, pair, pair);
+  }
+  if (map && threadIdx.x < 256) reinterpret_cast<float*>(table + kTable)[threadIdx.x] = map[threadIdx.x];
+}
+/// The A fragment that a word of a tile stands for: a byte times 128 + 4 * lane is an address.
+__device__ __forceinline__ void decode(uint32_t (&a)[4], const char* table, uint32_t word, uint32_t lane4) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    a[i] = *reinterpret_cast<const uint32_t*>(table + __dp4a(word, 128u << (8 * i), lane4));
+}
+
+/// What the copy engine does with absmax, by a warp, where they are not on 16 bytes.
+template <typename S>
+__device__ __forceinline__ void copy_absmax(const Tiled4& w, char* to, int row_tile, int tile, int tiles) {
+  const int64_t last = w.n / kTileRows - 1;
+  for (int i = threadIdx.x % 32; i < S::kAbsmax; i += 32) {
+    const int each = S::kTiles * S::kAbsmaxBytes;
+    const int64_t at =
+        min(int64_t{row_tile} + i / each, last) * tiles + min(tile + i % each / S::kAbsmaxBytes, tiles - 1);
+    const char* const from = w.absmax.plain ? reinterpret_cast<const char*>(w.absmax.plain)
+                                            : reinterpret_cast<const char*>(w.absmax.codes);
+    to[i] = from[at * S::kAbsmaxBytes + i % S::kAbsmaxBytes];
+  }
+}
+
+/// A part of a sum, which another block may be writing: n registers.
+template <int n>
+struct Piece {
+  uint32_t v[n];
+
+  __device__ __forceinline__ void look(const uint32_t* from) {
+    if constexpr (n == 4)
+      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                   : "l"(from)
+                   : "memory");
+    else
+      asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(v[0]), "=r"(v[1])
+                   : "l"(from)
+                   : "memory");
+  }
+  __device__ __forceinline__ bool is_there() const {
+    bool there = true;
+#pragma unroll
+    for (int i = 0; i < n; ++i) there = there && v[i] != kAbsent;
+    return there;
+  }
+  __device__ __forceinline__ void put(uint32_t* to) const {
+    if constexpr (n == 4)
+      __stcg(reinterpret_cast<uint4*>(to), make_uint4(v[0], v[1], v[2], v[3]));
+    else
+      __stcg(reinterpret_cast<uint2*>(to), make_uint2(v[0], v[1]));
+  }
+};
 
 #endif  // HALFBYTE_WGMMA
 
-template <typename T, int kTokens, bool kNested>
-__global__ void __launch_bounds__(kThreads, 1)
-    skinny_kernel(const __grid_constant__ Skinny<T> p, const __grid_constant__ CUtensorMap x_tiles) {
+template <typename T, int kTokens, bool kNested, int kDepth>
+__global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
+                                  Shape<kTokens, kNested, kDepth>::kBlocks)
+    skinny_kernel(const __grid_constant__ Skinny<T> p, const __grid_constant__ CUtensorMap code_tiles,
+                  const __grid_constant__ CUtensorMap absmax_tiles,
+                  const __grid_constant__ CUtensorMap x_tiles) {
 #if HALFBYTE_WGMMA
-  using S = Shape<kTokens>;
-  constexpr int kStage = S::kStage;
-  static_assert(kPair == 2 && kDepth == 2 && kStages >= 3);
+  using S = Shape<kTokens, kNested, kDepth>;
   constexpr bool kExact = kTokens <= 16;
-  constexpr int kSums = kTokens / 2;
-  // steps of the weight that are on their way to the registers or into L2; with 64 tokens the products leave
-  // the memory time enough
-  constexpr int kAhead = kTokens == 64 ? kUnit : 2 * kUnit;
+  constexpr int kSums = kTokens / 2, kOwn = kSums / kDepth;  // of a thread; that it keeps
   extern __shared__ __align__(1024) char table[];
-  float* const sums = reinterpret_cast<float*>(table + kTable4Bytes);  // [kTokens][kSumStride]
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
-  const int depth = warp / (16 / kDepth), in_depth = threadIdx.x % kGroup;
-  const int row_warp = warp % (16 / kDepth);  // the row tile of the item
-  const uint32_t lane4 = lane * 4;
-  const int stages = p.stages, ring_bytes = stages * kStage;
-  const uint32_t ring = shared_address(table) + S::kFixed + depth * ring_bytes;
-  // of each stage: x is there; all warps of the group have read it
-  const uint32_t full = shared_address(table) + kTable4Bytes + S::kSumBytes + depth * (kMostStages * 16);
-  const uint32_t empty = full + kMostStages * 8;
+  const int stages = p.stages;
+  const uint32_t ring = shared_address(table) + S::kRingAt;
+  // of each stage: all is there; all warps that read it have done so
+  const uint32_t full = shared_address(table) + kTable + kMap, empty = full + kMostStages * 8;
   let_next_start();
+  const int first_step = blockIdx.x * p.share, mine = min(p.share, p.total - first_step);
 
-  const int64_t first_step = blockIdx.x * p.share;
-  const int mine = static_cast<int>(min(p.share, p.total - first_step));
-  const int64_t last_row_tile = p.w.n / kTileRows - 1;
-
-  // a place in the line of steps; moved without divisions
-  struct Cursor {
-    int64_t rows;         // first row tile of the item
-    int tokens, i, left;  // token block, step of the item, steps left in all
-  };
-  const auto advance = [&](Cursor& c) {
-    --c.left;
-    if (++c.i < p.steps) return;
-    c.i = 0;
-    if (++c.tokens < p.token_blocks) return;
-    c.tokens = 0;
-    c.rows += kRows / kTileRows;
-  };
-  const int64_t first_item = first_step / p.steps;
-  Cursor weights = {first_item / p.token_blocks * (kRows / kTileRows),
-                    static_cast<int>(first_item % p.token_blocks), static_cast<int>(first_step % p.steps),
-                    mine};
-  Cursor inputs = weights;
-  const auto lane_at = [&](int64_t rows) {
-    const int64_t tile = min(rows + row_warp, last_row_tile) * p.tiles;
-    Lane at = {};
-    at.codes = p.w.codes + tile * 512 + lane * 16;
-    if (kNested) {
-      at.absmax = reinterpret_cast<const char*>(p.w.absmax.codes + tile * 16 + 2 * g + t / 2);
-      at.block = tile * kTileRows + static_cast<int64_t>(g + t / 2 * 8) * p.tiles;
-    } else {
-      at.absmax = reinterpret_cast<const char*>(p.w.absmax.plain + tile * 16 + 2 * g);
+  if (warp >= S::kConsumers / 32) {
+    give_registers<kDepth == 2 ? 56 : 48>();
+    if (warp > S::kConsumers / 32) {
+      __syncthreads();
+      wait_for_results();
+      return;
     }
-    return at;
-  };
-  Lane at = lane_at(weights.rows);
-  // two steps, each fetched again as soon as it is decoded
-  Step<kNested> buffers[2];
-  const auto fetch = [&](Step<kNested>& step) {
-    step.fetch(at, p.w.absmax.nested, (weights.i * kDepth + depth) * kPair, p.tiles, t);
-    advance(weights);
-    if (weights.i == 0) at = lane_at(weights.rows);
-  };
-  // the unit `ahead` steps behind the next: one lane of the two warps asks for the codes of their row tile,
-  // one for its absmax
-  const auto fetch_ahead = [&](int ahead) {
-    if (lane != 0 || ahead >= weights.left) return;
-    int64_t tile = min(weights.rows + row_warp, last_row_tile) * p.tiles;
-    int kt = (weights.i + ahead) * (kDepth * kPair);
-    if (weights.i + ahead >= p.steps) {
-      if (p.steps <= kAhead || weights.rows + kRows / kTileRows + row_warp > last_row_tile) return;
-      tile += int64_t{kRows / kTileRows} * p.tiles;
-      kt -= p.steps * (kDepth * kPair);
-    }
-    const int tiles = min(kUnit * kDepth * kPair, p.tiles - kt);
-    if (depth == 0)
-      bring_near(p.w.codes + (tile + kt) * 512, tiles * 512);
-    else if (kNested)
-      bring_near(p.w.absmax.codes + (tile + kt) * 16, tiles * 16);
-    else
-      bring_near(p.w.absmax.plain + (tile + kt) * 16, tiles * 64);
-  };
+    struct Cursor {
+      int rest;                       // steps of the block before those of this item
+      int row_tile, tokens, i, left;  // first row tile and token block of the item; step of it, steps left
+    };
+    const auto enter_item = [&](Cursor& c) {
+      if (c.rest <= 0) return;
+      const Span span = span_of(p, first_step, c.rest);
+      c.row_tile = span.item / p.token_blocks * kRowTiles;
+      c.tokens = span.item % p.token_blocks;
+      c.i = span.begin;
+      c.left = span.steps;
+      c.rest -= span.steps;
+    };
+    const auto advance = [&](Cursor& c) {
+      ++c.i;
+      if (--c.left == 0) enter_item(c);
+    };
+    Cursor weights = {mine, 0, 0, 0, 0};
+    enter_item(weights);
+    Cursor inputs = weights;
+    // beyond the last row or k tile, and beyond the last token: zeros
+    const auto fetch_weights = [&](int stage) {
+      const uint32_t at = ring + stage * S::kStage + S::kX, there = full + stage * 8;
+      if (p.absmax_apart) {
+        copy_absmax<S>(p.w, table + S::kRingAt + stage * S::kStage + S::kX + S::kCodes, weights.row_tile,
+                       weights.i * S::kTiles, p.tiles);
+        __syncwarp();
+      }
+      if (lane == 0) {
+        arrive_expecting(there, S::kX + S::kCodes + (p.absmax_apart ? 0 : S::kAbsmax));
 #pragma unroll
-  for (int i = kUnit; i < kAhead; i += kUnit) fetch_ahead(i);
+        for (int d = 0; d < kDepth; ++d)
+          fetch_tile_once(at + d * (S::kCodes / kDepth), code_tiles, weights.row_tile,
+                          (weights.i * S::kTiles + d * 2) * 128, there);
+        if (!p.absmax_apart)
+          fetch_tile_once(at + S::kCodes, absmax_tiles, weights.row_tile,
+                          weights.i * (S::kTiles * S::kAbsmaxBytes / 4), there);
+      }
+      advance(weights);
+    };
+    const auto fetch_x = [&](int stage) {
+      const uint32_t at = ring + stage * S::kStage, there = full + stage * 8;
+      if (lane == 0) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) fetch(buffers[i]);
-  fill_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
-  const float offset = kNested ? *p.w.absmax.offset : 0.0f;
-  const bool fetches = in_depth == 0;  // the thread that asks for x
-  if (fetches) {
-    for (int i = 0; i < stages; ++i) {
-      init_barrier(full + i * 8, 1);
-      init_barrier(empty + i * 8, kGroup / 32);
+        for (int q = 0; q < S::kTiles; ++q)
+          fetch_tile(at + q * (kTokens * 128), x_tiles, inputs.tokens * kTokens,
+                     (inputs.i * S::kTiles + q) * static_cast<int>(kTileK), there);
+      }
+      advance(inputs);
+    };
+    if (lane == 0) {
+      prefetch_map(code_tiles);
+      prefetch_map(x_tiles);
+      if (!p.absmax_apart) prefetch_map(absmax_tiles);
+      for (int i = 0; i < stages; ++i) {
+        init_barrier(full + i * 8, 1);
+        init_barrier(empty + i * 8, S::kConsumers / 32);
+      }
+      publish_barriers();
     }
-    publish_barriers();
+    __syncwarp();
+    const int early = min(min(stages, kMostEarly * S::kBlocks), (mine + 1) / 2);
+    for (int i = 0; i < early; ++i) fetch_weights(i);
+    __syncthreads();
+    wait_for_results();
+    int stage = 0;
+    uint32_t parity = 1;
+    for (int i = 0; i < mine; ++i) {
+      if (i >= stages) wait_barrier(empty + stage * 8, parity);
+      if (i >= early) fetch_weights(stage);
+      fetch_x(stage);
+      if (++stage == stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+    return;
   }
+
+  take_registers<kDepth == 2 ? 104 : 96>();
+  const int depth = kDepth == 1 ? 0 : warp / kRowTiles, row_warp = warp % kRowTiles;
+  const uint32_t lane4 = lane * 4;
+  fill_table<S::kConsumers>(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
+  const float offset = kNested ? *p.w.absmax.offset : 0.0f;
   __syncthreads();
   wait_for_results();
 
-  const auto fetch_x = [&](int stage) {  // 2 tiles of all tokens of the item at `inputs`
-    if (inputs.left <= 0) return;
-    const int tile = (inputs.i * kDepth + depth) * kPair, row = inputs.tokens * kTokens;
-    arrive_expecting(full + stage * 8, kStage);
-#pragma unroll
-    for (int q = 0; q < kPair; ++q) {
-      fetch_tile(ring + stage * kStage + q * (kTokens * 128), x_tiles, row,
-                 (tile + q) * static_cast<int>(kTileK), full + stage * 8);  // beyond the end of x: zeros
-    }
-    advance(inputs);
+  int stage = 0, awaited = mine - stages;  // place in the ring; stages that will be asked for again
+  uint32_t parity = 0;                     // of the round through it
+  const auto release = [&](int place) {
+    if (--awaited < 0) return;
+    __syncwarp();
+    if (lane == 0) arrive(empty + place * 8);
   };
-  if (fetches) {
-    for (int i = 0; i < (p.resident ? stages : stages - 1); ++i) fetch_x(i);
-  }
-
-  int stage = 0, last_stage = -1;        // of this step and the one before
-  uint32_t parity = 0, last_parity = 0;  // of the round through the ring
-  for (int done = 0, steps; done < mine; done += steps) {
-    const int begin = static_cast<int>((first_step + done) % p.steps);  // in the item
-    steps = min(p.steps - begin, mine - done);
-    float acc[kSums], part[kPair][kExact ? kSums : 1];
-    uint32_t a[kPair][4][4] = {};
-    float2 scale[kPair] = {};
+  for (int rest = mine, steps; rest > 0; rest -= steps) {
+    const Span span = span_of(p, first_step, rest);
+    const int item = span.item, begin = span.begin;
+    steps = span.steps;
+    const int64_t first_row = int64_t{item / p.token_blocks} * kRows + row_warp * 16;
+    // nested: the four lanes of a row decode one absmax each, of row g + 8 (t / 2) in tile t % 2; `flat` is
+    // the number of the row's first one
+    const int64_t flat = (min(first_row, p.w.n - kTileRows) + g + t / 2 * 8) * p.tiles;
+    const float* const nested_row = p.w.absmax.nested + flat / kNestedBlocksize;
+    const int nested_rest = static_cast<int>(flat % kNestedBlocksize);
+    const auto nested_of = [&](int i) {
+      const int tile = min((begin + i) * S::kTiles + depth * 2 + t % 2, p.tiles - 1);
+      return nested_row[(nested_rest + tile) / static_cast<int>(kNestedBlocksize)];
+    };
+    float nested = kNested ? nested_of(0) : 0.0f;
+    float acc[kSums], part[2][kExact ? kSums : 1];
+    uint32_t a[2][4][4] = {};
+    float2 scale[2] = {};
 #pragma unroll
     for (int i = 0; i < kSums; ++i) acc[i] = 0.0f;
     // the product of tile q of a step is done: its registers are ours again
-    const auto finish = [&](auto number) __attribute__((always_inline)) {
-      constexpr int q = decltype(number)::value;
+    const auto finish = [&](auto tile) __attribute__((always_inline)) {
+      constexpr int q = decltype(tile)::value;
       hold_registers(a[q]);
       if constexpr (kExact) {
         hold_registers(part[q]);
@@ -247,17 +294,33 @@ __global__ void __launch_bounds__(kThreads, 1)
           acc[e] = fmaf(part[q][e], e % 4 < 2 ? scale[q].x : scale[q].y, acc[e]);
       }
     };
-    // Tile after tile: decode, start the product, then finish that of the tile before, which has run
-    // meanwhile. Beyond 16 tokens that goes on from step to step.
-    const auto multiply_tile = [&](Step<kNested> & step, auto number) __attribute__((always_inline)) {
-      constexpr int q = decltype(number)::value;
-      const uint4 c = step.codes[q];
-      const uint32_t words[4] = {c.x, c.y, c.z, c.w};
-      if (q == 0) step.decode_absmax(table, offset, lane4);
-      scale[q] = step.absmax(q, t);
+    // of the step that comes next: out of the ring while the products of the one before run
+    uint4 codes[2];
+    float2 absmax[2] = {};
+    float own = 0.0f;  // nested: the absmax that this lane has decoded
+    const auto load_step = [&](int i) __attribute__((always_inline)) {
+      const char* const here = table + S::kRingAt + stage * S::kStage + S::kX;
+      const char* const words = here + depth * (S::kCodes / kDepth) + row_warp * 1024 + lane * 16;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) look_up(a[q][j], table, words[j], lane4);
-      if (q == kPair - 1) fetch(step);
+      for (int q = 0; q < 2; ++q) codes[q] = *reinterpret_cast<const uint4*>(words + q * 512);
+      const char* const scales = here + S::kCodes + (row_warp * S::kTiles + depth * 2) * S::kAbsmaxBytes;
+      if (kNested) {
+        const uint32_t code = *reinterpret_cast<const uint8_t*>(scales + t % 2 * 16 + 2 * g + t / 2);
+        own = nested_value(reinterpret_cast<const float*>(table + kTable)[code], nested, offset);
+        if (i + 1 < steps) nested = nested_of(i + 1);
+      } else {
+#pragma unroll
+        for (int q = 0; q < 2; ++q) absmax[q] = *reinterpret_cast<const float2*>(scales + q * 64 + g * 8);
+      }
+    };
+    const auto multiply_tile = [&](uint32_t x, auto tile) __attribute__((always_inline)) {
+      constexpr int q = decltype(tile)::value;
+      scale[q] =
+          kNested ? make_float2(__shfl_sync(0xffffffffu, own, q, 4), __shfl_sync(0xffffffffu, own, q + 2, 4))
+                  : absmax[q];
+      const uint32_t words[4] = {codes[q].x, codes[q].y, codes[q].z, codes[q].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) decode(a[q][j], table, words[j], lane4);
       if (!kExact) {
         const uint32_t low = pair_of<T>(scale[q].x, scale[q].x), high = pair_of<T>(scale[q].y, scale[q].y);
 #pragma unroll
@@ -266,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int r = 0; r < 4; ++r) a[q][j][r] = scale_pair(a[q][j][r], r % 2 ? high : low, T{});
         }
       }
-      const uint64_t x_tile = describe_b(ring + stage * kStage + q * (kTokens * 128), 0);
+      const uint64_t x_tile = describe_b(x + q * (kTokens * 128), 0);
       begin_group();
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -277,216 +340,240 @@ __global__ void __launch_bounds__(kThreads, 1)
           multiply_group(acc, a[q][j], x_step, true, T{});
       }
       commit_group();
-      if constexpr (!kExact || q == 1) {  // sums of their own must not be under way at the end of a step
-        wait_group<1>();
-        finish(std::integral_constant<int, 1 - q>{});
-      }
-      if constexpr (kExact && q == 1) {
-        wait_group<0>();
-        finish(std::integral_constant<int, 1>{});
-      }
     };
-    const auto multiply_step = [&](Step<kNested> & step) __attribute__((always_inline)) {
-      wait_barrier(full + stage * 8, parity);
-      multiply_tile(step, std::integral_constant<int, 0>{});
-      if (!p.resident) {
-        if (last_stage < 0) {
-          if (fetches) fetch_x(stages - 1);
-        } else {  // the products of the step before are done: its place in the ring is free
-          if (lane == 0) arrive(empty + last_stage * 8);
-          if (fetches) {
-            wait_barrier(empty + last_stage * 8, last_parity);
-            fetch_x(last_stage);
-          }
-        }
-        __syncwarp();
-        last_stage = stage;
-        last_parity = parity;
+    wait_barrier(full + stage * 8, parity);
+    load_step(0);
+    int last = -1;  // place of the step before, whose second product is under way
+    for (int i = 0; i < steps; ++i) {
+      const uint32_t x = ring + stage * S::kStage + depth * (2 * kTokens * 128);
+      multiply_tile(x, std::integral_constant<int, 0>{});
+      if constexpr (!kExact) {
+        wait_group<1>();
+        finish(std::integral_constant<int, 1>{});
+        if (last >= 0) release(last);
       }
-      multiply_tile(step, std::integral_constant<int, 1>{});
+      last = stage;
+      multiply_tile(x, std::integral_constant<int, 1>{});
       if (++stage == stages) {
         stage = 0;
-        parity ^= p.resident ? 0 : 1;
+        parity ^= 1;
       }
-    };
-    for (int i = 0; i < steps; i += kUnit) {
-      if (kAhead > kUnit) fetch_ahead(kAhead - kUnit);
-      multiply_step(buffers[0]);
-      multiply_step(buffers[1]);
+      if (i + 1 < steps) {
+        wait_barrier(full + stage * 8, parity);
+        load_step(i + 1);
+      }
+      wait_group<1>();
+      finish(std::integral_constant<int, 0>{});
+      if constexpr (kExact) {  // sums of their own must not be under way at the end of a step
+        wait_group<0>();
+        finish(std::integral_constant<int, 1>{});
+        release(last);
+      }
     }
-    if (!kExact) {
+    if constexpr (!kExact) {
       wait_group<0>();
-      finish(std::integral_constant<int, kPair - 1>{});
+      finish(std::integral_constant<int, 1>{});
       hold_registers(acc);
+      release(last);
     }
 
-    const int64_t item = (first_step + done) / p.steps, item_begin = item * p.steps;
-    const int64_t first_row = item / p.token_blocks * kRows;
-    const int64_t first_token = item % p.token_blocks * kTokens;
-    const int rows = static_cast<int>(min(int64_t{kRows}, p.w.n - first_row));
-    const int tokens = static_cast<int>(min(int64_t{kTokens}, p.m - first_token));
-    constexpr int kAllPieces = kTokens * kRows / 4;                  // of 4 rows
-    constexpr int kPieces = (kAllPieces + kThreads - 1) / kThreads;  // of a thread
-    const bool has_pieces = kAllPieces >= kThreads || threadIdx.x < kAllPieces;
-    const auto piece_of = [](auto* data, int stride, int j) {
-      const int i = (threadIdx.x + j * kThreads) * 4;
-      using Float4 =
-          std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>, const float4, float4>;
-      return reinterpret_cast<Float4*>(data + i / kRows * stride + i % kRows);
-    };
-    // the second group of warps hands its sums to the first
+    float sums[kOwn];
+    if constexpr (kDepth == 1) {
 #pragma unroll
-    for (int turn = 1; turn >= 0; --turn) {
-      if (depth == turn) {
+      for (int e = 0; e < kOwn; ++e) sums[e] = acc[e];
+    } else {
+      // each of the two warps of the same rows gets the other's sums of half of the registers
+      float* const there = reinterpret_cast<float*>(table + S::kSumsAt);  // [kOwn][kConsumers]
+      const auto meet = [&] { asm volatile("bar.sync %0, 64;\n" ::"r"(1 + row_warp) : "memory"); };
+      if (rest < mine) meet();
 #pragma unroll
-        for (int e = 0; e < kSums; ++e) {
-          const int row = row_warp * kTileRows + g + e % 4 / 2 * 8, token = e / 4 * 8 + 2 * t + e % 2;
-          float& sum = sums[token * kSumStride + row];
-          sum = turn == 1 ? acc[e] : sum + acc[e];
+      for (int e = 0; e < kOwn; ++e) {
+        there[e * S::kConsumers + threadIdx.x] = depth ? acc[e] : acc[kOwn + e];
+        sums[e] = depth ? acc[kOwn + e] : acc[e];
+      }
+      meet();
+#pragma unroll
+      for (int e = 0; e < kOwn; ++e) sums[e] += there[e * S::kConsumers + (threadIdx.x ^ S::kConsumers / 2)];
+
+      if (steps < p.steps) {
+        constexpr int kWidth = kOwn % 4 == 0 ? 4 : 2, kPieces = kOwn / kWidth;
+        uint32_t* const parts = reinterpret_cast<uint32_t*>(p.parts) + threadIdx.x * kWidth;
+        constexpr int kPieceStride = S::kConsumers * kWidth;
+        const int from = item * p.steps / p.share, to = (item * p.steps + p.steps - 1) / p.share;
+        if (to > static_cast<int>(blockIdx.x)) {
+#pragma unroll
+          for (int j = 0; j < kPieces; ++j) {
+            Piece<kWidth> piece;
+#pragma unroll
+            for (int i = 0; i < kWidth; ++i) {
+              const uint32_t bits = __float_as_uint(sums[j * kWidth + i]);
+              piece.v[i] = bits == kAbsent ? 0x7fffffffu : bits;
+            }
+            piece.put(parts + blockIdx.x * kPartFloats + j * kPieceStride);
+          }
+          continue;
+        }
+        constexpr int kOnce = 8 / kPieces < 4 ? 8 / kPieces : 4;  // parts
+        for (int b = from; b < to; b += kOnce) {
+          Piece<kWidth> pieces[kOnce][kPieces];
+          const auto place = [&](int o, int j) {
+            return parts + min(b + o, to - 1) * kPartFloats + j * kPieceStride;
+          };
+          bool there;
+          do {
+#pragma unroll
+            for (int o = 0; o < kOnce; ++o) {
+#pragma unroll
+              for (int j = 0; j < kPieces; ++j) pieces[o][j].look(place(o, j));
+            }
+            there = true;
+#pragma unroll
+            for (int o = 0; o < kOnce; ++o) {
+#pragma unroll
+              for (int j = 0; j < kPieces; ++j) there = there && pieces[o][j].is_there();
+            }
+          } while (!there);
+#pragma unroll
+          for (int o = 0; o < kOnce; ++o) {
+            if (b + o >= to) break;
+#pragma unroll
+            for (int j = 0; j < kPieces; ++j) {
+#pragma unroll
+              for (int i = 0; i < kWidth; ++i) {
+                sums[j * kWidth + i] += __uint_as_float(pieces[o][j].v[i]);
+                pieces[o][j].v[i] = kAbsent;
+              }
+              pieces[o][j].put(place(o, j));
+            }
+          }
         }
       }
-      if (turn == 1) __syncthreads();
     }
-    __syncthreads();
-    bool ends = true;           // this block writes y
-    int64_t from = 0, to = -1;  // the blocks whose parts are in the workspace
-    if (steps < p.steps) {
-      // each of the item's blocks puts its part down; the last to come finds them all
-      from = item_begin / p.share;
-      to = (item_begin + p.steps - 1) / p.share;
-      float* own = p.partial + (2 * int64_t{blockIdx.x} + (done > 0)) * (kTokens * kRows);
+
+    const int first_token = item % p.token_blocks * kTokens;
+    const bool odd = g % 2;
+    // lanes of neighbouring rows exchange, so that each has two rows of one token
 #pragma unroll
-      for (int j = 0; j < kPieces; ++j) {
-        if (has_pieces) *piece_of(own, kRows, j) = *piece_of(sums, kSumStride, j);
-      }
-      __syncthreads();
-      float& last = sums[kRows];  // a place that no token uses
-      if (threadIdx.x == 0)
-        last = count_arrival(p.arrivals + from, static_cast<uint32_t>(to - from + 1)) ? 1.0f : 0.0f;
-      __syncthreads();
-      ends = last != 0.0f;
+    for (int j = 0; j < kOwn; j += 2) {
+      const int e = j + depth * kOwn;
+      const float other = __shfl_xor_sync(0xffffffffu, odd ? sums[j] : sums[j + 1], 4);
+      const int token = first_token + e / 4 * 8 + 2 * t + odd;
+      const int64_t row = first_row + g / 2 * 2 + e % 4 / 2 * 8;
+      if (token < p.m && row < p.w.n)
+        p.out.store2(token, row, odd ? other : sums[j], odd ? sums[j + 1] : other);
     }
-    if (ends && has_pieces) {
-      float4 total[kPieces] = {};
-      if (to < from) {
-#pragma unroll
-        for (int j = 0; j < kPieces; ++j) total[j] = *piece_of(sums, kSumStride, j);
-      }
-#pragma unroll 2
-      for (int64_t b = from; b <= to; ++b) {
-        const bool second = b * p.share < item_begin;  // it began with another item
-        const float* there = p.partial + (2 * b + second) * (kTokens * kRows);
-#pragma unroll
-        for (int j = 0; j < kPieces; ++j) total[j] = sum_of(total[j], __ldcg(piece_of(there, kRows, j)));
-      }
-#pragma unroll
-      for (int j = 0; j < kPieces; ++j) {
-        const int i = (threadIdx.x + j * kThreads) * 4, row = i % kRows, token = i / kRows;
-        if (token < tokens && row < rows)
-          p.out.store4(first_token + token, first_row + row, total[j], p.wide);
-      }
-    }
-    __syncthreads();
   }
 #endif
 }
 
 /// How the line of steps is cut.
 struct Cut {
-  int steps;             // of an item
-  int64_t total, share;  // of all items; of a block, whole units
-
-  int64_t blocks() const { return (total + share - 1) / share; }
+  int steps;         // of an item
+  int total, share;  // of all items; of a block
 };
 
-Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k, int tokens) {
-  constexpr int64_t kUnitTiles = kUnit * kDepth * kPair;
-  constexpr double kWholeCost = 1.0, kPartCost = 2.25;  // the end of an item, in steps, as measured
-  const int64_t units = (k / kTileK + kUnitTiles - 1) / kUnitTiles;
-  const int64_t all = (n + kRows - 1) / kRows * ((m + tokens - 1) / tokens) * units;
+/// Blocks of whole items, two on a multiprocessor, where those are not too few.
+bool fits_in_pairs(const Launch& on, int64_t items) {
+  return items > on.multiprocessors * 5 / 4 && items <= 2 * on.multiprocessors;
+}
+
+template <int kDepth>
+Cut cut_of(const Launch& on, int64_t items, int64_t k, int tokens, bool whole) {
+  // of the end of an item, in steps, as measured
+  const double whole_cost = 1.0, part_cost = tokens <= 16 ? 1.0 : 2.25;
+  const int64_t steps = (k / kTileK + 2 * kDepth - 1) / (2 * kDepth), all = items * steps;
   const int64_t least = (all + on.multiprocessors - 1) / on.multiprocessors;
-  // as few units as every multiprocessor must take, or a few more where items are then cut less often
-  int64_t share = least;
+  int64_t share = kDepth == 1 ? steps : (least + steps - 1) / steps * steps;
+  // as few steps as every multiprocessor must take, or a few more where items are then cut less often
   double best = 0.0;
-  for (int64_t candidate = least; candidate < least + units; ++candidate) {
-    const bool whole = candidate % units == 0, one = units % candidate == 0;
-    const int64_t parts = whole ? 0 : one ? 1 : 2, wholes = candidate / units;
-    const double cost = candidate * kUnit + parts * kPartCost + wholes * kWholeCost;
+  for (int64_t candidate = least; !whole && kDepth == 2 && candidate < least + steps; ++candidate) {
+    const bool uncut = candidate % steps == 0, one = steps % candidate == 0;
+    const int64_t parts = uncut ? 0 : one ? 1 : 2, wholes = candidate / steps;
+    const double cost = candidate + parts * part_cost + wholes * whole_cost;
     if (best != 0.0 && cost >= best) continue;
     best = cost;
     share = candidate;
   }
-  return {static_cast<int>(units) * kUnit, all * kUnit, share * kUnit};
+  return {static_cast<int>(steps), static_cast<int>(all), static_cast<int>(share)};
 }
 
-int tokens_of(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
-
-template <typename T, int kTokens, bool kNested>
-cudaError_t launch(const Launch& on, const Product4<T>& product, void* workspace) {
+template <typename T, int kTokens, bool kNested, int kDepth>
+cudaError_t launch(const Launch& on, const Product4<T>& product, float* parts) {
+  using S = Shape<kTokens, kNested, kDepth>;
+  const Tiled4& w = product.w;
+  const int64_t row_tiles = w.n / kTileRows, tiles = w.k / kTileK;
+  const void* const absmax_data = kNested ? static_cast<const void*>(w.absmax.codes) : w.absmax.plain;
   Skinny<T> p = {};
-  p.w = product.w;
+  p.w = w;
   p.out = product.out;
-  p.x = product.x;
-  p.book = book_of<T>(product.w.type);
+  p.book = book_of<T>(w.type);
+  p.parts = parts;
   p.m = static_cast<int>(product.m);
-  p.tiles = static_cast<int>(product.w.k / kTileK);
+  p.tiles = static_cast<int>(tiles);
   p.token_blocks = (p.m + kTokens - 1) / kTokens;
-  using S = Shape<kTokens>;
-  const Cut cut = cut_of(on, product.m, product.w.n, product.w.k, kTokens);
+  const int64_t items = (row_tiles + kRowTiles - 1) / kRowTiles * p.token_blocks;
+  const Cut cut = cut_of<kDepth>(on, items, w.k, kTokens, !parts);
   p.steps = cut.steps;
   p.total = cut.total;
-  // without a workspace items stay whole
-  p.share = workspace ? cut.share : (cut.share + cut.steps - 1) / cut.steps * cut.steps;
-  p.partial = static_cast<float*>(workspace);
-  p.arrivals = on.arrivals;
-  // a block that has more than the steps of an item meets the same x again
-  const int64_t distinct = std::min<int64_t>(p.share, p.steps);
-  const int room = std::min(on.shared - 1024, 227 << 10) - S::kFixed;
-  p.resident = (p.token_blocks == 1 || p.share <= p.steps) && distinct <= kMostStages &&
-               distinct * kDepth * S::kStage <= room;
-  p.wide = is_aligned(p.out.y, 4 * sizeof(T));
-  p.stages = p.resident ? static_cast<int>(distinct) : kStages;
+  p.share = cut.share;
+  const int room = std::min(on.shared / S::kBlocks - 1024, 227 << 10) - S::kRingAt;
+  p.stages = std::min(room / S::kStage, kMostStages);
+  p.absmax_apart = !is_aligned(absmax_data, 16);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((p.total + p.share - 1) / p.share));
-  shape.block = dim3(kThreads);
-  shape.shared = static_cast<size_t>(S::kFixed + p.stages * kDepth * S::kStage);
-  CUtensorMap x_tiles;
+  shape.block = dim3(S::kThreads);
+  shape.shared = static_cast<size_t>(S::kRingAt + p.stages * S::kStage);
+  CUtensorMap codes, absmax = {}, x;
   constexpr DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
-  const cudaError_t error = describe_tiles(&x_tiles, dtype, p.x, p.m, product.w.k, kTokens);
+  constexpr int kAbsmaxWords = S::kAbsmaxBytes / 4;
+  cudaError_t error = describe_words(&codes, w.codes, row_tiles, tiles * 128, kRowTiles, 256);
+  if (error == cudaSuccess && !p.absmax_apart)
+    error = describe_words(&absmax, absmax_data, row_tiles, tiles * kAbsmaxWords, kRowTiles,
+                           S::kTiles * kAbsmaxWords);
+  if (error == cudaSuccess) error = describe_tiles(&x, dtype, product.x, p.m, w.k, kTokens);
   if (error != cudaSuccess) return error;
-  return launch_kernel(on, shape, skinny_kernel<T, kTokens, kNested>, p, x_tiles);
+  return launch_kernel(on, shape, skinny_kernel<T, kTokens, kNested, kDepth>, p, codes, absmax, x);
 }
 
 template <typename T, int kTokens>
-cudaError_t launch(const Launch& on, const Product4<T>& product, void* workspace) {
-  return product.w.absmax.plain ? launch<T, kTokens, false>(on, product, workspace)
-                                : launch<T, kTokens, true>(on, product, workspace);
+cudaError_t launch(const Launch& on, const Product4<T>& product, float* parts) {
+  const bool nested = !product.w.absmax.plain;
+  if constexpr (kTokens <= 16) {
+    if (fits_in_pairs(on, (product.w.n + kRows - 1) / kRows))
+      return nested ? launch<T, kTokens, true, 1>(on, product, parts)
+                    : launch<T, kTokens, false, 1>(on, product, parts);
+  }
+  return nested ? launch<T, kTokens, true, 2>(on, product, parts)
+                : launch<T, kTokens, false, 2>(on, product, parts);
 }
 
 }  // namespace
 
-size_t skinny4_sm90_workspace(const Launch& on, int64_t m, int64_t n, int64_t k) {
-  const int tokens = tokens_of(m);
-  const Cut cut = cut_of(on, m, n, k, tokens);
-  if (cut.share % cut.steps == 0) return 0;
-  return static_cast<size_t>(cut.blocks()) * 2 * tokens * kRows * sizeof(float);
+size_t skinny4_sm90_parts(const Launch& on) {
+  return static_cast<size_t>(on.multiprocessors) * kPartFloats * sizeof(float);
 }
 
 template <typename T>
-cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product, void* workspace) {
-  switch (tokens_of(product.m)) {
-    case 8:
-      return launch<T, 8>(on, product, workspace);
-    case 16:
-      return launch<T, 16>(on, product, workspace);
-    case 32:
-      return launch<T, 32>(on, product, workspace);
-    default:
-      return launch<T, 64>(on, product, workspace);
+cudaError_t skinny4_sm90(Launch on, Product4<T> product, float* parts) {
+  // so many rows of x at a time that steps can be counted in 32 bits
+  const int64_t steps_of_tokens = (product.w.n / kRows + 1) * (product.w.k / 256 + 1);
+  const int64_t most = std::max<int64_t>(INT32_MAX / 2 / steps_of_tokens, 1) * 64;
+  for (int64_t rest = product.m; rest > 0; rest -= most) {
+    product.m = std::min(rest, most);
+    const cudaError_t error = product.m <= 8    ? launch<T, 8>(on, product, parts)
+                              : product.m <= 16 ? launch<T, 16>(on, product, parts)
+                              : product.m <= 32 ? launch<T, 32>(on, product, parts)
+                                                : launch<T, 64>(on, product, parts);
+    if (error != cudaSuccess) return error;
+    product.x += most * product.w.k;
+    product.out.y += most * product.out.n;
+    if (product.out.residual) product.out.residual += most * product.out.n;
+    on.early = true;
   }
+  return cudaSuccess;
 }
 
-template cudaError_t skinny4_sm90(const Launch&, const Product4<half_t>&, void*);
-template cudaError_t skinny4_sm90(const Launch&, const Product4<bf16_t>&, void*);
+template cudaError_t skinny4_sm90(Launch, Product4<half_t>, float*);
+template cudaError_t skinny4_sm90(Launch, Product4<bf16_t>, float*);
 
 }  // namespace halfbyte::cuda

@@ -40,11 +40,12 @@ cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count);
 template <typename T>
 cudaError_t gemv4_gated(const Launch& on, const Product4<T>* products, Activation act);
 
-/// Any rows of x, made for 9 to 128; only where Launch::wgmma. Without the workspace a block takes whole rows
-/// of the weight. skinny4_sm90.cu
+/// Any rows of x, made for 3 to 128; only where Launch::wgmma. Without `parts` (Launch::parts), which no
+/// other product may use at the same time, a block takes whole rows of the weight. skinny4_sm90.cu
 template <typename T>
-cudaError_t skinny4_sm90(const Launch& on, const Product4<T>& product, void* workspace);
-size_t skinny4_sm90_workspace(const Launch& on, int64_t m, int64_t n, int64_t k);
+cudaError_t skinny4_sm90(Launch on, Product4<T> product, float* parts);
+/// Bytes of Launch::parts.
+size_t skinny4_sm90_parts(const Launch& on);
 
 /// Any rows of x, made for 65 and more; only where Launch::wgmma, y 16-byte aligned. gemm4_sm90.cu
 template <typename T>

@@ -45,6 +45,10 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
+/// Has the description at hand when the first tile is asked for.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
+}
 /// The tile at (row, column) of the matrix; counts on the barrier.
 __device__ __forceinline__ void fetch_tile(uint32_t shared, const CUtensorMap& map, int row, int column,
                                            uint32_t barrier) {
@@ -55,8 +59,19 @@ __device__ __forceinline__ void fetch_tile(uint32_t shared, const CUtensorMap& m
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-/// The same into every block of the cluster that has its bit in `blocks`, at the same place, counting on its
-/// own barrier at the same place.
+/// The same for what no other block reads: it is the first to leave L2.
+__device__ __forceinline__ void fetch_tile_once(uint32_t shared, const CUtensorMap& map, int row, int column,
+                                                uint32_t barrier) {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%2, %3}], [%4], %5;\n" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      : "memory");
+}
+/// fetch_tile() into every block of the cluster that has its bit in `blocks`, at the same place, counting on
+/// its own barrier at the same place.
 __device__ __forceinline__ void fetch_tile_for(uint32_t shared, const CUtensorMap& map, int row, int column,
                                                uint32_t barrier, uint16_t blocks) {
   asm volatile(
