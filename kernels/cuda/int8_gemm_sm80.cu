@@ -1,177 +1,237 @@
 // y = (a b^T * row scale + outlier columns) * column scale + bias + residual with int8 a [M, K] and b [N, K],
-// by mma.sync (sm_80 and up), for 9 rows of a and more.
+// by mma.sync (sm_80 and up; the int32 sums alone on sm_75 too), for 5 rows of a and more.
 //
-// A block makes kM tokens x 128 rows of b with 8 warps (2 x 4), each kM / 2 x 32. Both operands go the same
-// way: 16-byte asynchronous copies into a ring of kStages tiles of 64 bytes a row, whose four 16-byte pieces
-// are exchanged by (row / 2) % 4 so that neither the copies nor ldmatrix meet in a bank; then mma m16n8k32
-// into int32 sums.
+// A block makes kM tokens x kN rows of b, of the whole of K (gemm_sm80.cuh); a few rows of a are multiplied
+// by warps that divide each step of K and add their sums up in shared memory, so that enough bytes are under
+// way.
 //
-// Outlier columns follow, 32 slots at a time in 16 bits: gathered from x and b into the first tile of the
-// ring, then mma m16n8k16 into the same sums, by then fp32 and times the token's scale. Codes are exact in 16
-// bits, an fp32 x goes in three pieces (int8_product.cuh).
+// Outlier columns follow in 16 bits: the 4 bytes round each element of up to 16 columns are copied into the
+// stage of the ring behind the last, while that is multiplied, and taken apart on the way into mma m16n8k16,
+// which adds to the same sums, by then fp32 and times the token's scale. Codes are exact in 16 bits, an fp32
+// x goes in three pieces (int8_product.cuh).
 //
-// Needs K % 16 = 0 and operands on 16 bytes; any M and N (what is beyond is zero).
+// Needs K % 16 = 0 and operands on 16 bytes; M and N below 2^31 (what is beyond is not kept).
+#include <algorithm>
+
+#include "gemm_sm80.cuh"
 #include "int8_product.cuh"
 #include "launch.cuh"
-#include "mma.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int kN = 128, kRow = 64, kStages = 4, kThreads = 256;  // kRow: bytes of a row in a tile
+constexpr int kColumns = 16;  // outlier columns at a time
 
-template <typename T, int kM>
-__global__ void __launch_bounds__(kThreads, 2) int8_gemm_kernel(const Product8<T> p) {
-#if __CUDA_ARCH__ >= 800
-  constexpr int kTile = (kM + kN) * kRow, kWarpM = kM / 2, kTilesM = kWarpM / 16, kTilesN = 4;
-  constexpr int kSlots = kRow / 2;  // outlier columns at a time
-  // piece p of a row in a tile
-  const auto place_of = [](int row, int p) { return row * kRow + ((p ^ (row / 2 % 4)) * 16); };
+/// A pair of outlier elements as the tensor cores want it: a part of two words that were copied.
+template <typename T>
+__device__ __forceinline__ uint32_t pair_of_x(uint2 words, int low, int high, int piece) {
+  using Half = typename OutlierType<T>::type;
+  Vec<Half, 2> pair;
+  if constexpr (std::is_same_v<T, float>) {
+    pair.v[0] = piece_of(__uint_as_float(words.x), piece);
+    pair.v[1] = piece_of(__uint_as_float(words.y), piece);
+    return *reinterpret_cast<uint32_t*>(&pair);
+  } else {
+    return __byte_perm(words.x >> low % 2 * 16, words.y >> high % 2 * 16, 0x5410);
+  }
+}
+template <typename Half>
+__device__ __forceinline__ uint32_t pair_of_codes(uint2 words, int low, int high) {
+  const auto code = [](uint32_t word, int column) {
+    return static_cast<float>(static_cast<int8_t>(word >> column % 4 * 8));
+  };
+  return pair_of<Half>(code(words.x, low), code(words.y, high));
+}
+
+template <typename T, typename G>
+__device__ __forceinline__ void multiply_block(const Product8<T>& p) {
   extern __shared__ __align__(128) char space[];
   const uint32_t base = shared_address(space);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int warp_m = warp / 4 * kWarpM, warp_n = warp % 4 * (kTilesN * 8);
-  const int64_t n = p.out.n;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int m = static_cast<int>(p.m), n = static_cast<int>(p.out.n);
+  const Corner first = corner_of<G>(blockIdx.x, m, n);
   let_next_start();
   wait_for_results();
 
-  // blocks run down M in groups of 8 rows of blocks, so that those in flight share rows of b in L2
-  const int64_t blocks_m = (p.m + kM - 1) / kM, blocks_n = (n + kN - 1) / kN;
-  const int64_t group = blockIdx.x / (8 * blocks_n), rows_in_group = min(int64_t{8}, blocks_m - group * 8);
-  const int64_t in_group = blockIdx.x % (8 * blocks_n);
-  const int64_t first_m = (group * 8 + in_group % rows_in_group) * kM,
-                first_n = in_group / rows_in_group * kN;
-
-  const int steps = static_cast<int>((p.k + kRow - 1) / kRow);
-  const auto fetch = [&](int step) {
-    const uint32_t stage = base + step % kStages * kTile;
-#pragma unroll
-    for (int i = 0; i < (kM + kN) * 4 / kThreads; ++i) {
-      const int piece = threadIdx.x + i * kThreads, row = piece / 4;
-      const bool token = row < kM;  // uniform per iteration: kM * 4 is a multiple of the threads
-      const int64_t source_row = token ? first_m + row : first_n + row - kM;
-      const int64_t at = static_cast<int64_t>(step) * kRow + piece % 4 * 16;
-      const bool inside = source_row < (token ? p.m : n) && at < p.k;
-      const int8_t* source = inside ? (token ? p.a : p.b) + source_row * p.k + at : p.a;
-      copy_async(stage + place_of(row, piece % 4), source, inside ? 16 : 0);
-    }
-  };
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
-    if (s < steps) fetch(s);
-    commit_copies();
-  }
-  // half of a tile: 32 k, or 16 slots
-  const auto load = [&](uint32_t stage, int half, uint32_t(&a)[kTilesM][4], uint32_t(&b)[kTilesN / 2][4]) {
-#pragma unroll
-    for (int i = 0; i < kTilesM; ++i)
-      load_matrices(a[i], stage + place_of(warp_m + i * 16 + lane % 16, half * 2 + lane / 16));
-#pragma unroll
-    for (int j = 0; j < kTilesN / 2; ++j)
-      load_matrices(
-          b[j], stage + place_of(kM + warp_n + j * 16 + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
-  };
-
-  int32_t sums[kTilesM][kTilesN][4] = {};
-  for (int step = 0; step < steps; ++step) {
-    wait_copies<kStages - 2>();
-    __syncthreads();
-    if (step + kStages - 1 < steps) fetch(step + kStages - 1);
-    commit_copies();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t a[kTilesM][4], b[kTilesN / 2][4];
-      load(base + step % kStages * kTile, half, a, b);
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j)
-          multiply(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+  const int32_t* const columns = p.outliers.list + 1;
+  const int count = p.outliers.list ? p.outliers.list[0] : 0;
+  // 16-bit x may begin within a word
+  const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(p.x) % 4 / sizeof(T));
+  // outlier columns from `from` on, of all the block's rows: a word each
+  const auto copy_columns = [&](uint32_t stage, int from) __attribute__((always_inline)) {
+    if constexpr (!std::is_same_v<T, int32_t>) {
+      const int mine = threadIdx.x % kColumns;
+      const bool there = from + mine < count;
+      const int64_t column = there ? columns[from + mine] : 0;
+      const char* const x = reinterpret_cast<const char*>(p.x - odd) + (column + odd) * sizeof(T) / 4 * 4;
+      const int8_t* const b = p.b + column / 4 * 4;
+#pragma unroll 2
+      for (int row = threadIdx.x / kColumns; row < G::kM + G::kN; row += G::kThreads / kColumns) {
+        const void* source =
+            row < G::kM ? static_cast<const void*>(x + min(first.m + row, m - 1) * p.k * int64_t{sizeof(T)})
+                        : b + min(first.n + row - G::kM, n - 1) * p.k;
+        copy_word_async(stage + G::place(row, mine / 4) + mine % 4 * 4, source, there ? 4 : 0);
       }
     }
-  }
+  };
 
-  const auto each_sum = [&](const auto& body) __attribute__((always_inline)) {
+  int32_t sums[G::kTilesM][G::kTilesN][4] = {};
+  const Operands operands{reinterpret_cast<const char*>(p.a), reinterpret_cast<const char*>(p.b), m, n, p.k};
+  const uint32_t last = multiply_tiles<G, int8_t>(
+      sums, base, operands, first, [&](uint32_t stage) __attribute__((always_inline)) {
+        if (count > 0) copy_columns(stage, 0);
+      });
+
+  const int warp = threadIdx.x % G::kGroup / 32, group = threadIdx.x / G::kGroup;
+  if constexpr (G::kWarpsK > 1) {  // the sums of the other groups, around the stage that has outliers
+    static_assert((G::kWarpsK - 1) * G::kM * G::kN * 4 <= G::kSharedBytes - G::kTileBytes);
+    const auto place_of = [&](int from, int i, int j) {
+      const int at = last - base + G::kTileBytes +
+                     (((from - 1) * G::kTilesM + i) * G::kTilesN + j) * G::kGroup * 16 +
+                     threadIdx.x % G::kGroup * 16;
+      return reinterpret_cast<int4*>(space + (at < G::kSharedBytes ? at : at - G::kSharedBytes));
+    };
+    if (group > 0) {
 #pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
+      for (int i = 0; i < G::kTilesM; ++i) {
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) {
+        for (int j = 0; j < G::kTilesN; ++j)
+          *place_of(group, i, j) = make_int4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]);
+      }
+    }
+    __syncthreads();
+    if (group == 0) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int64_t token = first_m + warp_m + i * 16 + g + e / 2 * 8;
-          const int64_t row = first_n + warp_n + j * 8 + t * 2 + e % 2;
-          if (token < p.m && row < n) body(token, row, i, j, e);
+      for (int i = 0; i < G::kTilesM; ++i) {
+#pragma unroll
+        for (int j = 0; j < G::kTilesN; ++j) {
+#pragma unroll
+          for (int from = 1; from < G::kWarpsK; ++from) {
+            const int4 more = *place_of(from, i, j);
+            sums[i][j][0] += more.x;
+            sums[i][j][1] += more.y;
+            sums[i][j][2] += more.z;
+            sums[i][j][3] += more.w;
+          }
         }
       }
     }
-  };
+  }
+
+  const int warp_m = warp / G::kWarpsN * (G::kM / G::kWarpsM),
+            warp_n = warp % G::kWarpsN * (G::kN / G::kWarpsN);
   if constexpr (std::is_same_v<T, int32_t>) {
-    each_sum(
-        [&](int64_t token, int64_t row, int i, int j, int e) { p.out.y[token * n + row] = sums[i][j][e]; });
+    put_tile<G>(sums, space, [&](int row, int column, const Vec<int32_t, 4>& four) {
+      const int64_t at = (first.m + row) * p.out.n + first.n + column;
+      for (int e = 0; e < 4; ++e) {
+        if (first.m + row < m && first.n + column + e < n) p.out.y[at + e] = four.v[e];
+      }
+    });
   } else {
     using Half = typename OutlierType<T>::type;
-    constexpr int kPieces = OutlierType<T>::kPieces;
-    float acc[kTilesM][kTilesN][4];
+    float acc[G::kTilesM][G::kTilesN][4];
 #pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
+    for (int i = 0; i < G::kTilesM; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64_t token = min(first_m + warp_m + i * 16 + g + h * 8, p.m - 1);
-        const float scale = p.row_absmax[token] * kInt8Scale;
+        const float scale = p.row_absmax[min(first.m + warp_m + i * 16 + g + h * 8, m - 1)] * kInt8Scale;
 #pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
+        for (int j = 0; j < G::kTilesN; ++j) {
 #pragma unroll
           for (int e = h * 2; e < h * 2 + 2; ++e) acc[i][j][e] = static_cast<float>(sums[i][j][e]) * scale;
         }
       }
     }
-    const int slots = p.outliers.list ? p.outliers.list[0] * kPieces : 0;
-    for (int from = 0; from < slots; from += kSlots) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < (kM + kN) * kSlots; i += kThreads) {
-        const int row = i / kSlots, slot = i % kSlots;
-        const int64_t source_row = row < kM ? first_m + row : first_n + row - kM;
-        Half value = from_float<Half>(0.0f);
-        if (from + slot < slots && source_row < (row < kM ? p.m : n)) {
-          const int64_t at = source_row * p.k + p.outliers.list[1 + (from + slot) / kPieces];
-          value = row < kM ? piece_of(p.x[at], (from + slot) % kPieces) : from_float<Half>(p.b[at]);
-        }
-        *reinterpret_cast<Half*>(space + place_of(row, slot / 8) + slot % 8 * 2) = value;
+    for (int from = 0; from < count; from += kColumns) {
+      if (from > 0) {
+        __syncthreads();
+        copy_columns(last, from);
+        commit_copies();
+        wait_copies<0>();
+        __syncthreads();
       }
-      __syncthreads();
+      if (group > 0) continue;
+      // of the columns this lane puts together: 2 t, 2 t + 1, and 8 further
+      int own[4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t a[kTilesM][4], b[kTilesN / 2][4];
-        load(base, half, a, b);
+      for (int c = 0; c < 4; ++c) own[c] = columns[min(from + t * 2 + c % 2 + c / 2 * 8, count - 1)];
+      const char* const stage = space + (last - base);
+      const auto words_of = [&](int row, int half) {
+        return *reinterpret_cast<const uint2*>(stage + G::place(row, half * 2 + t / 2) + t % 2 * 8);
+      };
+      uint32_t b[G::kTilesN][2];
 #pragma unroll
-        for (int i = 0; i < kTilesM; ++i) {
+      for (int j = 0; j < G::kTilesN; ++j) {
 #pragma unroll
-          for (int j = 0; j < kTilesN; ++j)
-            multiply(acc[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], Half{});
+        for (int h = 0; h < 2; ++h)
+          b[j][h] = pair_of_codes<Half>(words_of(G::kM + warp_n + j * 8 + g, h), own[h * 2], own[h * 2 + 1]);
+      }
+#pragma unroll
+      for (int i = 0; i < G::kTilesM; ++i) {
+#pragma unroll
+        for (int piece = 0; piece < OutlierType<T>::kPieces; ++piece) {
+          uint32_t a[4];
+#pragma unroll
+          for (int r = 0; r < 4; ++r)
+            a[r] = pair_of_x<T>(words_of(warp_m + i * 16 + g + r % 2 * 8, r / 2), own[r / 2 * 2] + odd,
+                                own[r / 2 * 2 + 1] + odd, piece);
+#pragma unroll
+          for (int j = 0; j < G::kTilesN; ++j) multiply(acc[i][j], a, b[j][0], b[j][1], Half{});
         }
       }
     }
-    each_sum([&](int64_t token, int64_t row, int i, int j, int e) {
-      p.out.store(token, row, acc[i][j][e] * (p.scb[row] * kInt8Scale));
-    });
+    wait_copies<0>();
+    const TileOutput<T> y(p.out, m, first.m, first.n + threadIdx.x % (G::kN / 4) * 4, p.scb, kInt8Scale);
+    put_tile<G>(acc, space, [&](int row, int, const Vec<float, 4>& four) { y.put(row, four); });
   }
-#endif
 }
 
-template <typename T, int kM>
+/// sm_75 has it for sums alone.
+template <typename T, typename G>
+__global__ void __launch_bounds__(G::kThreads, G::kBlocks) int8_gemm_kernel(const Product8<T> p) {
+  if constexpr (!HALFBYTE_SM75 || std::is_same_v<T, int32_t>) multiply_block<T, G>(p);
+}
+
+template <typename T, typename G>
 cudaError_t launch(const Launch& on, const Product8<T>& product) {
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>((product.m + kM - 1) / kM * ((product.out.n + kN - 1) / kN)));
-  shape.block = dim3(kThreads);
-  shape.shared = kStages * (kM + kN) * kRow;
-  return launch_kernel(on, shape, int8_gemm_kernel<T, kM>, product);
+  shape.grid =
+      dim3(static_cast<unsigned>((product.m + G::kM - 1) / G::kM * ((product.out.n + G::kN - 1) / G::kN)));
+  shape.block = dim3(G::kThreads);
+  shape.shared = G::kSharedBytes;
+  return launch_kernel(on, shape, int8_gemm_kernel<T, G>, product);
 }
+
+//                   M    N  warps    row  stages, blocks; all fit an sm_86, the first an sm_75
+using Rows16 = Gemm<16, 32, 1, 2, 4, 256, 5, 2>;
+using Rows32 = Gemm<32, 64, 1, 2, 4, 256, 4, 2>;
+using Rows64 = Gemm<64, 64, 2, 2, 2, 128, 5, 2>;
+using Tall = Gemm<128, 64, 2, 2, 2, 128, 4, 1>;
+using Large = Gemm<128, 256, 2, 4, 1, 64, 4, 1>;
 
 }  // namespace
 
 template <typename T>
 cudaError_t int8_gemm_sm80(const Launch& on, const Product8<T>& product) {
-  return product.m <= 64 ? launch<T, 64>(on, product) : launch<T, 128>(on, product);
+  cudaError_t (*best)(const Launch&, const Product8<T>&) = nullptr;
+  double least = std::numeric_limits<double>::infinity();
+  const auto consider = [&](auto shape, double each, double alone) {
+    using G = decltype(shape);
+    const double cost = cost_of<G>(on, product.m, product.out.n, each, alone);
+    if (cost >= least) return;
+    least = cost;
+    best = launch<T, G>;
+  };
+  consider(Large{}, 1.48, 1.48);
+  if (is_lean(on))
+    consider(GemmSquareLean{}, 1.55, 2.2);
+  else
+    consider(GemmSquare{}, 1.5, 2.1);
+  consider(Tall{}, 2.1, 2.1);
+  consider(Rows64{}, 2.7, 2.7);
+  consider(Rows32{}, 5.2, 5.2);
+  consider(Rows16{}, 9.0, 9.0);
+  return best(on, product);
 }
 
 template cudaError_t int8_gemm_sm80(const Launch&, const Product8<half_t>&);

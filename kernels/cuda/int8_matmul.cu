@@ -1,8 +1,8 @@
 // int8 x int8 -> int32, exact, and the scaling of such sums as bitsandbytes does it.
 //
 //   M <= 8     stream_kernel: b is read once, 16 codes a lane and step, dp4a; a warp makes 2 columns
-//   larger M   on tensor cores where K is a multiple of 16: int8_gemm_sm90.cu, int8_gemm_sm80.cu; on older
-//              ones by cuBLASLt where it is found; else tile_kernel (dp4a)
+//   larger M   on tensor cores where K is a multiple of 16: int8_gemm_sm90.cu, int8_gemm_sm80.cu; on sm_75
+//              the latter where cuBLASLt is not found; else tile_kernel (dp4a)
 // K % 4 != 0 or unaligned rows: the same kernels, codes read byte by byte.
 #include "cublaslt.h"
 #include "int8_product.cuh"
@@ -138,7 +138,13 @@ cudaError_t int8_product(const Launch& on, int32_t* acc, const int8_t* a, const 
       stream_kernel<8><<<blocks, kWarps * 32, 0, stream>>>(acc, a, b, m, n, k, wide);
     return cudaGetLastError();
   }
-  if (wide && k > 0 && on.arch >= 80) {
+  if (wide && k > 0 && on.arch < 80 && n % 4 == 0) {
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+    const DenseProduct product{CUDA_R_8I, CUDA_R_32I, m, n, k, a, b, nullptr, acc};
+    if (cublaslt_product(device, stream, product, workspace, workspace_bytes)) return cudaSuccess;
+  }
+  if (wide && k > 0) {
     Product8<int32_t> product = {};
     product.out.y = acc;
     product.out.n = n;
@@ -147,12 +153,6 @@ cudaError_t int8_product(const Launch& on, int32_t* acc, const int8_t* a, const 
     product.m = m;
     product.k = k;
     return on.wgmma ? int8_gemm_sm90(on, product) : int8_gemm_sm80(on, product);
-  }
-  if (wide && k > 0 && n % 4 == 0) {
-    int device = 0;
-    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-    const DenseProduct product{CUDA_R_8I, CUDA_R_32I, m, n, k, a, b, nullptr, acc};
-    if (cublaslt_product(device, stream, product, workspace, workspace_bytes)) return cudaSuccess;
   }
   const bool aligned = k % 4 == 0 && is_aligned(a, 4) && is_aligned(b, 4);
   for (int64_t first = 0; first < m; first += int64_t{65535} * 64) {

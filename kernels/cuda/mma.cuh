@@ -23,6 +23,15 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void* global, 
                : "memory");
 #endif
 }
+/// The same for 4 bytes, or zeros.
+__device__ __forceinline__ void copy_word_async(uint32_t shared, const void* global, int bytes) {
+#if HALFBYTE_SM75
+  copy_word_now(shared, global, bytes);
+#else
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared), "l"(global), "r"(bytes)
+               : "memory");
+#endif
+}
 __device__ __forceinline__ void commit_copies() {
 #if !HALFBYTE_SM75
   asm volatile("cp.async.commit_group;\n" ::: "memory");
@@ -35,6 +44,34 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(pending) : "memory");
 #endif
 }
+
+/// kCount such copies of 16 bytes or none: begun one by one, then handed over. On sm_75 they are on the way
+/// to registers in between.
+template <int kCount>
+struct Copies {
+#if HALFBYTE_SM75
+  uint4 pieces[kCount];
+  uint32_t places[kCount];
+  bool begun = false;
+#endif
+  __device__ __forceinline__ void begin(int i, uint32_t shared, const void* global, int bytes) {
+#if HALFBYTE_SM75
+    pieces[i] = bytes > 0 ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+    places[i] = shared;
+    begun = true;
+#else
+    copy_async(shared, global, bytes);
+#endif
+  }
+  __device__ __forceinline__ void hand_over() {
+#if HALFBYTE_SM75
+    if (!begun) return;
+    begun = false;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) store_now(places[i], pieces[i]);
+#endif
+  }
+};
 
 /// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t shared) {
@@ -79,12 +116,17 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 }
 
 /// c [16, 8] += a [16, 32] b [32, 8] of int8; a register has four k.
-__device__ __forceinline__ void multiply(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                         int8_t) {
+#if HALFBYTE_SM75
+  multiply_quarters(c, a, b0, b1);
+#else
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
       "%1, %2, %3};\n"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 
 /// c = a b: the first of a sum.

@@ -207,6 +207,19 @@ describe.each(devices())('int8 on %s', (device) => {
     expect(relativeError(await y.floats(), await ops.linear8bit(x, apart, scb).floats())).toBeLessThan(1e-6)
   })
 
+  it('x with outlier columns that begins between two words', async () => {
+    const [m, n, k] = [40, 24, 64]
+    const values = randn(m * k + 1, 1)
+    for (const at of [3, 8, 70, 130, 1000]) values[1 + at] = 9.5
+    const flat = tensorOf(values, [m * k + 1], 'float16', on)
+    const apart = tensorOf(values.subarray(1), [m, k], 'float16', on)
+    const weight = Tensor.from(bytes(n * k, 2), { shape: [n, k], device: on })
+    const scb = Tensor.full([n], 1, 'float32', on)
+    const y = ops.linear8bit(flat.slice(0, 1, m * k + 1).reshape(m, k), weight, scb, { threshold: 6 })
+    const want = await ops.linear8bit(apart, weight, scb, { threshold: 6 }).floats()
+    expect(relativeError(await y.floats(), want)).toBeLessThan(1e-6)
+  })
+
   it('leading dimensions are rows', async () => {
     const x = randn(2 * 3 * 40, 1)
     const weight = Tensor.from(bytes(6 * 40, 2), { shape: [6, 40], device: on })
