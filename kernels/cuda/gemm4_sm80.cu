@@ -1,8 +1,8 @@
 // y = x w^T + bias + residual with a tiled 4-bit weight and many rows of x, by mma.sync (sm_80 and up): the
 // weight is the A operand, decoded on the way from memory into registers.
 //
-// A warp makes 32 rows of the weight times 128 tokens, a block of 8 warps 256 rows, of 4 warps 128 where
-// there are few of them. A step is 64 k:
+// A warp makes 32 rows of the weight times 128 tokens, a block of 4 warps 128 rows, of 8 warps 256 where two
+// of the former do not fit a multiprocessor. A step is 64 k:
 //
 //   x       [128 tokens][64 k] by asynchronous copies into a ring; the eight 16-byte pieces of token r are
 //           exchanged by r % 8, so that neither the copies nor ldmatrix meet in a bank
@@ -12,8 +12,8 @@
 //   end     fp32 sums through shared memory, so that y is written in lines
 #include <algorithm>
 
+#include "gemm_sm80.cuh"
 #include "launch.cuh"
-#include "mma.cuh"
 #include "table4.cuh"
 
 namespace halfbyte::cuda {
@@ -134,6 +134,9 @@ __global__ void __launch_bounds__(kWarps * 32, 8 / kWarps) gemm4_kernel(const Ge
 
   wait_copies<0>();
   float* const sums = reinterpret_cast<float*>(table);  // [kEndTokens][kSumStride], over table and ring
+  const int row = threadIdx.x % (kRows / 4) * 4;
+  const TileOutput<T> y(p.out, p.m, static_cast<int>(first_token), static_cast<int>(first_row) + row, nullptr,
+                        1.0f);
 #pragma unroll
   for (int part = 0; part < kTokens / kEndTokens; ++part) {
     __syncthreads();
@@ -148,10 +151,8 @@ __global__ void __launch_bounds__(kWarps * 32, 8 / kWarps) gemm4_kernel(const Ge
       }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kEndTokens * kRows; i += kThreads) {
-      const int64_t m = first_token + part * kEndTokens + i / kRows, row = first_row + i % kRows;
-      if (m < p.m && row < p.w.n) p.out.store(m, row, sums[i / kRows * kSumStride + i % kRows]);
-    }
+    for (int i = threadIdx.x / (kRows / 4); i < kEndTokens; i += kThreads / (kRows / 4))
+      y.put(part * kEndTokens + i, *reinterpret_cast<const Vec<float, 4>*>(sums + i * kSumStride + row));
   }
 }
 
@@ -175,18 +176,16 @@ cudaError_t launch(const Launch& on, const Product4<T>& product) {
   return launch_kernel(on, shape, gemm4_kernel<T, kWarps, kStages>, p);
 }
 
-template <typename T, int kWarps>
-cudaError_t launch(const Launch& on, const Product4<T>& product) {
-  const bool roomy = on.shared >= (160 << 10);
-  return roomy ? launch<T, kWarps, 3>(on, product) : launch<T, kWarps, 2>(on, product);
-}
-
 }  // namespace
 
 template <typename T>
 cudaError_t gemm4_sm80(const Launch& on, const Product4<T>& product) {
+  // blocks of 4 warps where two fit a multiprocessor, or where there are few of 8
   const int64_t blocks = (product.w.n + 255) / 256 * ((product.m + kTokens - 1) / kTokens);
-  return blocks < on.multiprocessors ? launch<T, 4>(on, product) : launch<T, 8>(on, product);
+  if (on.shared >= 2 * (kTable4Bytes + 2 * kStage + 1024)) return launch<T, 4, 2>(on, product);
+  const bool roomy = on.block_shared >= kTable4Bytes + 3 * kStage;
+  if (blocks < on.multiprocessors) return roomy ? launch<T, 4, 3>(on, product) : launch<T, 4, 2>(on, product);
+  return roomy ? launch<T, 8, 3>(on, product) : launch<T, 8, 2>(on, product);
 }
 
 template cudaError_t gemm4_sm80(const Launch&, const Product4<half_t>&);

@@ -2,8 +2,8 @@
 // kernel.
 //
 //   tiled, 16-bit x   up to M = 8 (4 or 2, the larger the weight) gemv4.cu, then skinny4_sm90.cu, from
-//                     kSkinny on gemm4_sm90.cu; without wgmma gemv4.cu a few times, for 8 rows each, then
-//                     gemm4_sm80.cu
+//                     kSkinny on gemm4_sm90.cu; without wgmma skinny4_sm80.cu and gemm4_sm80.cu, the latter
+//                     while that is faster than dequantising
 //   a few rows        stream4.cu: fp32 multiply-adds, both layouts, any K
 //   else              the weight is dequantised to x's dtype in the workspace, then the dense product runs
 #include <algorithm>
@@ -20,8 +20,9 @@ constexpr int64_t kGemv = 4, kManyWeights = 16 << 20;
 constexpr int64_t kGemvLarge = 2, kLargeWeight = 64 << 20, kLongK = 8192;
 // Rows of x up to which skinny4_sm90 beats gemm4_sm90: by how many rows the weight has.
 constexpr int64_t kSkinny = 64, kSkinnyFew = 128, kFewRows = 4096;
-constexpr int64_t kMostPasses = 4;    // of gemv4, for M > 8
-constexpr int64_t kMostGemm80 = 256;  // rows of x up to which gemm4_sm80 beats dequantising
+// Rows of x up to which gemm4_sm80 beats dequantising: where cuBLASLt has wgmma or better, and where mma.sync
+// is all that it has, too, which is reckoned, not measured.
+constexpr int64_t kMostGemm80 = 256, kMostGemm80Alone = 512;
 
 View dense_view(const Weight4& w, DType dtype, void* data) {
   View v;
@@ -91,6 +92,17 @@ cudaError_t with_products(const View* y, const View& x, const Weight4* w, const 
   });
 }
 
+/// Without wgmma: whether skinny4_sm80, which divides the work evenly, beats gemm4_sm80, whose items of 128 x
+/// 128 do not always divide by the multiprocessors. Times of 4096 k on an H100, in us: 33 for 128 x 64 sums
+/// in one, 60 for 128 x 128 in the other, 97 for two beside each other.
+bool takes_skinny80(const Launch& on, int64_t rows, int64_t n) {
+  if (rows <= 64) return true;
+  const int64_t row_blocks = (n + 127) / 128;
+  const int64_t rounds = ((rows + 127) / 128 * row_blocks + on.multiprocessors - 1) / on.multiprocessors;
+  const double skinny = 33.0 * static_cast<double>((rows + 63) / 64 * row_blocks) / on.multiprocessors;
+  return skinny < static_cast<double>(rounds / 2 * 97 + rounds % 2 * 60);
+}
+
 enum class Route { gemv, skinny, gemm, stream, dense };
 
 Route route_of(const Launch& on, const View& x, const Weight4& w) {
@@ -102,24 +114,10 @@ Route route_of(const Launch& on, const View& x, const Weight4& w) {
                                      (rows > kGemvLarge && (weights >= kLargeWeight || w.k >= kLongK)));
     if (gemv4_takes(on.arch, rows, w.k) && !skinny) return Route::gemv;
     if (on.wgmma) return rows <= (w.n < kFewRows ? kSkinnyFew : kSkinny) ? Route::skinny : Route::gemm;
-    if (rows <= 8 * kMostPasses && gemv4_takes(on.arch, 8, w.k)) return Route::gemv;
-    if (on.arch >= 80 && rows <= kMostGemm80) return Route::gemm;
+    const int64_t most = on.code < 90 || on.code >= 120 ? kMostGemm80Alone : kMostGemm80;
+    if (on.arch >= 80 && rows <= most) return takes_skinny80(on, rows, w.n) ? Route::skinny : Route::gemm;
   }
   return rows <= kStreamed ? Route::stream : Route::dense;
-}
-
-/// 8 rows of x at a time.
-template <typename T>
-cudaError_t gemv_passes(Launch on, Product4<T> product) {
-  for (int64_t rest = product.m; rest > 0; rest -= 8) {
-    product.m = std::min<int64_t>(rest, 8);
-    if (const cudaError_t error = gemv4(on, &product, 1); error != cudaSuccess) return error;
-    product.x += 8 * product.w.k;
-    product.out.y += 8 * product.out.n;
-    if (product.out.residual) product.out.residual += 8 * product.out.n;
-    on.early = on.arch >= 90;
-  }
-  return cudaSuccess;
 }
 
 }  // namespace
@@ -127,6 +125,7 @@ cudaError_t gemv_passes(Launch on, Product4<T> product) {
 size_t CudaBackend::linear_4bit_workspace(const View& x, const Weight4& w) const {
   if (x.rows() == 0 || w.n == 0) return 0;
   const Route route = route_of(launch_, x, w);
+  if (route == Route::skinny && !launch_.wgmma) return skinny4_sm80_workspace(launch_, x.rows(), w.n, w.k);
   if (route != Route::dense) return 0;
   const View dense = dense_view(w, x.dtype, nullptr);
   return round_up(static_cast<size_t>(w.n * w.k * size_of(x.dtype))) + linear_workspace(x, dense);
@@ -149,9 +148,11 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
                                 [&](auto* p) {
                                   using T = std::remove_pointer_t<decltype(p)>;
                                   const Product4<T> product = product_of<T>(y, x, w, epilogue);
-                                  if (route == Route::gemv) return gemv_passes(on, product);
-                                  if (route == Route::skinny) return skinny4_sm90(on, product, parts);
-                                  return on.wgmma ? gemm4_sm90(on, product) : gemm4_sm80(on, product);
+                                  if (route == Route::gemv) return gemv4(on, &product, 1);
+                                  if (route == Route::gemm)
+                                    return on.wgmma ? gemm4_sm90(on, product) : gemm4_sm80(on, product);
+                                  return on.wgmma ? skinny4_sm90(on, product, parts)
+                                                  : skinny4_sm80(on, product, workspace.data);
                                 }),
                  "linear_4bit");
   }
