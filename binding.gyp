@@ -7,6 +7,7 @@
       'sources': [
         '<!@(node scripts/sources.cjs native .cc)',
         '<!@(node scripts/sources.cjs kernels/cpu .cc)',
+        'kernels/experts.cc',
         'kernels/linear4_group.cc',
       ],
       'include_dirs': ['kernels', '<!(node -p "require(\'node-addon-api\').include_dir")'],

@@ -139,6 +139,36 @@ struct Weight4 {
   int64_t k = 0;
 };
 
+/// Weights [N, K] of one form that rows choose among: the experts of a mixture.
+struct Experts {
+  enum class Form : uint8_t { dense, packed4, int8 };
+
+  /// kParts for each of `count` experts, in order: its bias (float [N], optional), then what the form needs.
+  ///   dense     the weight, float [N, K]
+  ///   packed4   codes, absmax, nested absmax, nested code, offset; see Weight4
+  ///   int8      codes int8 [N, K], scb float32 [N]
+  const View* parts = nullptr;
+  static constexpr int kParts = 6;
+  int64_t count = 0;
+  Form form = Form::dense;
+  int64_t n = 0;
+  int64_t k = 0;
+  // packed4
+  QuantType type = QuantType::nf4;
+  int64_t blocksize = 64;
+  Layout4 layout = Layout4::flat;
+  // int8; see Backend::linear_8bit
+  float threshold = 0.0f;
+  bool bnb_exact = false;
+
+  const View& bias(int64_t expert) const { return parts[expert * kParts]; }
+  const View& part(int64_t expert, int i) const { return parts[expert * kParts + 1 + i]; }
+  Weight4 packed(int64_t expert) const {
+    const View* part = parts + expert * kParts + 1;
+    return {part[0], part[1], part[2], part[3], part[4], type, layout, blocksize, n, k};
+  }
+};
+
 /// Most weights that a grouped product takes: q, k and v.
 constexpr int kMaxGroup = 3;
 
@@ -310,6 +340,34 @@ class Backend {
   virtual size_t linear_8bit_workspace(const View& x, const View& weight, float threshold) const = 0;
   virtual Status linear_8bit(Queue queue, View y, View x, View weight, View scb, const Epilogue& epilogue,
                              float threshold, bool bnb_exact, View workspace) = 0;
+
+  // -- mixtures of experts. A pair is a token and one of the experts it goes to; its number is that of its
+  // id.
+
+  /// ids int32 [T, k], ascending, and weights float32 [T, k] of each token's experts, from scores float32
+  /// [T, E]: those with the k largest of `choice` (float32 [T, E]; absent: scores), the first of equal ones;
+  /// NaN counts as -infinity. With `softmax` a weight is a share of exp(score) over all experts, else the
+  /// score. With `normalize` the weights of a token are divided by their sum + tiny. In the end they are
+  /// multiplied by `scale`.
+  virtual Status route_tokens(Queue queue, View ids, View weights, View scores, View choice, bool softmax,
+                              bool normalize, float tiny, float scale);
+  /// Whether the two products below are there, and save time, for x of a dtype and so many pairs. With less
+  /// the caller sends all tokens through all experts.
+  virtual bool takes_experts(DType dtype, int64_t pairs, const Experts& experts) const;
+  /// y[p, :] = x[p / (P / rows of x), :] w[e]^T + bias[e], e = ids[p], for the P pairs of ids int32 [T, k];
+  /// x float [T, K] or [P, K], y [P, N] of its dtype. An id that is none gives a row of NaN. Rows of one
+  /// expert are together what linear(), linear_4bit() or linear_8bit() of them would be.
+  virtual size_t linear_experts_workspace(const View& x, const View& ids, const Experts& experts) const;
+  virtual Status linear_experts(Queue queue, View y, View x, View ids, const Experts& experts,
+                                View workspace);
+  /// y[p, :] = act(gate's) * up's, likewise: the first half of gated MLPs. Both of one form and shape.
+  virtual size_t linear_experts_gated_workspace(const View& x, const View& ids, const Experts& gate,
+                                                const Experts& up) const;
+  virtual Status linear_experts_gated(Queue queue, View y, View x, View ids, const Experts& gate,
+                                      const Experts& up, Activation act, View workspace);
+  /// y[t, :] = residual[t, :] + the sum over j, in order, of weights[t, j] * x[t k + j, :]; x float [T k, N],
+  /// weights float32 [T, k]; residual, optional, and y of x's dtype.
+  virtual Status weighted_sum(Queue queue, View y, View x, View weights, View residual);
 
   // -- attention
 

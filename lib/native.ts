@@ -50,6 +50,8 @@ export interface NativeDevice {
     inputs: readonly (NativeTensor | null)[],
     scalars: readonly number[],
   ): void
+  /** Whether ops on experts' weights are worth it; see takesExperts(). */
+  takesExperts(form: readonly number[]): boolean
   /** Contiguous bytes of a contiguous tensor, once everything queued before has run. Rejects with its failure. */
   read(tensor: NativeTensor): Promise<ArrayBuffer>
   /** Overwrites a contiguous tensor with host bytes, in queue order. */

@@ -71,37 +71,67 @@ napi_value from_host(Call& call) {
   return make_tensor(call.self, std::move(storage), view);
 }
 
+/// A tensor as an operand of an op; false for null.
+bool take_operand(Call& call, DeviceHandle& handle, OpWork& work, napi_value value, const char* what,
+                  View* view, OpWork::Operand* place, bool written, bool in_place) {
+  napi_valuetype type;
+  check(call.env, napi_typeof(call.env, value, &type), what);
+  if (type == napi_null) return false;
+  const TensorHandle& tensor = to_tensor(call.self, value);
+  if (tensor.storage->device != &handle.device) {
+    fail("ERR_HALFBYTE_DEVICE", std::string(work.op.name) + ": an operand lies on " +
+                                    tensor.storage->device->backend().name() + ", not on " +
+                                    handle.device.backend().name());
+  }
+  *view = tensor.view;
+  *place = {tensor.storage.get(), tensor.offset};
+  work.uses.push_back(
+      Use{tensor.storage, !written || in_place, written, written && !in_place && tensor.covers_storage()});
+  return true;
+}
+
+/// The largest list: gate and up of some thousand experts.
+constexpr int kMostListed = 1 << 16;
+
 /// Fills in one side of an op. `flags` are the letters of Op::outputs or Op::inputs.
 void take_operands(Call& call, DeviceHandle& handle, OpWork& work, napi_value array, const char* flags,
                    View* views, OpWork::Operand* places, bool outputs) {
   const char* what = outputs ? "outputs" : "inputs";
-  const int expected = static_cast<int>(std::strlen(flags));
-  const int count = each_of(call.env, array, expected, what, [&](int i, napi_value value) {
-    napi_valuetype type;
-    check(call.env, napi_typeof(call.env, value, &type), what);
-    if (type == napi_null) {
-      if (flags[i] == 'r' || flags[i] == 'R') {
-        fail("ERR_HALFBYTE_VALUE", std::string(work.op.name) + ": operand " + std::to_string(i) + " of the " +
-                                       what + " is not optional");
-      }
-      return;
-    }
-    const TensorHandle& tensor = to_tensor(call.self, value);
-    if (tensor.storage->device != &handle.device) {
-      fail("ERR_HALFBYTE_DEVICE", std::string(work.op.name) + ": an operand lies on " +
-                                      tensor.storage->device->backend().name() + ", not on " +
-                                      handle.device.backend().name());
-    }
-    views[i] = tensor.view;
-    places[i] = {tensor.storage.get(), tensor.offset};
-    const bool in_place = outputs && (flags[i] == 'R' || flags[i] == 'O');
-    work.uses.push_back(
-        Use{tensor.storage, !outputs || in_place, outputs, outputs && !in_place && tensor.covers_storage()});
-  });
-  if (count != expected) {
+  const int letters = static_cast<int>(std::strlen(flags));
+  const bool lists = letters > 0 && flags[letters - 1] == '*';
+  const int expected = lists ? letters - 1 : letters;
+  const int count =
+      each_of(call.env, array, lists ? expected + kMostListed : expected, what, [&](int i, napi_value value) {
+        if (i >= expected) {
+          View view;
+          OpWork::Operand place;
+          take_operand(call, handle, work, value, what, &view, &place, false, false);
+          work.list.push_back(view);
+          work.list_at.push_back(place);
+          return;
+        }
+        const bool in_place = outputs && (flags[i] == 'R' || flags[i] == 'O');
+        const bool there =
+            take_operand(call, handle, work, value, what, views + i, places + i, outputs, in_place);
+        if (!there && (flags[i] == 'r' || flags[i] == 'R')) {
+          fail("ERR_HALFBYTE_VALUE", std::string(work.op.name) + ": operand " + std::to_string(i) +
+                                         " of the " + what + " is not optional");
+        }
+      });
+  if (count < expected) {
     fail("ERR_HALFBYTE_VALUE", std::string(work.op.name) + ": " + std::to_string(count) + " " + what +
                                    ", not " + std::to_string(expected));
   }
+}
+
+napi_value takes_experts(Call& call) {
+  double numbers[3 + kExpertScalars];
+  const int count =
+      each_of(call.env, call.arguments[0], 3 + kExpertScalars, "form",
+              [&](int i, napi_value value) { numbers[i] = to_double(call.env, value, "form"); });
+  if (count != 3 + kExpertScalars) fail("ERR_HALFBYTE_VALUE", "takesExperts: a number is missing");
+  const bool takes = takes_experts(this_device(call).device.backend(), numbers);
+  return make_bool(call.env, takes);
 }
 
 napi_value run(Call& call) {
@@ -289,13 +319,13 @@ void DeviceHandle::compute(WorkPtr work) {
 }
 
 void define_device_class(Environment& self) {
-  self.device_class =
-      define_class(self.env, "NativeDevice",
-                   {getter<name>("name"), getter<tiles_4bit>("tiles4bit"), method<empty>("empty"),
-                    method<from_host>("fromHost"), method<run>("run"), method<read>("read"),
-                    method<write>("write"), method<copy_from>("copyFrom"), method<synchronize>("synchronize"),
-                    method<memory>("memory"), method<reset_peak>("resetPeak"),
-                    method<begin_capture>("beginCapture"), method<end_capture>("endCapture")});
+  self.device_class = define_class(
+      self.env, "NativeDevice",
+      {getter<name>("name"), getter<tiles_4bit>("tiles4bit"), method<empty>("empty"),
+       method<from_host>("fromHost"), method<run>("run"), method<takes_experts>("takesExperts"),
+       method<read>("read"), method<write>("write"), method<copy_from>("copyFrom"),
+       method<synchronize>("synchronize"), method<memory>("memory"), method<reset_peak>("resetPeak"),
+       method<begin_capture>("beginCapture"), method<end_capture>("endCapture")});
 }
 
 napi_value device_object(Environment& self, Device& device) {

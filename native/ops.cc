@@ -24,18 +24,22 @@ Status with(double scalar, Enum last, const char* what, const Body& body) {
 
 /// Weight operands come as codes, absmax, nested absmax, nested code, offset; scalars as type, blocksize, n,
 /// k, layout.
-Weight4 weight4(const View* in, const double* scalars) {
+Weight4 form4(const double* scalars) {
   Weight4 w;
-  w.codes = in[0];
-  w.absmax = in[1];
-  w.nested_absmax = in[2];
-  w.nested_code = in[3];
-  w.offset = in[4];
   w.type = whole(scalars[0]) == 1 ? QuantType::fp4 : QuantType::nf4;
   w.blocksize = whole(scalars[1]);
   w.n = whole(scalars[2]);
   w.k = whole(scalars[3]);
   w.layout = whole(scalars[4]) == 1 ? Layout4::tiled : Layout4::flat;
+  return w;
+}
+Weight4 weight4(const View* in, const double* scalars) {
+  Weight4 w = form4(scalars);
+  w.codes = in[0];
+  w.absmax = in[1];
+  w.nested_absmax = in[2];
+  w.nested_code = in[3];
+  w.offset = in[4];
   return w;
 }
 
@@ -230,6 +234,80 @@ size_t linear_8bit_space(const Backend& b, A a) {
   return b.linear_8bit_workspace(a.in[0], a.in[3], real(a.scalars[0]));
 }
 
+// ---- mixtures of experts: the list has Experts::kParts views for each expert, those of gate before those of
+// up
+
+Experts form_of(const double* scalars) {
+  const Weight4 w = form4(scalars + 1);
+  Experts e;
+  e.form = static_cast<Experts::Form>(whole(scalars[0]));
+  e.n = w.n;
+  e.k = w.k;
+  e.type = w.type;
+  e.blocksize = w.blocksize;
+  e.layout = w.layout;
+  e.threshold = real(scalars[6]);
+  e.bnb_exact = scalars[7] != 0;
+  return e;
+}
+
+bool is_form(double scalar) {
+  return whole(scalar) >= 0 && whole(scalar) <= static_cast<int64_t>(Experts::Form::int8);
+}
+
+/// `lists` of them out of the list.
+Status experts(const Backend& b, A a, const double* scalars, int lists, Experts* out) {
+  if (!is_form(scalars[0])) return Status::error(Code::value, "unknown form of experts");
+  if (a.listed % (lists * Experts::kParts) != 0)
+    return Status::error(Code::value, "the list of experts has a part of one");
+  Experts e = form_of(scalars);
+  e.count = a.listed / (lists * Experts::kParts);
+  if (e.n < 0 || e.k < 0) return Status::error(Code::value, "the weights' sizes are not sizes");
+  if (e.form == Experts::Form::packed4) {
+    if (Status status = check(b, form4(scalars + 1), scalars + 1); !status.ok()) return status;
+  }
+  const int needed = e.form == Experts::Form::dense ? 1 : 2;  // parts that are not optional
+  for (int i = 0; i < lists; ++i) {
+    out[i] = e;
+    out[i].parts = a.list + i * e.count * Experts::kParts;
+    for (int64_t j = 0; j < e.count; ++j) {
+      for (int part = 0; part < needed; ++part) {
+        if (!out[i].part(j, part)) return Status::error(Code::value, "an expert's weight is incomplete");
+      }
+    }
+  }
+  return {};
+}
+
+Status route_tokens(Backend& b, Queue q, A a, View) {
+  return b.route_tokens(q, a.out[0], a.out[1], a.in[0], a.in[1], a.scalars[0] != 0, a.scalars[1] != 0,
+                        real(a.scalars[2]), real(a.scalars[3]));
+}
+Status linear_experts(Backend& b, Queue q, A a, View workspace) {
+  Experts e;
+  if (Status status = experts(b, a, a.scalars, 1, &e); !status.ok()) return status;
+  return b.linear_experts(q, a.out[0], a.in[0], a.in[1], e, workspace);
+}
+size_t linear_experts_space(const Backend& b, A a) {
+  Experts e;
+  return experts(b, a, a.scalars, 1, &e).ok() ? b.linear_experts_workspace(a.in[0], a.in[1], e) : 0;
+}
+Status linear_experts_gated(Backend& b, Queue q, A a, View workspace) {
+  Experts e[2];
+  if (Status status = experts(b, a, a.scalars, 2, e); !status.ok()) return status;
+  return with(a.scalars[kExpertScalars], Activation::neg, "activation", [&](Activation act) {
+    return b.linear_experts_gated(q, a.out[0], a.in[0], a.in[1], e[0], e[1], act, workspace);
+  });
+}
+size_t linear_experts_gated_space(const Backend& b, A a) {
+  Experts e[2];
+  if (!experts(b, a, a.scalars, 2, e).ok()) return 0;
+  return b.linear_experts_gated_workspace(a.in[0], a.in[1], e[0], e[1]);
+}
+Status weighted_sum(Backend& b, Queue q, A a, View) {
+  return b.weighted_sum(q, a.out[0], a.in[0], a.in[1], a.in[2]);
+}
+
 // ---- attention
 
 Status rope_tables(Backend& b, Queue q, A a, View) {
@@ -273,6 +351,14 @@ size_t sample_space(const Backend& b, A a) { return b.sample_workspace(a.in[0]);
 
 }  // namespace
 
+bool takes_experts(const Backend& backend, const double* numbers) {
+  const int64_t dtype = whole(numbers[0]);
+  if (dtype < 0 || dtype > static_cast<int64_t>(DType::bf16) || !is_form(numbers[3])) return false;
+  Experts experts = form_of(numbers + 3);
+  experts.count = whole(numbers[2]);
+  return backend.takes_experts(static_cast<DType>(dtype), whole(numbers[1]), experts);
+}
+
 const Op kOps[] = {
     {"fill", "r", "", 1, fill, nullptr},
     {"copy", "r", "r", 0, copy, nullptr},
@@ -300,6 +386,11 @@ const Op kOps[] = {
     {"linear_4bit_group", "roo", "rorrooooooooooooooo", 15, linear_4bit_group, linear_4bit_group_space},
     {"linear_4bit_gated", "r", "rorroooorrooo", 11, linear_4bit_gated, linear_4bit_gated_space},
     {"linear_8bit", "r", "roorr", 2, linear_8bit, linear_8bit_space},
+    {"route_tokens", "rr", "ro", 4, route_tokens, nullptr},
+    {"linear_experts", "r", "rr*", kExpertScalars, linear_experts, linear_experts_space},
+    {"linear_experts_gated", "r", "rr*", kExpertScalars + 1, linear_experts_gated,
+     linear_experts_gated_space},
+    {"weighted_sum", "r", "rro", 0, weighted_sum, nullptr},
     {"rope_tables", "rr", "r", 1, rope_tables, nullptr},
     {"ragged_positions", "r", "rrr", 0, ragged_positions, nullptr},
     {"rope", "r", "rrrr", 1, rope, nullptr},

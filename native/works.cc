@@ -14,9 +14,8 @@ constexpr size_t kStaged = 8 << 20;
 
 char* at(const Storage* storage, size_t offset) { return static_cast<char*>(storage->data()) + offset; }
 
-template <size_t N>
-void locate(View (&views)[N], const OpWork::Operand (&operands)[N]) {
-  for (size_t i = 0; i < N; ++i) {
+void locate(View* views, const OpWork::Operand* operands, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
     if (operands[i].storage) views[i].data = at(operands[i].storage, operands[i].offset);
   }
 }
@@ -63,9 +62,10 @@ class Workspace {
 }  // namespace
 
 Status OpWork::run(Backend& backend, Queue queue) {
-  locate(out, out_at);
-  locate(in, in_at);
-  const Arguments arguments{out, in, scalars};
+  locate(out, out_at, kMaxOutputs);
+  locate(in, in_at, kMaxInputs);
+  locate(list.data(), list_at.data(), list.size());
+  const Arguments arguments{out, in, scalars, list.data(), static_cast<int64_t>(list.size())};
   if (!op.workspace) return op.run(backend, queue, arguments, View{});
   const Workspace workspace(backend, queue, op.workspace(backend, arguments));
   if (!workspace.status().ok()) return workspace.status();

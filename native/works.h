@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "environment.h"
 #include "ops.h"
@@ -24,6 +25,8 @@ class OpWork final : public Work {
   const Op& op;
   View out[kMaxOutputs], in[kMaxInputs];
   Operand out_at[kMaxOutputs], in_at[kMaxInputs];
+  std::vector<View> list;
+  std::vector<Operand> list_at;
   double scalars[kMaxScalars] = {};
 };
 

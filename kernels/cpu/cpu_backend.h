@@ -87,6 +87,14 @@ class CpuBackend final : public Backend {
   size_t linear_4bit_workspace(const View& x, const Weight4& w) const override;
   Status linear_4bit(Queue, View y, View x, const Weight4& w, const Epilogue&, View workspace) override;
 
+  // experts.cc
+  Status route_tokens(Queue, View ids, View weights, View scores, View choice, bool softmax, bool normalize,
+                      float tiny, float scale) override;
+  bool takes_experts(DType, int64_t, const Experts&) const override { return true; }
+  size_t linear_experts_workspace(const View& x, const View& ids, const Experts&) const override;
+  Status linear_experts(Queue, View y, View x, View ids, const Experts&, View workspace) override;
+  Status weighted_sum(Queue, View y, View x, View weights, View residual) override;
+
   // rope.cc
   Status rope_tables(Queue, View cos, View sin, View inv_freq, float scale) override;
   Status ragged_positions(Queue, View positions, const RaggedBatch&) override;

@@ -99,11 +99,24 @@ function passing(module: Module, inputs: readonly unknown[], result: unknown): T
   return [...tensorsIn(result)].filter((tensor) => !kept.has(tensor))
 }
 
+const hooked = new WeakMap<Module, Hook & { forward: unknown }>()
+
+/**
+ * Whether forward() is that of the module's class for inputs on a device: it has no other, or a hook that has nothing to
+ * move there, and no weights to bring in.
+ */
+export function runsInPlace(module: Module, device: Device): boolean {
+  if (!Object.hasOwn(module, 'forward')) return true
+  const own = hooked.get(module)
+  return own?.forward === module.forward && own.device === device && !own.withWeights
+}
+
 /** Puts the hook between a module and its callers. */
-export function hook(module: Module, { device, bringBack, withWeights }: Hook): void {
+export function hook(module: Module, how: Hook): void {
+  const { device, bringBack, withWeights } = how
   // eslint-disable-next-line @typescript-eslint/unbound-method -- called with the module
   const forward = module.forward as (...inputs: unknown[]) => unknown
-  const hooked = (...inputs: unknown[]): unknown => {
+  const around = (...inputs: unknown[]): unknown => {
     const made: Tensor[] = []
     const origin = bringBack ? firstTensor(inputs)?.device : undefined
     try {
@@ -120,7 +133,8 @@ export function hook(module: Module, { device, bringBack, withWeights }: Hook): 
       for (const tensor of made) tensor.dispose()
     }
   }
-  Object.defineProperty(module, 'forward', { value: hooked, configurable: true, writable: true })
+  Object.defineProperty(module, 'forward', { value: around, configurable: true, writable: true })
+  hooked.set(module, { ...how, forward: around })
 }
 
 /** Rows, and multiplications, from which a layer's weight is copied to an accelerator for one product. */
@@ -129,15 +143,14 @@ const STREAM_WORK = 2 ** 26
 
 const streams = new WeakMap<Linear, Device>()
 
-/** Whether a product of x with a layer of the CPU is faster where its weight has to be copied to first. */
-function isWorthCopying({ inFeatures, outFeatures }: Linear, x: Tensor): boolean {
-  const rows = x.size / inFeatures
+/** Whether a product of so many rows with a layer of the CPU is faster where its weight has to be copied to first. */
+function isWorthCopying({ inFeatures, outFeatures }: Linear, rows: number): boolean {
   return rows >= STREAM_ROWS && rows * inFeatures * outFeatures >= STREAM_WORK
 }
 
-/** Whether a layer that may multiply elsewhere does so where its weight is, and x too. */
-export function streamsInPlace(layer: Linear, x: Tensor): boolean {
-  return streams.has(layer) && layer.weight.device === x.device && !isWorthCopying(layer, x)
+/** Whether a layer that may multiply elsewhere does so where its weight is, and x too; `rows` of it. */
+export function streamsInPlace(layer: Linear, x: Tensor, rows = x.size / layer.inFeatures): boolean {
+  return streams.has(layer) && layer.weight.device === x.device && !isWorthCopying(layer, rows)
 }
 
 /**
@@ -150,6 +163,8 @@ export function stream(layer: Linear, device: Device): void {
   const { forward } = layer
   streams.set(layer, device)
   const streamed = (x: Tensor, residual?: Tensor): Tensor =>
-    isWorthCopying(layer, x) ? layer.forwardOn(device, x, residual) : forward.call(layer, x, residual)
+    isWorthCopying(layer, x.size / layer.inFeatures)
+      ? layer.forwardOn(device, x, residual)
+      : forward.call(layer, x, residual)
   Object.defineProperty(layer, 'forward', { value: streamed, configurable: true, writable: true })
 }

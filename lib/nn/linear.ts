@@ -1,7 +1,7 @@
 /** Dense linear layers. */
 import { HalfbyteError } from '../errors.js'
 import { noGrad } from '../tensor/autograd.js'
-import { linear } from '../tensor/ops.js'
+import { linear, type ExpertWeight } from '../tensor/ops.js'
 import type { Device } from '../tensor/device.js'
 import type { DType } from '../tensor/dtype.js'
 import type { Tensor } from '../tensor/tensor.js'
@@ -59,6 +59,11 @@ export class Linear extends Module {
     return linear(x, this.weight.value, { bias: this.bias?.value, residual })
   }
 
+  /** @internal The layer as one of many experts; undefined where it can only be called. */
+  expertWeight(): ExpertWeight | undefined {
+    return { kind: 'dense', weight: this.weight.value, bias: this.bias?.value }
+  }
+
   /** A layer of the same kind without bias and without memory. */
   protected twin(): Linear {
     return new Linear(this.inFeatures, this.outFeatures, { bias: false, device: 'meta' })
@@ -104,6 +109,10 @@ export class Linear extends Module {
  * way round, as the product wants it.
  */
 export class Conv1D extends Linear {
+  override expertWeight(): undefined {
+    return undefined
+  }
+
   protected override twin(): Conv1D {
     return new Conv1D(this.inFeatures, this.outFeatures, { bias: false, device: 'meta' })
   }

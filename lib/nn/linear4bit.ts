@@ -11,6 +11,7 @@ import {
   linear4bitGated,
   linear4bitGroup,
   type Activation,
+  type ExpertWeight,
   type Packed4,
   type QuantType,
 } from '../tensor/ops.js'
@@ -128,8 +129,8 @@ export class Linear4bit extends Linear {
     return this.#weight.dequantize(dtype)
   }
 
-  /** The dtype to compute in. A first input may fix it. */
-  #computeDtypeFor(x: Tensor): DType {
+  /** @internal The dtype to compute in. A first input may fix it. */
+  computeDtypeFor(x: Tensor): DType {
     if (this.computeDtype === null && x.dtype !== 'float16' && DTYPES[x.dtype].isFloat) {
       this.computeDtype = x.dtype
     }
@@ -149,7 +150,7 @@ export class Linear4bit extends Linear {
         layer instanceof Linear4bit &&
         (layer.forward === Linear4bit.prototype.forward || streamsInPlace(layer, x)),
     )
-    if (plain.length < layers.length || plain.some((layer) => layer.#computeDtypeFor(x) !== x.dtype))
+    if (plain.length < layers.length || plain.some((layer) => layer.computeDtypeFor(x) !== x.dtype))
       return undefined
     if (needsGrad(x, ...plain.map((layer) => layer.bias?.value))) return undefined
     return {
@@ -173,14 +174,18 @@ export class Linear4bit extends Linear {
     return linear4bitGated(x, first, second, activation, [together.biases[0], together.biases[1]])
   }
 
+  override expertWeight(): ExpertWeight {
+    return { kind: '4bit', weight: this.#weight.operand(this.toString()), bias: this.bias?.value }
+  }
+
   override forwardOn(device: Device, x: Tensor, residual?: Tensor): Tensor {
-    this.#computeDtypeFor(x)
+    this.computeDtypeFor(x)
     return super.forwardOn(device, x, residual)
   }
 
   override forward(x: Tensor, residual?: Tensor): Tensor {
     const weight = this.#weight.operand(this.toString())
-    const compute = this.#computeDtypeFor(x)
+    const compute = this.computeDtypeFor(x)
     const bias = this.bias?.value
     if (compute === x.dtype) return linear4bit(x, weight, { bias, residual })
     const cast = x.to(compute)

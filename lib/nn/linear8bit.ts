@@ -1,7 +1,7 @@
 /** The LLM.int8() linear layer (arXiv 2208.07339). */
 import type { Device } from '../tensor/device.js'
 import type { DType } from '../tensor/dtype.js'
-import { linear8bit } from '../tensor/ops.js'
+import { linear8bit, type ExpertWeight } from '../tensor/ops.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { kaimingUniform } from './init.js'
 import { Conv1D, Linear, type LinearLayerOptions } from './linear.js'
@@ -95,6 +95,14 @@ export class Linear8bit extends Linear {
     return this.#weight.with(this.toString(), ({ codes, scb, source }) =>
       linear8bit(x, codes, scb, { bias: this.bias?.value, residual, threshold, bnbExact, source }),
     )
+  }
+
+  override expertWeight(): ExpertWeight | undefined {
+    if (this.hasFp16Weights) return undefined
+    const { threshold, bnbExact } = this
+    return this.#weight.with(this.toString(), ({ codes, scb }) => {
+      return { kind: 'int8', weight: codes, scb, threshold, bnbExact, bias: this.bias?.value }
+    })
   }
 
   protected override twin(): Linear8bit {
