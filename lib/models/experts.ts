@@ -1,16 +1,18 @@
 /**
  * Mixtures of experts: a router sends each token to a few of many MLPs, and their results are added with its weights
- * (arXiv 2101.03961). Routing stays on the device: the weights are a matrix [T, experts] with zeros for the experts that a
- * token does not go to. Every expert computes all tokens, so that no size depends on the routing and a call can be
- * captured; the cost is that of all experts, whatever their number per token.
+ * (arXiv 2101.03961). Routing stays on the device, and no size depends on it, so that a call can be captured: what a
+ * token has chosen are ids and weights [T, k], and products that read the ids there make its k results, [T k, hidden].
+ * Where there are no such products (ExpertLayers), and with gradients, the weights are a matrix [T, experts] with zeros
+ * for the experts that a token does not go to, and every expert computes all tokens.
  */
 import { ModuleList } from '../nn/containers.js'
-import { FusedExperts, type ExpertActivation, type Experts } from '../nn/experts.js'
+import { FusedExperts, type ChosenExperts, type ExpertActivation, type Experts } from '../nn/experts.js'
 import { Linear } from '../nn/linear.js'
 import { zeros } from '../nn/init.js'
 import { Module } from '../nn/module.js'
 import { Buffer } from '../nn/parameter.js'
 import type { StepRounding } from '../nn/rounding.js'
+import { needsGrad } from '../tensor/autograd.js'
 import type { Device } from '../tensor/device.js'
 import {
   activation,
@@ -22,7 +24,9 @@ import {
   maximum,
   minimum,
   mul,
+  routeTokens,
   sub,
+  weightedSum,
 } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
@@ -31,6 +35,8 @@ import type { DecoderSpec, ExpertSpec, GroupRouting } from './spec.js'
 
 /** Farther apart than any two logits. */
 const FAR = 1e30
+/** Keeps a sum of weights from being 0. */
+const TINY = 1e-20
 
 /** Marks the largest of n values, row by row, with ops that stay on the device. */
 class Marker {
@@ -78,19 +84,35 @@ interface Routes {
 /** What routing needs on a device. */
 class Routing {
   readonly #spec: ExpertSpec
-  readonly #experts: Marker
+  readonly #device: Device
+  #all: Marker | undefined
   /** Of the groups, and of the experts in one. */
   readonly #groups: Marker | undefined
   readonly #inGroup: Marker | undefined
 
   constructor(spec: ExpertSpec, device: Device) {
     this.#spec = spec
-    this.#experts = new Marker(spec.count, device)
+    this.#device = device
     const groups = spec.groupRouting?.groups ?? 1
     if (groups > 1) {
       this.#groups = new Marker(groups, device)
       this.#inGroup = new Marker(spec.count / groups, device)
     }
+  }
+
+  get #experts(): Marker {
+    return (this.#all ??= new Marker(this.#spec.count, this.#device))
+  }
+
+  /** Ids int32 and weights float32 [T, perToken] from logits float32 [T, experts]; `bias` as choose() has it. */
+  route(logits: Tensor, bias: Tensor | undefined): { ids: Tensor; weights: Tensor } {
+    const { perToken, normalize, groupRouting } = this.#spec
+    return tidy(() => {
+      if (!groupRouting) return routeTokens(logits, { perToken, normalize, softmax: true })
+      const scores = activation(logits, 'sigmoid')
+      const choice = this.#choice(scores, bias, groupRouting)
+      return routeTokens(scores, { perToken, choice, normalize, tiny: TINY, scale: groupRouting.scale })
+    })
   }
 
   /** From logits float32 [T, experts]; `bias` is added to the sigmoids for the choice. */
@@ -107,26 +129,29 @@ class Routing {
   }
 
   #chooseInGroups(logits: Tensor, bias: Tensor | undefined, routing: GroupRouting): Routes {
-    const { count, perToken, normalize } = this.#spec
-    const { groups, chosenGroups, scale } = routing
-    const tokens = logits.shape[0]!
+    const { perToken, normalize } = this.#spec
     const scores = activation(logits, 'sigmoid')
-    let choice = bias ? add(scores, bias) : scores
-    if (this.#groups && this.#inGroup) {
-      // a group is as good as its two best experts
-      const each = choice.reshape(tokens * groups, count / groups)
-      const best = this.#inGroup.sum(mul(each, this.#inGroup.mark(each, 2))).reshape(tokens, groups)
-      const open = this.#groups.mark(best, chosenGroups).reshape(tokens * groups, 1)
-      choice = mul(each, open).reshape(tokens, count)
-    }
-    const chosen = this.#experts.mark(choice, perToken)
+    const chosen = this.#experts.mark(this.#choice(scores, bias, routing), perToken)
     const kept = mul(scores, chosen)
-    const weights = normalize ? div(kept, add(this.#experts.sum(kept), 1e-20)) : kept
-    return { chosen, weights: mul(weights, scale) }
+    const weights = normalize ? div(kept, add(this.#experts.sum(kept), TINY)) : kept
+    return { chosen, weights: mul(weights, routing.scale) }
+  }
+
+  /** What experts are chosen by: the scores and their bias, 0 outside of the best groups. */
+  #choice(scores: Tensor, bias: Tensor | undefined, { groups, chosenGroups }: GroupRouting): Tensor {
+    const { count } = this.#spec
+    const tokens = scores.shape[0]!
+    const choice = bias ? add(scores, bias) : scores
+    if (!this.#groups || !this.#inGroup) return choice
+    // a group is as good as its two best experts
+    const each = choice.reshape(tokens * groups, count / groups)
+    const best = this.#inGroup.sum(mul(each, this.#inGroup.mark(each, 2))).reshape(tokens, groups)
+    const open = this.#groups.mark(best, chosenGroups).reshape(tokens * groups, 1)
+    return mul(each, open).reshape(tokens, count)
   }
 
   dispose(): void {
-    for (const marker of [this.#experts, this.#groups, this.#inGroup]) marker?.dispose()
+    for (const marker of [this.#all, this.#groups, this.#inGroup]) marker?.dispose()
   }
 }
 
@@ -149,6 +174,10 @@ class BiasedRouter extends Linear {
 class ExpertList extends ModuleList<GatedMlp> implements Experts {
   run(expert: number, x: Tensor): Tensor {
     return this.at(expert)!.forward(x)
+  }
+
+  chosen(x: Tensor, pairs: number): ChosenExperts | undefined {
+    return GatedMlp.chosen([...this], x, pairs)
   }
 }
 
@@ -195,11 +224,21 @@ export class SparseMlp extends Module implements StepRounding {
       const bias =
         this.gate instanceof BiasedRouter ? this.gate.e_score_correction_bias.value.to(x.device) : undefined
       const logits = this.gate.forward(x).to('float32')
-      const { chosen, weights } = this.#router(x.device).choose(logits, bias)
+      const router = this.#router(x.device)
       const first = this.shared_experts ? this.shared_experts.forward(x, residual) : residual
-      if (!this.bnbExact) return this.#sum(x, chosen, weights.to(x.dtype), first)
-      const sum = this.#sum(x, chosen, weights).to(x.dtype)
-      return first ? add(first, sum) : sum
+      const pairs = x.shape[0]! * this.#spec.perToken
+      const chosen = needsGrad(x, logits, first) ? undefined : this.experts.chosen(x, pairs)
+      // what is added to the sum: afterwards where it is to be rounded before
+      const [added, after] = this.bnbExact ? [undefined, first] : [first, undefined]
+      let sum: Tensor
+      if (chosen) {
+        const { ids, weights } = router.route(logits, bias)
+        sum = weightedSum(chosen(ids), weights, added)
+      } else {
+        const { chosen: marks, weights } = router.choose(logits, bias)
+        sum = this.#sum(x, marks, this.bnbExact ? weights : weights.to(x.dtype), added).to(x.dtype)
+      }
+      return after ? add(after, sum) : sum
     })
   }
 

@@ -1,4 +1,7 @@
 /** The feed-forward part of a layer: x is [T, hidden]. */
+import { ExpertLayers } from '../nn/expert_layers.js'
+import type { ChosenExperts } from '../nn/experts.js'
+import { runsInPlace } from '../nn/hooks.js'
 import { Conv1D, Linear } from '../nn/linear.js'
 import { Linear4bit } from '../nn/linear4bit.js'
 import { Module } from '../nn/module.js'
@@ -58,6 +61,30 @@ export class GatedMlp extends Module implements StepRounding {
   /** `residual` is added to the result. */
   forward(x: Tensor, residual?: Tensor): Tensor {
     return this.down_proj.forward(this.#inner(x), residual)
+  }
+
+  /** forward() of many such MLPs for the tokens that go to each; see Experts.chosen(). */
+  static chosen(mlps: readonly GatedMlp[], x: Tensor, pairs: number): ChosenExperts | undefined {
+    const alike = mlps.every((mlp) => {
+      const own = Object.getPrototypeOf(mlp) as GatedMlp
+      return own.forward === GatedMlp.prototype.forward && runsInPlace(mlp, x.device)
+    })
+    if (!alike || new Set(mlps.map((mlp) => mlp.bnbExact)).size !== 1) return undefined
+    const layers = (name: 'gate_proj' | 'up_proj' | 'down_proj') => {
+      const all = mlps.map((mlp) => mlp[name])
+      return all.every((layer) => layer !== undefined) ? ExpertLayers.of(all, x, pairs) : undefined
+    }
+    const [gate, up, down] = [layers('gate_proj'), layers('up_proj'), layers('down_proj')]
+    const { bnbExact } = mlps[0]!
+    const act = mlps[0]!.#activation
+    if (!gate || !up || !down) return undefined
+    return (ids) =>
+      tidy(() => {
+        const inner = bnbExact
+          ? mul(activation(gate.forward(x, ids), act), up.forward(x, ids))
+          : ExpertLayers.forwardGated(x, ids, gate, up, act)
+        return down.forward(inner, ids)
+      })
   }
 }
 

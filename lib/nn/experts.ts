@@ -5,12 +5,14 @@
  * FusedExperts keeps them so; SplitExperts has a linear layer for each expert, which is how they are quantised. Its
  * names are gate_up_projs.0.weight, gate_up_projs.0.bias, ..., and it takes the fused tensors too.
  */
-import { noGrad } from '../tensor/autograd.js'
-import { concat, linear } from '../tensor/ops.js'
+import { needsGrad, noGrad } from '../tensor/autograd.js'
+import { concat, linear, type ExpertWeight } from '../tensor/ops.js'
 import type { DType } from '../tensor/dtype.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import { ModuleList } from './containers.js'
+import { ExpertLayers } from './expert_layers.js'
+import { runsInPlace } from './hooks.js'
 import { kaimingUniform } from './init.js'
 import { Conv1D, type Linear } from './linear.js'
 import { Module } from './module.js'
@@ -30,10 +32,15 @@ export interface ExpertsOptions {
   device?: Placement | undefined
 }
 
-/** Something that computes experts one by one, on whatever device it has them. */
+/** Results [pairs, hidden] of the experts that tokens have chosen: ids int32 [T, k], a pair for each. */
+export type ChosenExperts = (ids: Tensor) => Tensor
+
+/** Something that computes experts, on whatever device it has them. */
 export interface Experts {
   /** The result of an expert for x [T, hidden]. */
   run(expert: number, x: Tensor): Tensor
+  /** What computes the chosen experts alone for x [T, hidden], in so many pairs; undefined where only run() does. */
+  chosen(x: Tensor, pairs: number): ChosenExperts | undefined
 }
 
 const STACKS = ['gate_up_proj', 'down_proj'] as const
@@ -42,6 +49,24 @@ type Stack = (typeof STACKS)[number]
 /** Input and output features of a projection. */
 function features({ hiddenSize, intermediateSize }: ExpertsOptions, stack: Stack): [number, number] {
   return stack === 'down_proj' ? [intermediateSize, hiddenSize] : [hiddenSize, 2 * intermediateSize]
+}
+
+/** Whether a module computes as its class does, where x is. */
+function isPlain(module: Module, kind: typeof FusedExperts | typeof SplitExperts, x: Tensor): boolean {
+  const own = Object.getPrototypeOf(module) as Module
+  return own.forward === (kind.prototype as Module).forward && runsInPlace(module, x.device)
+}
+
+/** Both projections of the chosen experts, the activation in between. */
+function chosenOf(
+  x: Tensor,
+  { activation }: ExpertsOptions,
+  layersOf: (stack: Stack) => ExpertLayers | undefined,
+): ChosenExperts | undefined {
+  const gateUp = layersOf('gate_up_proj')
+  const down = gateUp && layersOf('down_proj')
+  if (!down) return undefined
+  return (ids) => tidy(() => down.forward(activation(gateUp.forward(x, ids)), ids))
 }
 
 export class FusedExperts extends Module implements Experts {
@@ -119,6 +144,24 @@ export class FusedExperts extends Module implements Experts {
     return linear(x, this.#matrix(stack, expert), { bias: this.#bias(stack, expert) })
   }
 
+  chosen(x: Tensor, pairs: number): ChosenExperts | undefined {
+    if (!isPlain(this, FusedExperts, x) || needsGrad(x, ...this.#values())) return undefined
+    return chosenOf(x, this._options, (stack) => {
+      const weights = Array.from({ length: this.numExperts }, (_, e): ExpertWeight => {
+        return { kind: 'dense', weight: this.#matrix(stack, e), bias: this.#bias(stack, e) }
+      })
+      return ExpertLayers.ofWeights(weights, x, pairs)
+    })
+  }
+
+  *#values(): Generator<Tensor> {
+    for (const stack of STACKS) {
+      yield this[stack].value
+      const bias = this[`${stack}_bias`]
+      if (bias) yield bias.value
+    }
+  }
+
   forward(expert: number, x: Tensor): Tensor {
     return tidy(() => {
       const inner = this._options.activation(this.#project('gate_up_proj', expert, x))
@@ -163,6 +206,11 @@ export class SplitExperts<L extends Linear = Linear> extends Module implements E
 
   #layers(stack: Stack): ModuleList<L> {
     return stack === 'down_proj' ? this.down_projs : this.gate_up_projs
+  }
+
+  chosen(x: Tensor, pairs: number): ChosenExperts | undefined {
+    if (!isPlain(this, SplitExperts, x)) return undefined
+    return chosenOf(x, this._options, (stack) => ExpertLayers.of([...this.#layers(stack)], x, pairs))
   }
 
   forward(expert: number, x: Tensor): Tensor {
