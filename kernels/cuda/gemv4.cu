@@ -21,13 +21,14 @@
 
 #include "activation.cuh"
 #include "cluster.cuh"
+#include "gemv4.cuh"
 #include "launch.cuh"
 #include "table4.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int kMaxWarps = 16, kUnit = 4;  // tiles of a unit
+constexpr int kMaxWarps = 16;
 
 template <typename T>
 struct Gemv {
@@ -45,15 +46,6 @@ struct Gemv {
   int chunk;     // row tiles between two reductions
 };
 
-/// Where a row tile of one of the weights begins.
-struct RowTile {
-  const uint8_t* codes;
-  const char* absmax;
-  const float* nested;
-  int64_t block;  // number of the first absmax of its first row, in the flat order
-  int part;
-};
-
 template <typename T>
 __device__ __forceinline__ RowTile locate(const Gemv<T>& p, int64_t row_tile, bool nested) {
   int part = 0;
@@ -65,41 +57,10 @@ __device__ __forceinline__ RowTile locate(const Gemv<T>& p, int64_t row_tile, bo
     while (part + 1 < p.count && row_tile >= p.before[part + 1]) ++part;
     local -= p.before[part];
   }
-  const Tiled4& w = p.w[part];
-  const int64_t tile = local * p.tiles;
-  RowTile place;
-  place.part = part;
-  place.codes = w.codes + tile * 512;
-  place.absmax = nested ? reinterpret_cast<const char*>(w.absmax.codes + tile * 16)
-                        : reinterpret_cast<const char*>(w.absmax.plain + tile * 16);
-  place.nested = w.absmax.nested;
-  place.block = tile * kTileRows;
-  return place;
+  const Absmax& absmax = p.w[part].absmax;
+  const void* const scales = nested ? static_cast<const void*>(absmax.codes) : absmax.plain;
+  return row_tile_of(p.w[part].codes, scales, absmax.nested, nested, local * p.tiles, part);
 }
-
-/// What a lane 4 g + t holds of a unit: its 16 bytes of each tile, and of tile t the absmax of rows g and
-/// g + 8.
-template <bool kNested>
-struct Unit {
-  uint4 codes[kUnit];
-  float2 scale;   // nested: their nested absmax
-  uint32_t code;  // nested: two bytes
-
-  __device__ __forceinline__ void fetch(const RowTile& at, int tile, int tiles, int lane) {
-    const uint8_t* from = at.codes + (tile * 512 + lane * 16);
-#pragma unroll
-    for (int kk = 0; kk < kUnit; ++kk) codes[kk] = __ldcs(reinterpret_cast<const uint4*>(from) + kk * 32);
-    const int mine = tile + lane % 4, g = lane / 4;
-    if (kNested) {
-      code = *reinterpret_cast<const uint16_t*>(at.absmax + mine * 16 + 2 * g);
-      const int64_t block = at.block + static_cast<int64_t>(g) * tiles + mine;
-      scale.x = at.nested[block / kNestedBlocksize];
-      scale.y = at.nested[(block + int64_t{8} * tiles) / kNestedBlocksize];
-    } else {
-      scale = *reinterpret_cast<const float2*>(at.absmax + mine * 64 + 8 * g);
-    }
-  }
-};
 
 /// Words of 32 k that lanes of a quad hold four each, in order, to those that each needs: lane t gets t,
 /// 4 + t, ...
