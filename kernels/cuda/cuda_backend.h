@@ -16,14 +16,15 @@ namespace halfbyte::cuda {
 struct Launch {
   cudaStream_t stream = nullptr;
   int multiprocessors = 0;
-  int shared = 0;          // bytes of shared memory of a multiprocessor; a block pays 1 KiB besides its own
-  int block_shared = 0;    // bytes that a block can have, its static ones counted in
-  int code = 0;            // 75, 80, 90, ...: the newest code in this build that the device runs
-  int arch = 0;            // the same, or an older one whose kernels are to run instead
-  bool wgmma = false;      // the code is for sm_90a and has its warpgroup products
-  int clusters[3] = {};    // of 2, 4, 8 blocks that run at once, each block on a multiprocessor of its own
-  bool early = false;      // it may start before the kernel in front of it has ended
-  float* parts = nullptr;  // of sums, between blocks of a kernel of the compute queue: skinny4_sm90.cu
+  int shared = 0;        // bytes of shared memory of a multiprocessor; a block pays 1 KiB besides its own
+  int block_shared = 0;  // bytes that a block can have, its static ones counted in
+  int code = 0;          // 75, 80, 90, ...: the newest code in this build that the device runs
+  int arch = 0;          // the same, or an older one whose kernels are to run instead
+  bool wgmma = false;    // the code is for sm_90a and has its warpgroup products
+  int clusters[3] = {};  // of 2, 4, 8 blocks that run at once, each block on a multiprocessor of its own
+  bool large_parameters = false;  // the driver takes kernels with up to 32 KiB of them
+  bool early = false;             // it may start before the kernel in front of it has ended
+  float* parts = nullptr;         // of sums, between blocks of a kernel of the compute queue: skinny4_sm90.cu
 
   int clusters_of(int blocks) const {
     return blocks == 1 ? multiprocessors : clusters[blocks == 2 ? 0 : blocks == 4 ? 1 : 2];
@@ -147,6 +148,18 @@ class CudaBackend final : public Backend {
   Status linear_4bit_gated(Queue, View y, View x, const Weight4* w, const View* bias, Activation act,
                            View workspace) override;
 
+  // experts.cu
+  Status route_tokens(Queue, View ids, View weights, View scores, View choice, bool softmax, bool normalize,
+                      float tiny, float scale) override;
+  bool takes_experts(DType, int64_t pairs, const Experts&) const override;
+  size_t linear_experts_workspace(const View& x, const View& ids, const Experts&) const override;
+  Status linear_experts(Queue, View y, View x, View ids, const Experts&, View workspace) override;
+  size_t linear_experts_gated_workspace(const View& x, const View& ids, const Experts& gate,
+                                        const Experts& up) const override;
+  Status linear_experts_gated(Queue, View y, View x, View ids, const Experts& gate, const Experts& up,
+                              Activation act, View workspace) override;
+  Status weighted_sum(Queue, View y, View x, View weights, View residual) override;
+
   // rope.cu
   Status rope_tables(Queue, View cos, View sin, View inv_freq, float scale) override;
   Status ragged_positions(Queue, View positions, const RaggedBatch&) override;
@@ -166,6 +179,9 @@ class CudaBackend final : public Backend {
 
  private:
   explicit CudaBackend(int index) : index_(index) {}
+  // experts.cu
+  Status multiply_experts(const char* op, Queue queue, const View& y, const View& x, const View& ids,
+                          const Experts& w, const Experts* up, Activation act, const View& workspace);
   cudaStream_t stream(Queue queue) const { return streams_[static_cast<int>(queue)]; }
   ColumnMarks* marks(Queue queue) const;
   /// What every op begins with: this device is current in the calling thread.
@@ -173,8 +189,13 @@ class CudaBackend final : public Backend {
   /// The same for an op whose kernel may start early, if the op queued before was such a one too: its results
   /// are then all that the new one must wait for. Every other op, and every wait for an event, ends that.
   /// `ahead`: what its kernels read before they wait for results; where it is a result of an op that they
-  /// might overtake they do not start early. `results`: what the op writes.
-  Status enter_early(Queue queue, Launch* on, const Spans& results, const Spans& ahead = {});
+  /// might overtake they do not start early. `results`: what the op writes. `settles`: its kernels let the
+  /// next one start only when they have waited themselves, so that all that was written before them is there
+  /// then.
+  Status enter_early(Queue queue, Launch* on, const Spans& results, const Spans& ahead = {},
+                     bool settles = false);
+  /// Whether an op that is queued now may read these before it waits.
+  bool is_settled(const Spans& spans) const { return !early_ || !spans.meets(written_); }
   /// The part of both that changes nothing of this object.
   Status make_current() const;
   void count(int64_t bytes);

@@ -90,6 +90,7 @@ cudaError_t describe(int index, Launch* on) {
   if (error == cudaSuccess) error = read(&major, cudaDevAttrComputeCapabilityMajor);
   if (error == cudaSuccess) error = read(&minor, cudaDevAttrComputeCapabilityMinor);
   if (error == cudaSuccess) error = newest_code(on);
+  on->large_parameters = cuda_info().driver >= 12010;
   // HALFBYTE_CUDA_SHARED, in KiB, lets a block have no more than on a smaller device
   on->block_shared = lowered_to("HALFBYTE_CUDA_SHARED", 64, on->block_shared >> 10) << 10;
   if (error != cudaSuccess || on->arch < 90) return error;
@@ -136,13 +137,14 @@ Status CudaBackend::enter() const {
   return make_current();
 }
 
-Status CudaBackend::enter_early(Queue queue, Launch* on, const Spans& results, const Spans& ahead) {
+Status CudaBackend::enter_early(Queue queue, Launch* on, const Spans& results, const Spans& ahead,
+                                bool settles) {
   if (Status status = make_current(); !status.ok()) return status;
   *on = launch_;
   on->stream = stream(queue);
   on->early = early_ && queue == Queue::compute && !ahead.meets(written_);
   early_ = queue == Queue::compute && launch_.arch >= 90;
-  if (!on->early) written_.count = 0;
+  if (!on->early || settles) written_.count = 0;
   for (int i = 0; early_ && i < results.count; ++i)
     early_ = written_.add(results.at[i].begin, results.at[i].end);
   return {};

@@ -19,7 +19,7 @@ import { noise, relativeError } from '../support/reference.js'
 type Spec = ConstructorParameters<typeof SparseMlp>[0]
 type ExpertSpec = ConstructorParameters<typeof SparseMlp>[1]
 
-const [hiddenSize, intermediateSize] = [256, 128]
+const [hiddenSize, intermediateSize] = [256, 256]
 const spec = {
   names: {},
   hiddenSize,

@@ -77,6 +77,8 @@ async function expected(of: Case, x: Tensor): Promise<Float32Array> {
 }
 
 describe.each(devices())('experts on %s', (device) => {
+  /** One that some form has a kernel for. */
+  const common: FloatDType = device.type === 'cpu' ? 'float32' : 'bfloat16'
   const idsTensor = ({ ids, tokens, k }: Case) => Tensor.from(ids, { shape: [tokens, k], device })
   const input = (rows: number, k: number, dtype: DType, seed = 3) =>
     tidy(() => Tensor.from(noise(rows * k, seed), { shape: [rows, k], device }).to(dtype))
@@ -127,39 +129,37 @@ describe.each(devices())('experts on %s', (device) => {
       )
       const of = { tokens, k, ids: randomIds(tokens, k, count, 5, 4) }
       using ids = idsTensor({ ...of, layers: [] })
-      using x = input(tokens, inner, 'float32')
-      const y = await result(weightsOf(gate!), 'float32', tokens * k, () =>
+      using x = input(tokens, inner, common)
+      const y = await result(weightsOf(gate!), common, tokens * k, () =>
         ops.linearExpertsGated(x, ids, weightsOf(gate!), weightsOf(up!), 'silu'),
       )
       if (y) {
         const g = await expected({ ...of, layers: gate! }, x)
         const u = await expected({ ...of, layers: up! }, x)
         const silu = g.map((v, i) => (v / (1 + Math.exp(-v))) * u[i]!)
-        expect(relativeError(y, silu)).toBeLessThan(limit('float32'))
+        expect(relativeError(y, silu)).toBeLessThan(limit(common))
       }
       for (const layer of [...gate!, ...up!]) layer.dispose()
     })
 
     it('ids that are none give NaN, doubled ones and no tokens are no matter', async () => {
       const layers = Array.from({ length: 3 }, () => make(256, 64, { device, bias: false }))
-      using x = input(2, 256, 'float32')
+      using x = input(2, 256, common)
       const of = { tokens: 2, k: 4, ids: Int32Array.of(2, 3, 0, -1, 1, 1, 1, 2 ** 31 - 1), layers }
       using ids = idsTensor(of)
-      const y = await result(weightsOf(layers), 'float32', 8, () =>
-        ops.linearExperts(x, ids, weightsOf(layers)),
-      )
+      const y = await result(weightsOf(layers), common, 8, () => ops.linearExperts(x, ids, weightsOf(layers)))
       if (y) {
         const wanted = await expected(of, x)
         for (const p of [0, 2, 4, 5, 6]) {
           const row = (values: Float32Array) => values.subarray(p * 64, (p + 1) * 64)
-          expect(relativeError(row(y), row(wanted))).toBeLessThan(limit('float32'))
+          expect(relativeError(row(y), row(wanted))).toBeLessThan(limit(common))
         }
         for (const p of [1, 3, 7])
           expect([...y.subarray(p * 64, (p + 1) * 64)].every(Number.isNaN)).toBe(true)
       }
-      using none = input(0, 256, 'float32')
+      using none = input(0, 256, common)
       using no = Tensor.empty([0, 4], 'int32', device)
-      const empty = await result(weightsOf(layers), 'float32', 0, () =>
+      const empty = await result(weightsOf(layers), common, 0, () =>
         ops.linearExperts(none, no, weightsOf(layers)),
       )
       expect(empty?.length ?? 0).toBe(0)
@@ -167,13 +167,25 @@ describe.each(devices())('experts on %s', (device) => {
     })
   })
 
+  it('have more rows than a block keeps sums of', async () => {
+    const layer = new Linear4bit(256, 40960, { device, bias: false, quantType: 'nf4' })
+    const layers = [layer, layer.copyTo(device)]
+    const of: Case = { tokens: 32, k: 2, layers, ids: randomIds(32, 2, 2, 7) }
+    using ids = idsTensor(of)
+    using x = input(32, 256, 'bfloat16')
+    const weights = weightsOf(layers)
+    const y = await result(weights, 'bfloat16', 64, () => ops.linearExperts(x, ids, weights))
+    if (y) expect(relativeError(y, await expected(of, x))).toBeLessThan(2 * TOLERANCE.bfloat16)
+    for (const each of layers) each.dispose()
+  }, 60_000)
+
   it('are chosen when a recording is replayed', async () => {
     const layers = Array.from(
       { length: 8 },
       () => new Linear4bit(256, 64, { device, bias: false, quantType: 'nf4' }),
     )
     const weights = weightsOf(layers)
-    const dtype = device.type === 'cpu' ? 'float32' : 'bfloat16'
+    const dtype = common
     using x = input(2, 256, dtype)
     using scores = Tensor.zeros([2, 8], 'float32', device)
     const run = () => {
