@@ -259,6 +259,50 @@ export function opCases(device: Device, dtype: DType, sizes: Sizes): OpCase[] {
     ([c, s, i]) => ops.gatherRows8(c!, s!, i!, dtype),
     gathered * (size + 1),
   )
+  add(
+    'routeTokens, 8 of 128',
+    `${rows} x 128`,
+    () => [random([rows, 128], 1, 1, 'float32')],
+    ([scores]) => Object.values(ops.routeTokens(scores!, { perToken: 8, softmax: true, normalize: true })),
+  )
+  add(
+    'weightedSum of 8',
+    matrix,
+    () => [x(), random([rows / 8, 8], 1, 2, 'float32')],
+    ([results, shares]) => ops.weightedSum(results!, shares!),
+  )
+  const [experts, chosen, expertRows] = [16, 8, Math.min(weightRows / 4, 4096)]
+  const weightsOf = (set: Tensor[]) =>
+    ops.expertWeights(
+      Array.from({ length: experts }, (_, e) => ({
+        kind: '4bit',
+        weight: {
+          ...packed(expertRows, set.slice(2 * e, 2 * e + 2)),
+          layout: ops.bestLayout4(device, expertRows, hidden, BLOCK),
+        },
+      })),
+    )!
+  const expertSet = () => [
+    random([1, hidden]),
+    integers(chosen, experts).reshape(1, chosen),
+    ...Array.from({ length: experts }, (_, e) => {
+      const [codes, absmax] = codesAndAbsmax(random([expertRows, hidden], 0.02, e)) as [Tensor, Tensor]
+      const flat = packed(expertRows, [codes, absmax])
+      const parts = ops.tile4(flat, ops.bestLayout4(device, expertRows, hidden, BLOCK))
+      codes.dispose()
+      absmax.dispose()
+      return [parts.codes, parts.absmax]
+    }).flat(),
+  ]
+  if (device.type === 'cpu' || dtype !== 'float32') {
+    add(
+      'linearExperts, nf4',
+      `1 x ${hidden} to ${chosen} of ${experts} x ${expertRows}`,
+      expertSet,
+      ([a, i, ...set]) => ops.linearExperts(a!, i!, weightsOf(set)),
+      chosen * expertRows * hidden * (0.5 + 4 / BLOCK),
+    )
+  }
   const norm = () => random([hidden], 1, 3)
   add(
     'rmsNorm',
