@@ -24,6 +24,7 @@ struct Launch {
   int clusters[3] = {};  // of 2, 4, 8 blocks that run at once, each block on a multiprocessor of its own
   bool large_parameters = false;  // the driver takes kernels with up to 32 KiB of them
   bool early = false;             // it may start before the kernel in front of it has ended
+  uint32_t* arrivals = nullptr;   // a zero for each multiprocessor; a kernel that counts there leaves zeros
   float* parts = nullptr;         // of sums, between blocks of a kernel of the compute queue: skinny4_sm90.cu
 
   int clusters_of(int blocks) const {

@@ -197,6 +197,11 @@ Status CudaBackend::create(int index, std::unique_ptr<Backend>* out) {
   }
   status = backend->check(error, "reading attributes");
   if (!status.ok()) return status;
+  uint32_t*& arrivals = backend->launch_.arrivals;
+  const size_t counters = static_cast<size_t>(backend->launch_.multiprocessors) * sizeof(uint32_t);
+  status = backend->check(cudaMalloc(&arrivals, counters), "allocating counters");
+  if (status.ok()) status = backend->check(cudaMemset(arrivals, 0, counters), "clearing counters");
+  if (!status.ok()) return status;
   if (backend->launch_.wgmma) {
     const size_t bytes = skinny4_sm90_parts(backend->launch_);
     status = backend->check(cudaMalloc(&backend->launch_.parts, bytes), "allocating parts of sums");
@@ -220,6 +225,7 @@ CudaBackend::~CudaBackend() {
   for (cudaStream_t stream : streams_) {
     if (stream) cudaStreamDestroy(stream);
   }
+  cudaFree(launch_.arrivals);
   cudaFree(launch_.parts);
   cudaFree(marks_);
   if (pool_) cudaMemPoolDestroy(pool_);

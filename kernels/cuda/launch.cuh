@@ -32,6 +32,18 @@ __device__ __forceinline__ void bring_near(const void* data, int bytes) {
 #endif
 }
 
+/// By one thread of each of `blocks` blocks that meet at a counter, zero before and after, when all threads
+/// of its block have passed a barrier: whether it is the last, which then sees what all the others have
+/// written.
+__device__ __forceinline__ bool count_arrival(uint32_t* counter, uint32_t blocks) {
+  __threadfence();
+  const bool last = atomicAdd(counter, 1u) == blocks - 1;
+  if (!last) return false;
+  *counter = 0;
+  __threadfence();
+  return true;
+}
+
 struct LaunchShape {
   dim3 grid, block;
   size_t shared = 0;
