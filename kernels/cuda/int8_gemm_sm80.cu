@@ -53,8 +53,8 @@ __device__ __forceinline__ void multiply_block(const Product8<T>& p) {
   let_next_start();
   wait_for_results();
 
-  const int32_t* const columns = p.outliers.list + 1;
-  const int count = p.outliers.list ? p.outliers.list[0] : 0;
+  const int32_t* const columns = p.list + 1;
+  const int count = p.list ? p.list[0] : 0;
   // 16-bit x may begin within a word
   const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(p.x) % 4 / sizeof(T));
   // outlier columns from `from` on, of all the block's rows: a word each

@@ -3,15 +3,17 @@
 // rows of a and more, 5 where K is long; bound by the tensor cores from some hundreds on, below by reading b.
 //
 // A block makes 128 rows of b times kTokens tokens: a producer thread, two consumer warpgroups of 64 rows
-// each, and gatherers.
+// each, and some warps for outlier columns.
 //
 //   ring      a step is 128 k: boxes of b [128][128 bytes] and a [kTokens][128 bytes] by the copy engine,
 //             swizzled. With kPair, two blocks of neighbouring rows of b fetch half of a each, for both
 //   product   4 products of 32 k a step and warpgroup, int32 sums in registers
 //   scale     sums become fp32, times the token's scale
-//   outliers  more steps of the same ring, of 64 columns in 16 bits: x as it is, codes of b, which are exact.
-//             A few columns are gathered by the idle warps while the product runs, more come from where
-//             gather_outliers() has put them, what does not fit there is added by mma.sync
+//   outliers  64 columns in 16 bits at a time, of what the codes of x leave of x, and codes of b, which are
+//             exact. More warps find the columns among the marks and pick b's from the ring while the product
+//             runs, into the memory of the end. Few tokens they read from x, of many gather_rest() has made
+//             rows. Where blocks divide K each has the columns of its part. Columns beyond 64 come in further
+//             rounds, from memory
 //   end       times the row's scale, + bias + residual, rounded once and turned round; without a residual the
 //             copy engine writes it between the first products of the next item (int8_output_sm90.cuh)
 //
@@ -29,12 +31,20 @@
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int kRows = 128, kThreads = 384;  // of a block: rows of b; consumers and the producer
-constexpr int kStep = 128;                  // bytes of a row in a step
-constexpr int kRowBytes = kRows * kStep;    // of b in a step
-constexpr int kFewestSteps = 3;             // of an item; steps beyond K are zeros
+constexpr int kRows = 128;                // of b, of a block
+constexpr int kStep = 128;                // bytes of a row in a step
+constexpr int kRowBytes = kRows * kStep;  // of b in a step
+constexpr int kFewestSteps = 3;           // of an item; steps beyond K are zeros
 
 constexpr int64_t steps_of(int64_t k) { return std::max<int64_t>((k + kStep - 1) / kStep, kFewestSteps); }
+
+/// The warps of a block: two warpgroups of consumers, a producer, and for outlier columns some that pick b's
+/// from the ring and some that read x.
+template <int kTokens>
+struct Warps {
+  static constexpr int kPickers = 2, kReaders = kTokens > 128 ? 1 : 5;
+  static constexpr int kThreads = (9 + kPickers + kReaders) * 32;
+};
 
 /// Shared memory: the ring, results, token scales, barriers.
 template <int kTokens>
@@ -44,12 +54,13 @@ struct Space {
   static constexpr int kStagingAt = kStages * kStage;
   static constexpr int kScalesAt = kStagingAt + 4 * kStaging;
   static constexpr int kBarriersAt = kScalesAt + 2 * kTokens * 4;
-  static constexpr int kAskedAt = kBarriersAt + kStages * 16, kColumnsAt = kAskedAt + 16;
-  static constexpr int kBytes = kColumnsAt + kGatheredByProduct * 4;
+  static constexpr int kSlotsAt = kBarriersAt + kStages * 16 + 32, kColumnsAt = kSlotsAt + 16;
+  static constexpr int kBytes =
+      kColumnsAt + (Warps<kTokens>::kPickers + Warps<kTokens>::kReaders) * kRoundSlots * 4;
   static_assert(kBytes <= 227 << 10);
 };
 struct Maps {
-  CUtensorMap a, b, y, x, codes;  // the last two: outlier columns
+  CUtensorMap a, b, y, rest;
 };
 
 /// How the product is cut: tokens of a block, blocks that divide K of the last items, whether blocks go in
@@ -65,9 +76,11 @@ struct Gemm8 {
   Output<T> out;
   const float* row_absmax;
   const float* scb;
-  const int32_t* list;
   const int8_t* b;
   const T* x;
+  ColumnMarks* marks;  // null without a threshold
+  float threshold;
+  const int32_t* rest_count;  // or null: x is read by the product
   int64_t k;
   int m, steps;
   int row_groups, token_tiles, band;  // groups of the rows of a block, or of a pair
@@ -80,8 +93,7 @@ struct Gemm8 {
 
 #if HALFBYTE_WGMMA
 
-constexpr int kConsumers = 256, kGatherers = 96;  // threads; the latter beside the producer
-constexpr int kStepSlots = kStep / 2;             // outlier columns of a step
+constexpr int kConsumers = 256;  // threads
 
 /// An item: which, and its steps.
 struct Work {
@@ -113,85 +125,112 @@ __device__ __forceinline__ Place place_of(const Gemm8<T>& p, int item) {
   return {in_band / width, band * p.band + in_band % width};
 }
 
-/// Outlier columns for which there is room, in slots; those beyond are added one by one.
-template <typename T>
-__device__ __forceinline__ int slots_of(int count) {
-  constexpr int kPieces = OutlierType<T>::kPieces;
-  return min(count, kOutlierSlots / kPieces) * kPieces;
+/// 16 bytes of a row of a stage: 8 slots.
+__device__ __forceinline__ char* piece_at(char* stage, int row, int piece) {
+  return stage + row * kStep + ((piece ^ (row & 7)) * 16);
 }
 
-/// Steps of outlier columns of this block: blocks that divide an item take them in turn.
-template <typename T>
-__device__ __forceinline__ int first_outlier(const Gemm8<T>& p, int n) {
-  return n == p.rounds ? blockIdx.x % p.splits : 0;
-}
-template <typename T>
-__device__ __forceinline__ int outlier_step(const Gemm8<T>& p, int n) {
-  return n == p.rounds ? p.splits : 1;
+/// A barrier of the consumers.
+__device__ __forceinline__ void consumer_barrier() {
+  asm volatile("bar.sync %0, %1;\n" ::"n"(3), "n"(kConsumers) : "memory");
 }
 
-__device__ __forceinline__ void store_release(int* shared, int value) {
-  asm volatile("st.release.cta.shared.u32 [%0], %1;\n" ::"r"(shared_address(shared)), "r"(value) : "memory");
-}
-__device__ __forceinline__ int load_acquire(const int* shared) {
-  int value;
-  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];\n"
-               : "=r"(value)
-               : "r"(shared_address(shared))
-               : "memory");
-  return value;
-}
-/// A barrier of the threads beside the producer.
-__device__ __forceinline__ void gather_barrier() {
-  asm volatile("bar.sync %0, %1;\n" ::"n"(3), "n"(kGatherers) : "memory");
-}
-
-/// Up to kGatheredByProduct slots of 128 rows of b and kTokens tokens, straight from b and x into registers,
-/// and from there into a stage, where the copy engine would put them.
+/// What a warp knows of the outlier columns of a round, and how it brings them into shared memory.
 template <int kTokens, typename T>
-struct Gathered {
+struct Gatherer {
   using Half = typename OutlierType<T>::type;
-  static constexpr int kPieces = OutlierType<T>::kPieces, kSlots = kGatheredByProduct,
-                       kLoads = kTokens > 64 ? 4 : 8;
-  static constexpr int kEach = (kRows + kTokens + kGatherers - 1) / kGatherers;
-  static_assert(kSlots == 8);
-  Vec<Half, kSlots> rows[kEach];
+  static constexpr int kPieces = OutlierType<T>::kPieces;
+  static constexpr int kPickers = Warps<kTokens>::kPickers, kReaders = Warps<kTokens>::kReaders;
+  static constexpr int kOwnRows = kRows / kPickers;        // of a picker
+  static constexpr int kTogether = kTokens > 128 ? 1 : 2;  // loads of 32 tokens x 8 slots under way
+  const Gemm8<T>& p;
+  char* const rows;  // [kRows][kRoundSlots] of b
+  int* const columns;
+  int here;  // columns of this round
 
-  /// `columns` of the slots, which repeat the last one.
-  __device__ __forceinline__ void fetch(const Gemm8<T>& p, int slots, const int* columns, int64_t first_row,
-                                        int64_t first_token) {
+  /// By reader `reader`: [kTokens][kRoundSlots] of x.
+  __device__ __forceinline__ void fetch_tokens(char* tokens, int64_t first_token, int reader) const {
+    constexpr int kGroups = kTokens / 32;
+    const int lane = threadIdx.x % 32, slots = here * kPieces, units = (slots + 7) / 8 * kGroups;
+#pragma unroll 1
+    for (int from = reader; from < units; from += kTogether * kReaders) {
+      EightSlots<T> eight[kTogether];
+      float most[kTogether];
 #pragma unroll
-    for (int i = 0; i < kEach * kSlots / kLoads; ++i) {
-      const int at = threadIdx.x - (kThreads - kGatherers) + i / (kSlots / kLoads) * kGatherers;
-      const int first = i % (kSlots / kLoads) * kLoads;
-      Half* const to = rows[i / (kSlots / kLoads)].v + first;
-      if (at < kRows) {
-        const int8_t* const b = p.b + min(first_row + at, p.out.n - 1) * p.k;
-        int8_t in[kLoads];
-#pragma unroll
-        for (int j = 0; j < kLoads; ++j) in[j] = b[columns[first + j]];
-#pragma unroll
-        for (int j = 0; j < kLoads; ++j) to[j] = from_float<Half>(first + j < slots ? in[j] : 0.0f);
-      } else {
-        const T* const x = p.x + min(first_token + at - kRows, int64_t{p.m} - 1) * p.k;
-        T in[kLoads];
-#pragma unroll
-        for (int j = 0; j < kLoads; ++j) in[j] = x[columns[first + j]];
-#pragma unroll
-        for (int j = 0; j < kLoads; ++j)
-          to[j] = first + j < slots ? piece_of(in[j], (first + j) % kPieces) : from_float<Half>(0.0f);
+      for (int i = 0; i < kTogether; ++i) {
+        const int unit = from + i * kReaders;
+        if (unit >= units) continue;
+        const int64_t token = min(first_token + unit % kGroups * 32 + lane, int64_t{p.m} - 1);
+        most[i] = p.row_absmax[token];
+        eight[i].fetch(p.x + token * p.k, columns, here, unit / kGroups * 8);
       }
-      asm volatile("" ::: "memory");  // one after the other: registers are few
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int unit = from + i * kReaders;
+        if (unit >= units) continue;
+        *reinterpret_cast<Vec<Half, 8>*>(piece_at(tokens, unit % kGroups * 32 + lane, unit / kGroups)) =
+            eight[i].rest(Rest<T>(most[i], p.threshold), here, unit / kGroups * 8);
+      }
+    }
+#pragma unroll 1
+    for (int unit = units + reader; unit < filled_slots(slots) / 8 * kGroups; unit += kReaders)
+      *reinterpret_cast<uint4*>(piece_at(tokens, unit % kGroups * 32 + lane, unit / kGroups)) =
+          make_uint4(0, 0, 0, 0);
+  }
+  /// Of the rows of picker `picker`: what the columns leave of the slots.
+  __device__ __forceinline__ void clear_rest(int picker) const {
+    const int slots = here * kPieces;
+#pragma unroll
+    for (int i = 0; i < kOwnRows / 32; ++i) {
+      const int row = picker * kOwnRows + i * 32 + threadIdx.x % 32;
+      int slot = slots;
+#pragma unroll 1
+      for (; slot % 8 != 0; ++slot)
+        *reinterpret_cast<uint16_t*>(piece_at(rows, row, slot / 8) + slot % 8 * 2) = 0;
+#pragma unroll 1
+      for (; slot < filled_slots(slots); slot += 8)
+        *reinterpret_cast<uint4*>(piece_at(rows, row, slot / 8)) = make_uint4(0, 0, 0, 0);
     }
   }
-  __device__ __forceinline__ void store(char* stage) const {
+  __device__ __forceinline__ void put(int row, int column, int8_t code) const {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int at = threadIdx.x - (kThreads - kGatherers) + i * kGatherers;
-      if (at >= kRows + kTokens) continue;
-      char* const row = stage + at * kStep;
-      *reinterpret_cast<Vec<Half, kSlots>*>(row + (at & 7) * 16) = rows[i];
-      *reinterpret_cast<uint4*>(row + (1 ^ (at & 7)) * 16) = make_uint4(0, 0, 0, 0);
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int slot = column * kPieces + piece;
+      *reinterpret_cast<Half*>(piece_at(rows, row, slot / 8) + slot % 8 * 2) = from_float<Half>(code);
+    }
+  }
+  /// Of all rows, those columns whose lanes are `picked`, which are in this stage. A lane holds two columns.
+  __device__ __forceinline__ void pick(char* stage, const uint32_t (&picked)[2], const int (&held)[2]) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      for (uint32_t left = picked[h]; left; left &= left - 1) {
+        const int from = __ffs(static_cast<int>(left)) - 1;
+        const int byte = __shfl_sync(0xffffffffu, held[h], from) % kStep;
+        int8_t code[kRows / 32];
+#pragma unroll
+        for (int i = 0; i < kRows / 32; ++i) code[i] = piece_at(stage, i * 32 + lane, byte / 16)[byte % 16];
+#pragma unroll
+        for (int i = 0; i < kRows / 32; ++i) put(i * 32 + lane, h * 32 + from, code[i]);
+      }
+    }
+  }
+  /// By picker `picker`, from memory.
+  __device__ __forceinline__ void fetch_rows(int64_t first_row, int picker) const {
+#pragma unroll 1
+    for (int i = 0; i < kOwnRows / 32; ++i) {
+      const int row = picker * kOwnRows + i * 32 + threadIdx.x % 32;
+      const int8_t* const b = p.b + min(first_row + row, p.out.n - 1) * p.k;
+#pragma unroll 1
+      for (int from = 0; from < here; from += 8) {
+        int8_t in[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) in[j] = b[columns[min(from + j, here - 1)]];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (from + j < here) put(row, from + j, in[j]);
+        }
+      }
     }
   }
 };
@@ -210,46 +249,6 @@ __device__ __forceinline__ void write_plain(const Output<T>& out, int64_t tokens
       out.store(m, row, acc[i]);
     else
       out.y[m * out.n + row] = acc[i];
-  }
-}
-
-/// Adds the outlier columns that there is no room for, 16 slots at a time by mma.sync, whose C is laid out
-/// like wgmma's; both operands come straight from memory.
-template <int kTokens, typename T>
-__device__ __forceinline__ void add_columns(const Gemm8<T>& p, float (&acc)[kTokens / 2], int count,
-                                            int64_t first_row, int64_t first_token) {
-  using Half = typename OutlierType<T>::type;
-  constexpr int kPieces = OutlierType<T>::kPieces;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, slots = count * kPieces;
-  const int64_t row = first_row + threadIdx.x / 32 % 4 * 16 + g;
-  const int64_t rows[2] = {min(row, p.out.n - 1), min(row + 8, p.out.n - 1)};
-#pragma unroll 1
-  for (int from = kOutlierSlots / kPieces * kPieces + t * 2; from - t * 2 < slots; from += 16) {
-    int column[4];  // of the slots of this lane: two, and two more 8 slots further
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int slot = from + i / 2 * 8 + i % 2;
-      column[i] = slot < slots ? p.list[1 + slot / kPieces] : -1;
-    }
-    uint32_t a[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int8_t* const b = p.b + rows[i % 2] * p.k;
-      const int c0 = column[i / 2 * 2], c1 = column[i / 2 * 2 + 1];
-      a[i] = pair_of<Half>(c0 < 0 ? 0.0f : b[c0], c1 < 0 ? 0.0f : b[c1]);
-    }
-#pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-      const T* const x = p.x + min(first_token + j * 8 + g, int64_t{p.m} - 1) * p.k;
-      Vec<Half, 2> b[2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int piece = (from + i / 2 * 8 + i % 2) % kPieces;
-        b[i / 2].v[i % 2] = column[i] < 0 ? from_float<Half>(0.0f) : piece_of(x[column[i]], piece);
-      }
-      multiply(*reinterpret_cast<float(*)[4]>(acc + j * 4), a, *reinterpret_cast<uint32_t*>(&b[0]),
-               *reinterpret_cast<uint32_t*>(&b[1]), Half{});
-    }
   }
 }
 
@@ -274,8 +273,8 @@ __device__ __forceinline__ void finish(const Gemm8<T>& p, float (&acc)[kTokens /
 }
 
 template <int kSplits, int kTokens, typename T, typename V>
-__device__ __forceinline__ void finish_divided(const Gemm8<T>& p, const V (&acc)[kTokens / 2], int count,
-                                               char* ring, char* staging, int group, int64_t first_row,
+__device__ __forceinline__ void finish_divided(const Gemm8<T>& p, const V (&acc)[kTokens / 2], char* ring,
+                                               char* staging, int group, int64_t first_row,
                                                int64_t first_token) {
   constexpr int kShare = kTokens / kSplits;
   if constexpr (kShare >= 16 && kTokens < 256) {  // more would not fit into registers
@@ -283,7 +282,6 @@ __device__ __forceinline__ void finish_divided(const Gemm8<T>& p, const V (&acc)
     exchange_sums<kSplits, kConsumers>(total, acc, ring);
     first_token += cluster_rank() * kShare;
     if constexpr (std::is_same_v<V, float>) {
-      add_columns<kShare>(p, total, count, first_row, first_token);
       finish<kShare>(p, total, staging, group, first_row, first_token);
     } else {
       write_plain<kShare>(p.out, p.m, total, first_row, first_token);
@@ -294,15 +292,27 @@ __device__ __forceinline__ void finish_divided(const Gemm8<T>& p, const V (&acc)
 #endif  // HALFBYTE_WGMMA
 
 template <typename T, int kTokens, bool kPair>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
     int8_gemm_kernel(const __grid_constant__ Gemm8<T> p, const __grid_constant__ Maps maps) {
 #if HALFBYTE_WGMMA
   using S = Space<kTokens>;
+  constexpr int kPickers = Warps<kTokens>::kPickers, kReaders = Warps<kTokens>::kReaders;
   constexpr int kStages = S::kStages, kBlocks = kPair ? 2 : 1;
   constexpr bool kSums = std::is_same_v<T, int32_t>;  // nothing but the sums
   extern __shared__ __align__(1024) char space[];
   const uint32_t ring = shared_address(space), full = ring + S::kBarriersAt, empty = full + kStages * 8;
-  int* const asked = reinterpret_cast<int*>(space + S::kAskedAt);  // items whose outliers may be stored
+  // outlier columns: b's, and up to 128 tokens x's, are where the end will be, with more tokens x's in the
+  // ring
+  constexpr bool kInRing = kTokens > 128;
+  const bool outliers = !kSums && p.marks;
+  char* const outlier_rows = space + S::kStagingAt;
+  int* const outlier_slots =
+      reinterpret_cast<int*>(space + S::kSlotsAt);  // of this round; + kMore: not the last
+  // a round is there; it is multiplied and another comes; an item has begun, those before have left;
+  // the reader may fill a stage
+  const uint32_t outliers_full = empty + kStages * 8, outliers_empty = outliers_full + 8,
+                 outliers_free = outliers_full + 16, outliers_asked = outliers_full + 24;
+  constexpr int kMore = 1 << 16;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const int rank = kPair ? cluster_rank() : 0;
@@ -311,10 +321,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == kConsumers) {
     for (int i = 0; i < kStages; ++i) {
       init_barrier(full + i * 8, 1);
-      init_barrier(empty + i * 8, kBlocks * kConsumers / 32);
+      init_barrier(empty + i * 8, kBlocks * kConsumers / 32 + (outliers ? 1 : 0));
+    }
+    if (outliers) {
+      init_barrier(outliers_full, kPickers + kReaders);
+      init_barrier(outliers_empty, kConsumers / 32);
+      init_barrier(outliers_free, 2);
+      init_barrier(outliers_asked, 1);
     }
     publish_barriers();
-    *asked = 0;
   }
   const auto fetch_rows = [&](int stage, const CUtensorMap& map, int row, int column) {
     arrive_expecting(full + stage * 8, S::kStage);
@@ -339,12 +354,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     cluster_barrier();
   else
     __syncthreads();
-  const int count = !kSums && p.list ? p.list[0] : 0;
-  const int slots = kSums ? 0 : slots_of<T>(count);
-
   if (warp >= kConsumers / 32) {
-    give_registers<40>();
+    give_registers<(kTokens > 128 ? 56 : 88)>();
     if (threadIdx.x == kConsumers) {
+      const int columns = kInRing && outliers ? *p.rest_count : 0;
       int stage = 0;
       uint32_t parity = 1;
       const auto next = [&] {
@@ -363,37 +376,127 @@ __global__ void __launch_bounds__(kThreads, 1)
             fetch_rows(stage, maps.b, row, column);
           fetch_tokens(stage, maps.a, token, column);
         }
-        const int step = outlier_step(p, n);
-        for (int i = first_outlier(p, n); i * kStepSlots < slots; i += step, next()) {
+        for (int round = 0; kInRing && round * kRoundColumns<T> < columns; ++round, next()) {
           wait_barrier(empty + stage * 8, parity);
-          if (slots <= kGatheredByProduct) {
-            store_release(asked, n + 1);
+          if (round >= kRestRounds) {  // a reader fills it
+            arrive(outliers_asked);
+            wait_barrier(full + stage * 8, parity ^ 1);
             continue;
           }
-          fetch_rows(stage, maps.codes, row, i * kStepSlots);
-          fetch_tokens(stage, maps.x, token, i * kStepSlots);
+          arrive_expecting(full + stage * 8, kTokens * kStep);
+          fetch_tile(ring + stage * S::kStage + kRowBytes, maps.rest, token, round * kRoundSlots,
+                     full + stage * 8);
         }
       }
-    } else if (!kSums && slots > 0 && slots <= kGatheredByProduct && warp > kConsumers / 32) {
-      int* const columns = reinterpret_cast<int*>(space + S::kColumnsAt);
-      const int own = threadIdx.x - (kThreads - kGatherers);
-      if (own < kGatheredByProduct) columns[own] = p.list[1 + min(own, slots - 1) / OutlierType<T>::kPieces];
-      gather_barrier();
-      int done = 0;  // steps of the ring
+    } else if (outliers && warp > kConsumers / 32) {
+      const int own = warp - kConsumers / 32 - 1, reader = own - kPickers;  // pickers come first
+      Gatherer<kTokens, T> gatherer{p, outlier_rows,
+                                    reinterpret_cast<int*>(space + S::kColumnsAt) + own * kRoundSlots, 0};
+      constexpr int kColumns = kRoundColumns<T>;
+      int stage = 0, all = 0, more_rounds = 0, asked = 0;
+      uint32_t parity = 0;
+      const auto next = [&] {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      };
+      // Until the consumers have begun this item, and those before have left the memory of the end. Each warp
+      // waits for that before it writes there, at first only before it says that its part is there: once an
+      // item, and before the consumers can begin another.
+      const auto wait_for_memory = [&](int n) { wait_barrier(outliers_free, n & 1); };
       Work work;
       for (int n = 0; find_work<kPair>(p, n, &work); ++n) {
-        done += work.steps;
-        if (first_outlier(p, n) > 0) continue;
         const Place place = place_of(p, work.item);
-        Gathered<kTokens, T> gathered;
-        gathered.fetch(p, slots, columns, static_cast<int64_t>(place.rows * kBlocks + rank) * kRows,
-                       static_cast<int64_t>(place.tokens) * kTokens);
-        while (load_acquire(asked) <= n) __nanosleep(100);
-        const int stage = done++ % kStages;
-        gathered.store(space + stage * S::kStage);
-        publish_shared();
-        gather_barrier();
-        if (own == 0) arrive(full + stage * 8);
+        const int64_t first_row = static_cast<int64_t>(place.rows * kBlocks + rank) * kRows;
+        const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
+        const int begin = work.first_step * kStep;
+        const int end = min(begin + work.steps * kStep, static_cast<int>((p.k + kStep - 1) / kStep) * kStep);
+        int from = 0;
+        do {
+          if (n == 0 || n == p.rounds || all > kColumns)  // else they are those of the item before
+            all = list_columns(p.marks, begin, end, from, kColumns, gatherer.columns);
+          const int here = gatherer.here = min(all - from, kColumns);
+          if (from > 0)
+            wait_barrier(outliers_empty, more_rounds++ & 1);
+          else if (reader >= 0 && n > 0)
+            wait_for_memory(n);
+          const bool waits = from == 0 && n == 0;
+          if (reader < 0) {
+            if (from > 0) {
+              gatherer.fetch_rows(first_row, own);
+            } else {
+              bool waited = false;
+              const int held[2] = {lane < here ? gatherer.columns[lane] : -kStep,
+                                   lane + 32 < here ? gatherer.columns[lane + 32] : -kStep};
+              for (int i = 0; i < work.steps; ++i, next()) {
+                if (stage % kPickers != own) continue;
+                wait_barrier(full + stage * 8, parity);
+                const uint32_t picked[2] = {
+                    __ballot_sync(0xffffffffu, held[0] / kStep == work.first_step + i),
+                    __ballot_sync(0xffffffffu, held[1] / kStep == work.first_step + i)};
+                if ((picked[0] | picked[1]) != 0) {
+                  if (!waited && n > 0) {
+                    wait_for_memory(n);
+                    waited = true;
+                  }
+                  gatherer.pick(space + stage * S::kStage, picked, held);
+                }
+                __syncwarp();
+                if (lane == 0) arrive(empty + stage * 8);
+              }
+              if (!waited) wait_for_memory(n);
+            }
+            gatherer.clear_rest(own);
+            if (own == 0 && lane == 0)
+              *outlier_slots = here * gatherer.kPieces + (from + here < all ? kMore : 0);
+            __syncwarp();
+            if (lane == 0) arrive(outliers_full);
+            if (kInRing && here > 0) {  // the stage with the tokens
+              if (stage % kPickers == own) {
+                wait_barrier(full + stage * 8, parity);
+                if (lane == 0) arrive(empty + stage * 8);
+              }
+              next();
+            }
+          } else if (kInRing) {
+            if (waits) wait_for_memory(n);
+            if (lane == 0) arrive(outliers_full);
+            if (from == 0) {
+              for (int i = 0; i < work.steps; ++i) next();
+            }
+            if (here > 0) {
+              if (from >= kRestRounds * kColumns) {
+                wait_barrier(outliers_asked, asked++ & 1);
+                gatherer.fetch_tokens(space + stage * S::kStage + kRowBytes, first_token, reader);
+                publish_shared();
+                __syncwarp();
+                if (lane == 0) arrive(full + stage * 8);
+              }
+              next();
+            }
+          } else if (p.rest_count && n != p.rounds && from < kRestRounds * kColumns && here > 0) {
+            // of a part of K the columns do not lie together there
+            if (lane == 0 && reader == 0)
+              fetch_tile(shared_address(outlier_rows) + kRowBytes, maps.rest, static_cast<int>(first_token),
+                         from / kColumns * kRoundSlots, outliers_full);
+            if (waits) wait_for_memory(n);
+            if (lane == 0 && reader == 0)
+              arrive_expecting(outliers_full, kTokens * kStep);
+            else if (lane == 0)
+              arrive(outliers_full);
+          } else {
+            gatherer.fetch_tokens(outlier_rows + kRowBytes, first_token, reader);
+            publish_shared();
+            if (waits) wait_for_memory(n);
+            __syncwarp();
+            if (lane == 0) arrive(outliers_full);
+          }
+          from += kColumns;
+        } while (from < all);
+      }
+      // nobody needs the marks any more when the last warp of the last block is here
+      bool last = false;
+      if (lane == 0) last = count_arrival(&p.marks->done, gridDim.x * (kPickers + kReaders));
+      if (__any_sync(0xffffffffu, last)) {
+        for (int64_t w = lane; w < (p.k + 31) / 32; w += 32) p.marks->bits[w] = 0;
       }
     }
     __syncwarp();
@@ -402,12 +505,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       cluster_barrier();
     }
   } else {
-    take_registers<232>();
+    take_registers<(kTokens > 128 ? 224 : 168)>();
     const int group = warp / 4;
     char* const staging = space + S::kStagingAt + group * (2 * kStaging);
     float* const scales = reinterpret_cast<float*>(space + S::kScalesAt) + group * kTokens;
     int stage = 0;
-    uint32_t parity = 0;
+    uint32_t parity = 0, outlier_parity = 0;
     const auto release = [&](int of) __attribute__((always_inline)) {
       if (kPair) {
         if (lane < 2) arrive_at(empty + of * 8, lane);
@@ -462,7 +565,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       const auto store_scales = [&]() __attribute__((always_inline)) {
         if constexpr (!kSums) {
-          if (threadIdx.x % kGroup == 0) wait_stores<0>();
+          if (threadIdx.x % kGroup == 0) {
+            wait_stores<0>();
+            if (outliers) arrive(outliers_free);
+          }
 #pragma unroll
           for (int i = 0; i < (kTokens + kGroup - 1) / kGroup; ++i) {
             const int at = threadIdx.x % kGroup + i * kGroup;
@@ -505,11 +611,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         cluster_meet();
         if (p.splits == 2)
-          finish_divided<2, kTokens>(p, sums, 0, free, staging, group, first_row, first_token);
+          finish_divided<2, kTokens>(p, sums, free, staging, group, first_row, first_token);
         else if (p.splits == 4)
-          finish_divided<4, kTokens>(p, sums, 0, free, staging, group, first_row, first_token);
+          finish_divided<4, kTokens>(p, sums, free, staging, group, first_row, first_token);
         else
-          finish_divided<8, kTokens>(p, sums, 0, free, staging, group, first_row, first_token);
+          finish_divided<8, kTokens>(p, sums, free, staging, group, first_row, first_token);
       } else {
         const bool divided = !kPair && n == p.rounds;
         const auto keep_results = [&](const auto& of) __attribute__((always_inline)) {
@@ -523,7 +629,14 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
           pending = R::kLater > 0;
         };
-        if (follows && slots == 0 && !divided) {
+        int todo = 0;  // slots of a round, + kMore
+        const auto wait_for_round = [&] {
+          wait_barrier(outliers_full, outlier_parity);
+          outlier_parity ^= 1;
+          todo = *outlier_slots;
+        };
+        if (outliers) wait_for_round();
+        if (follows && todo == 0 && !divided) {
           keep_results(sums);
           continue;
         }
@@ -536,26 +649,53 @@ __global__ void __launch_bounds__(kThreads, 1)
             acc[j * 4 + e] = static_cast<float>(sums[j * 4 + e]) * (e % 2 ? pair.y : pair.x);
         }
         hold_registers(acc);
-        const int step = outlier_step(p, n);
-        for (int i = first_outlier(p, n); i * kStepSlots < slots; i += step) {
+        while (todo > 0) {
           using Half = typename OutlierType<T>::type;
-          wait_barrier(full + stage * 8, parity);
-          const uint32_t at = ring + stage * S::kStage;
-          const int r = group * 64 + warp % 4 * 16 + lane % 16;
-          for (int j = 0; j < min(kStepSlots, slots - i * kStepSlots); j += 16) {
-            uint32_t a[4];
-            load_matrices(a, at + r * kStep + (((j / 8 + lane / 16) ^ (r & 7)) * 16));
+          const int slots = todo % kMore;
+          const bool more = todo >= kMore;
+          const uint32_t at = shared_address(outlier_rows);
+          uint32_t tokens = at + kRowBytes;
+          if (kInRing) {
+            wait_barrier(full + stage * 8, parity);
+            tokens = ring + stage * S::kStage + kRowBytes;
+          }
+          const auto load = [&](uint32_t(&a)[4], int j) {
+            const int r = group * 64 + warp % 4 * 16 + lane % 16;
+            load_matrices(a, at + r * kStep + (((j * 2 + lane / 16) ^ (r & 7)) * 16));
+          };
+          if (slots > 16) {
+            uint32_t a[4][4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) load(a[j], j);
             begin_group();
-            multiply_group(acc, a, describe_b(at + kRowBytes, j), true, Half{});
+#pragma unroll
+            for (int j = 0; j < 4; ++j) multiply_group(acc, a[j], describe_b(tokens, j * 16), true, Half{});
+            commit_group();
+            wait_group<0>();
+            hold_registers(acc);
+            hold_registers(a);
+          } else {
+            uint32_t a[4];
+            load(a, 0);
+            begin_group();
+            multiply_group(acc, a, describe_b(tokens, 0), true, Half{});
             commit_group();
             wait_group<0>();
             hold_registers(acc);
           }
-          release(stage);
-          if (++stage == kStages) stage = 0, parity ^= 1;
+          if (kInRing) {
+            release(stage);
+            if (++stage == kStages) stage = 0, parity ^= 1;
+          }
+          __syncwarp();
+          if (!more) {
+            consumer_barrier();  // both groups have left the memory of the end
+            break;
+          }
+          if (lane == 0) arrive(outliers_empty);
+          wait_for_round();
         }
         if (!divided) {
-          add_columns<kTokens>(p, acc, count, first_row, first_token);
           if (follows)
             keep_results(acc);
           else {
@@ -567,11 +707,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         results = {};
         cluster_meet();  // nothing more comes, the rings of the cluster are free
         if (p.splits == 2)
-          finish_divided<2, kTokens>(p, acc, count, free, staging, group, first_row, first_token);
+          finish_divided<2, kTokens>(p, acc, free, staging, group, first_row, first_token);
         else if (p.splits == 4)
-          finish_divided<4, kTokens>(p, acc, count, free, staging, group, first_row, first_token);
+          finish_divided<4, kTokens>(p, acc, free, staging, group, first_row, first_token);
         else
-          finish_divided<8, kTokens>(p, acc, count, free, staging, group, first_row, first_token);
+          finish_divided<8, kTokens>(p, acc, free, staging, group, first_row, first_token);
       }
     }
     if (pending) write_rest();
@@ -607,9 +747,11 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
   p.out = product.out;
   p.row_absmax = product.row_absmax;
   p.scb = product.scb;
-  p.list = product.outliers.list;
   p.b = product.b;
   p.x = product.x;
+  p.marks = product.marks;
+  p.threshold = product.threshold;
+  p.rest_count = product.rest_count;
   p.k = product.k;
   p.m = static_cast<int>(product.m);
   p.steps = static_cast<int>(steps_of(product.k));
@@ -634,16 +776,15 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
     const DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
     if (p.engine && error == cudaSuccess)
       error = describe_tiles(&maps.y, dtype, p.out.y, product.m, n, std::min(kTokens, kStaged));
-    if (p.list && error == cudaSuccess) {
-      error = describe_tiles(&maps.x, dtype, product.outliers.x, product.m, kOutlierSlots, kBoxTokens);
-      if (error == cudaSuccess)
-        error = describe_tiles(&maps.codes, dtype, product.outliers.weight, n, kOutlierSlots, kRows);
+    if (p.rest_count && error == cudaSuccess) {
+      const DType half = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
+      error = describe_tiles(&maps.rest, half, product.rest, product.m, kRestRounds * kRoundSlots, kTokens);
     }
   }
   if (error != cudaSuccess) return error;
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(rounds.blocks));
-  shape.block = dim3(kThreads);
+  shape.block = dim3(Warps<kTokens>::kThreads);
   shape.shared = Space<kTokens>::kBytes;
   shape.cluster = kPair ? 2 : static_cast<unsigned>(cut.splits);
   return launch_kernel(on, shape, int8_gemm_kernel<T, kTokens, kPair>, p, maps);
@@ -697,6 +838,10 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
 }
 
 }  // namespace
+
+bool int8_gemm_needs_rest(const Launch& on, int64_t m, int64_t n, int64_t k) {
+  return cut_of(on, m, n, k).tokens > 128 || m > 128;
+}
 
 template <typename T>
 cudaError_t int8_gemm_sm90(const Launch& on, const Product8<T>& product) {

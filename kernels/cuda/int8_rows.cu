@@ -5,9 +5,10 @@
 // groups as fit 512 threads, and there are as many blocks as run at once.
 //
 // With a threshold an element at or above it has code 0 and marks its column: in the bits of the block first,
-// in those of all blocks when it is new there, so that few blocks meet at one word of memory. A second launch
-// reads the bits: its last block makes the list of columns, the others zero the columns' codes in all rows;
-// where there are none it ends at once. Who comes last leaves all bits zero.
+// in those of all blocks when it is new there, so that few blocks meet at one word of memory. Who wants to
+// know which they are launches a second kernel, which reads the bits: its last block makes the list of
+// columns, the others zero the columns' codes in all rows; where there are none it ends at once. Who comes
+// last leaves all bits zero.
 //
 // Rules to the letter (bitsandbytes): codes = rint(x * (127 / absmax)); an all-zero row gives zeros; a NaN
 // gives 0.
@@ -225,7 +226,7 @@ cudaError_t launch(const Launch& on, const Int8Rows& p) {
   if (!(p.threshold > 0.0f)) return launch_kernel(on, shape, rows_kernel<T, N, kHalf, false>, p, threads);
   if (p.cols <= kBlockColumns) shape.shared = static_cast<size_t>((p.cols + 31) / 32 * 4);
   const cudaError_t error = launch_kernel(on, shape, rows_kernel<T, N, kHalf, true>, p, threads);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess || (!p.list && !p.mask)) return error;
   Launch next = on;
   next.early = on.arch >= 90;
   LaunchShape columns;

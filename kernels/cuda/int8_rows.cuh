@@ -173,10 +173,10 @@ struct Piece {
 
 /// Marks of outlier columns on their way from one launch to the next: all zero before and after both. One set
 /// for each stream.
-struct ColumnMarks {
+struct alignas(16) ColumnMarks {
   static constexpr int64_t kMostColumns = int64_t{1} << 20;
-  uint32_t done;  // blocks that have read them
   uint32_t bits[kMostColumns / 32];
+  uint32_t done;  // how many have read them
 };
 
 /// x float [rows, cols] to codes int8 [rows, cols] and absmax float32 [rows].
@@ -194,7 +194,9 @@ struct Int8Rows {
   uint8_t* mask;       // [cols], 1 for such columns; may be null
 };
 
-/// One launch; with a threshold a second one, which lists outlier columns and sets their codes to 0.
+/// One launch; with a threshold a second one, which lists outlier columns and sets their codes to 0. Without
+/// list and mask there is no second one: the marks stay, and what is no outlier in such a column keeps its
+/// code.
 cudaError_t int8_rows(const Launch& on, const Int8Rows& rows);
 
 }  // namespace halfbyte::cuda

@@ -3,9 +3,10 @@
 //
 //   few rows  one launch that reads the weight at the rate of the memory, int8_gemv.cu; not for bnb_exact and
 //             odd K
-//   quantise  int8_rows.cu: codes, absmax, and a list of the outlier columns, whose codes are 0
+//   quantise  int8_rows.cu: codes, absmax, and a list of the outlier columns, whose codes are 0; or marks of
+//             them alone, where the product multiplies what their codes leave of x
 //   multiply  from kFewest rows on, where K and alignment suit the tensor cores: all the rest in one kernel,
-//             int8_gemm_sm90.cu (beside gather_outliers()) or int8_gemm_sm80.cu
+//             int8_gemm_sm90.cu, which takes marks (of many rows after gather_rest()), or int8_gemm_sm80.cu
 //   else      int32 sums, some rows at a time, and finish_kernel, which scales them and adds the outlier
 //             columns: 64 columns x 16 rows of y a block, outlier columns through shared memory 32 at a time.
 //             It can round as bitsandbytes does
@@ -52,7 +53,7 @@ int64_t sum_rows(int64_t m, int64_t n) {
 
 /// Where the parts of the workspace start. Outlier columns and sums are never needed together.
 struct Parts {
-  size_t codes, row_absmax, list, x_columns, weight_columns, sums, product, total;
+  size_t codes, row_absmax, list, rest, sums, product, total;
 };
 
 Parts parts_of(int64_t m, int64_t n, int64_t k, bool threshold) {
@@ -66,11 +67,10 @@ Parts parts_of(int64_t m, int64_t n, int64_t k, bool threshold) {
   p.codes = take(m * k);
   p.row_absmax = take(m * 4);
   p.list = take(threshold ? (k + 1) * 4 : 0);
-  const size_t rest = at;
-  p.x_columns = take(threshold ? m * kOutlierSlots * 2 : 0);
-  p.weight_columns = take(threshold ? n * kOutlierSlots * 2 : 0);
+  const size_t behind = at;
+  p.rest = take(threshold ? m * kRestRounds * kRoundSlots * 2 : 0);
   p.total = at;
-  at = rest;
+  at = behind;
   p.sums = take(sum_rows(m, n) * n * 4);
   p.product = take(m > 8 && has_cublaslt() ? static_cast<int64_t>(kCublasWorkspace) : 0);
   p.total = std::max(p.total, at);
@@ -153,14 +153,15 @@ struct Layer {
   View y, x, weight, scb;
   Epilogue epilogue;
   View codes, row_absmax;
-  const int32_t* list;  // null without a threshold
+  const int32_t* list;  // null without a threshold, and where there are
+  ColumnMarks* marks;   // marks instead
+  float threshold;
   int64_t m, n, k;
   bool bnb_exact;
 };
 
 template <typename T>
-cudaError_t multiply(Launch on, const Layer& layer, const Parts& parts, const View& workspace) {
-  using Half = typename OutlierType<T>::type;
+cudaError_t multiply(const Launch& on, const Layer& layer, const Parts& parts, const View& workspace) {
   Product8<T> product = {};
   product.out = output_of<T>(layer.y, layer.epilogue);
   product.a = layer.codes.as<const int8_t>();
@@ -170,11 +171,14 @@ cudaError_t multiply(Launch on, const Layer& layer, const Parts& parts, const Vi
   product.x = layer.x.as<const T>();
   product.m = layer.m;
   product.k = layer.k;
-  product.outliers = {layer.list, reinterpret_cast<Half*>(workspace.as<char>() + parts.x_columns),
-                      reinterpret_cast<Half*>(workspace.as<char>() + parts.weight_columns)};
+  product.list = layer.list;
+  product.marks = layer.marks;
+  product.threshold = layer.threshold;
   if (!on.wgmma) return int8_gemm_sm80(on, product);
-  if (layer.list) {
-    if (const cudaError_t error = gather_outliers(on, product); error != cudaSuccess) return error;
+  if (layer.marks && int8_gemm_needs_rest(on, layer.m, layer.n, layer.k)) {
+    product.rest = reinterpret_cast<typename OutlierType<T>::type*>(workspace.as<char>() + parts.rest);
+    product.rest_count = reinterpret_cast<int32_t*>(workspace.as<char>() + parts.list);
+    if (const cudaError_t error = gather_rest(on, product); error != cudaSuccess) return error;
   }
   return int8_gemm_sm90(on, product);
 }
@@ -244,11 +248,15 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
     return refuse("linear_8bit", "the workspace is too small");
   if (Status status = enter_early(queue, &on, {y}, {weight}); !status.ok()) return status;
 
-  Layer layer = {y, x, weight, scb, epilogue, {}, {}, nullptr, m, n, k, bnb_exact};
+  const bool gemm = takes_gemm(on, x, k, weight.data, threshold > 0.0f, bnb_exact);
+  Layer layer = {y, x, weight, scb, epilogue, {}, {}, nullptr, nullptr, threshold, m, n, k, bnb_exact};
   layer.codes = part(workspace, parts.codes, DType::i8, m * k);
   layer.row_absmax = part(workspace, parts.row_absmax, DType::f32, m);
-  int32_t* list = threshold > 0.0f ? part(workspace, parts.list, DType::i32, k + 1).as<int32_t>() : nullptr;
-  layer.list = list;
+  int32_t* list = nullptr;
+  if (threshold > 0.0f && gemm && on.wgmma)
+    layer.marks = marks(queue);
+  else if (threshold > 0.0f)
+    layer.list = list = part(workspace, parts.list, DType::i32, k + 1).as<int32_t>();
   const Int8Rows rows{x.data,
                       x.dtype,
                       m,
@@ -265,9 +273,8 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   return check(with_float_type(x.dtype,
                                [&](auto* t) {
                                  using T = std::remove_pointer_t<decltype(t)>;
-                                 return takes_gemm(on, x, k, weight.data, threshold > 0.0f, bnb_exact)
-                                            ? multiply<T>(on, layer, parts, workspace)
-                                            : multiply_and_finish<T>(on, layer, parts, workspace);
+                                 return gemm ? multiply<T>(on, layer, parts, workspace)
+                                             : multiply_and_finish<T>(on, layer, parts, workspace);
                                }),
                "linear_8bit");
 }

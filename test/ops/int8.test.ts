@@ -166,15 +166,20 @@ describe.each(devices())('int8 on %s', (device) => {
     })
   })
 
-  it.each(['float16', 'bfloat16'] as const)(
-    'layers of many rows, %s: a few outliers and more',
-    async (dtype) => {
-      const [m, n, k] = [2304, 4096, 128]
+  // many items a block, and one whose K is divided among blocks
+  it.each([
+    ['float16', 2304, 4096, 128],
+    ['bfloat16', 2304, 4096, 128],
+    ['float16', 200, 300, 4112],
+    ['bfloat16', 200, 300, 4112],
+  ] as const)(
+    'layers of many rows, %s [%i, K] x [%i, K], K = %i: a few outliers and more',
+    async (dtype, m, n, k) => {
       const codes = bytes(n * k, 1)
       const scb = randn(n, 2).map(Math.abs)
       const weight = Tensor.from(codes, { shape: [n, k], device: on })
-      const rows = [0, 1, 255, 256, 1031, 2303]
-      for (const columns of [6, 40]) {
+      const rows = [0, 1, 63, 128, 150, m - 1].concat(m > 256 ? [255, 256, 1031] : [])
+      for (const columns of [6, 100]) {
         const values = randn(m * k, 3).map((v) => rounded(Math.max(-5, Math.min(5, v)), dtype))
         for (let c = 0; c < columns; c++) values[((c * 97) % m) * k + ((c * 41) % k)] = 9.5
         const x = tensorOf(values, [m, k], dtype, on)
