@@ -11,7 +11,7 @@
 // x goes in three pieces (int8_product.cuh).
 //
 // Needs K % 16 = 0 and operands on 16 bytes; M and N below 2^31 (what is beyond is not kept).
-#include <algorithm>
+#include <limits>
 
 #include "gemm_sm80.cuh"
 #include "int8_product.cuh"

@@ -143,7 +143,9 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
   if (route == Route::gemv || route == Route::skinny || route == Route::gemm) {
     Launch on;
     if (Status status = enter_early(queue, &on, {y}, spans_of(&w, 1)); !status.ok()) return status;
+    // between blocks: for one product at a time
     float* const parts = queue == Queue::compute ? on.parts : nullptr;
+    void* const sums = queue == Queue::compute ? workspace.data : nullptr;
     return check(with_half_type(x.dtype,
                                 [&](auto* p) {
                                   using T = std::remove_pointer_t<decltype(p)>;
@@ -152,7 +154,7 @@ Status CudaBackend::linear_4bit(Queue queue, View y, View x, const Weight4& w, c
                                   if (route == Route::gemm)
                                     return on.wgmma ? gemm4_sm90(on, product) : gemm4_sm80(on, product);
                                   return on.wgmma ? skinny4_sm90(on, product, parts)
-                                                  : skinny4_sm80(on, product, workspace.data);
+                                                  : skinny4_sm80(on, product, sums);
                                 }),
                  "linear_4bit");
   }

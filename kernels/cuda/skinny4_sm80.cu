@@ -15,8 +15,6 @@
 //
 // More than 64 tokens are several items for the same rows, which decode the weight again: right where the
 // items of gemm4_sm80.cu do not divide by the multiprocessors.
-#include <algorithm>
-
 #include "gemm_sm80.cuh"
 #include "launch.cuh"
 #include "table4.cuh"

@@ -51,7 +51,8 @@ size_t skinny4_sm90_parts(const Launch& on);
 template <typename T>
 cudaError_t gemm4_sm90(const Launch& on, const Product4<T>& product);
 
-/// As skinny4_sm90() by mma.sync: sm_80 and up, made for 9 to 64 rows. skinny4_sm80.cu
+/// As skinny4_sm90() by mma.sync: sm_80 and up, made for 9 to 64 rows. Without the workspace items stay
+/// whole; with it no other product may run at the same time (Launch::arrivals). skinny4_sm80.cu
 template <typename T>
 cudaError_t skinny4_sm80(const Launch& on, const Product4<T>& product, void* workspace);
 size_t skinny4_sm80_workspace(const Launch& on, int64_t m, int64_t n, int64_t k);
