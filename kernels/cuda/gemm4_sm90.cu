@@ -1,10 +1,9 @@
 // y = x w^T + bias + residual with a tiled 4-bit weight and many rows of x (65 and more), on sm_90a: the
 // weight is the A operand of wgmma, decoded on the way from shared memory into registers; x is B. 256 tokens
-// at a time are bound by the tensor cores; a tile of 128, which decodes as much for half the product, takes a
-// fifth longer than they would.
+// at a time are bound by the tensor cores, 128 by shared memory.
 //
-// A block makes 128 rows of the weight times 256 tokens, or 64, 128 or 192 rows times 128: a producer warp
-// and a consumer warpgroup for every 64 rows. One step is 64 k:
+// A block makes 128 rows of the weight times 128 or 256 tokens, or 192 rows times 128: a producer warp and a
+// consumer warpgroup for every 64 rows. One step is 64 k:
 //
 //   producer  a box of x [tokens][64 k], swizzled, codes and absmax of the row tiles, by the copy engine
 //             into a ring
@@ -28,11 +27,6 @@
 namespace halfbyte::cuda {
 namespace {
 
-/// Bytes that the other blocks send to a block where `splits` of them divide K: sums in fp32.
-HALFBYTE_ANYWHERE constexpr int received(int tokens, int groups, int splits) {
-  return (splits - 1) * (tokens / splits) * groups * 64 * 4;
-}
-
 /// What a block makes: 64 rows of the weight for each of kGroups consumer warpgroups, times kTokens tokens.
 /// Shared memory behind the table: a ring of x, of codes, of absmax, then results that do not go by the copy
 /// engine, then barriers.
@@ -50,8 +44,11 @@ struct Shape {
   static_assert(kStages >= kGroups + 2 && kBytes <= 227 << 10);
 
   /// Where the ring was when an item is divided: what other blocks send, then results.
+  static HALFBYTE_ANYWHERE constexpr int received(int splits) {
+    return (splits - 1) * (kTokens / splits) * kRows * 4;
+  }
   static HALFBYTE_ANYWHERE constexpr bool fits(int splits) {
-    return received(kTokens, kGroups, splits) + kGroups * (kTokens / splits) * 128 <= kStages * kX;
+    return received(splits) + kGroups * (kTokens / splits) * 128 <= kStages * kX;
   }
 };
 struct Maps {
@@ -210,8 +207,7 @@ __device__ __forceinline__ void finish_divided(const Gemm4<T>& p, const CUtensor
                          first_row, first_token);
       return;
     }
-    const uint32_t results =
-        shared_address(ring) + received(S::kTokens, S::kGroups, kSplits) + group * (kShare * 128);
+    const uint32_t results = shared_address(ring) + S::received(kSplits) + group * (kShare * 128);
     turn_sums<kShare>(p.out, total, results, false, first_row);
     group_barrier(group);
     if (threadIdx.x % kGroup == 0)
@@ -266,7 +262,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __syncthreads();
 
   if (!consumes) {
-    if constexpr (S::kGroups > 1) give_registers<S::kGroups == 2 ? 40 : 32>();
+    give_registers<S::kGroups == 2 ? 40 : 32>();
     if (threadIdx.x == kConsumers) {
       int stage = 0;
       uint32_t parity = 1;
@@ -305,7 +301,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       cluster_barrier();
     }
   } else {
-    if constexpr (S::kGroups > 1) take_registers<S::kGroups == 2 ? 232 : 160>();
+    take_registers<S::kGroups == 2 ? 232 : 160>();
     const int group = warp / 4;
     const float offset = kNested ? *p.w.absmax.offset : 0.0f;
     const char* const my_codes = table + S::kCodesAt + warp * 512 + lane * 16;
@@ -472,13 +468,14 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, Cut cut) {
   return launch_kernel(on, shape, gemm4_kernel<T, S, kNested>, p, maps);
 }
 
-/// Clocks of a step and of the end of an item, as measured.
+/// Clocks of a step, and of the end of an item, as measured: the product of 256 tokens is bound by the tensor
+/// cores, those of 128 by shared memory.
 struct Cost {
   int tokens, groups;
   double step, end;
 };
-constexpr Cost kCosts[] = {{256, 2, 1033, 1100}, {128, 3, 878, 900}, {128, 2, 645, 900}, {128, 1, 395, 900}};
-constexpr double kSent = 9.5;  // bytes a clock from block to block of a cluster
+constexpr Cost kCosts[] = {{256, 2, 1033, 1100}, {128, 3, 866, 900}, {128, 2, 622, 900}};
+constexpr double kExchange = 3000;
 
 /// The cut that should end first.
 Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
@@ -493,9 +490,7 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
       if (splits > 1 && rounds.divided == 0) continue;
       const int64_t whole = (rounds.whole + rounds.blocks - 1) / rounds.blocks;
       double clocks = whole * (steps * cost.step + cost.end);
-      if (rounds.divided > 0)
-        clocks += (steps + splits - 1) / splits * cost.step + cost.end +
-                  received(cut.tokens, cut.groups, splits) / kSent;
+      if (rounds.divided > 0) clocks += (steps + splits - 1) / splits * cost.step + cost.end + kExchange;
       if (least != 0.0 && clocks >= least) continue;
       least = clocks;
       best = cut;
@@ -512,7 +507,6 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut)
 template <typename T>
 cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut) {
   if (cut.tokens == 256) return launch<T, Shape<256, 2>>(on, product, cut);
-  if (cut.groups == 1) return launch<T, Shape<128, 1>>(on, product, cut);
   if (cut.groups == 3) return launch<T, Shape<128, 3>>(on, product, cut);
   return launch<T, Shape<128, 2>>(on, product, cut);
 }

@@ -244,8 +244,12 @@ describe.each(devices())('4-bit linear on %s', (on) => {
       it.each([
         [100, 48, 320],
         [257, 80, 704],
-        [513, 6160, 64],
-        [2100, 4352, 64],
+        ...(dtype === 'float32'
+          ? []
+          : ([
+              [513, 6160, 64],
+              [2100, 4352, 64],
+            ] as const)), // whole rounds of items
       ] as const)(
         '%i x %i x %i, no bias and no residual',
         async (...shape) => {
