@@ -1,0 +1,223 @@
+// What the int8 product on sm_90a (int8_gemm_sm90.cu) is made of beside its loop: how blocks, shared memory
+// and items are laid out, and how warps bring the outlier columns of an item into shared memory: those of x
+// from memory, [tokens][64 slots] of 16 bits, swizzled, those of b from the stages of the ring while they
+// pass.
+#pragma once
+
+#include <algorithm>
+
+#include "int8_output_sm90.cuh"
+#include "int8_product.cuh"
+#include "launch.cuh"
+#include "output_sm90.cuh"
+#include "tma_sm90.cuh"
+
+namespace halfbyte::cuda::int8_sm90 {
+
+constexpr int kRows = 128;                // of b, of a block
+constexpr int kStep = 128;                // bytes of a row in a step
+constexpr int kRowBytes = kRows * kStep;  // of b in a step
+constexpr int kFewestSteps = 3;           // of an item; steps beyond K are zeros
+
+constexpr int64_t steps_of(int64_t k) { return std::max<int64_t>((k + kStep - 1) / kStep, kFewestSteps); }
+
+/// The warps of a block: two warpgroups of consumers, a producer, and for outlier columns some that pick b's
+/// from the ring and some that read x.
+template <int kTokens>
+struct Warps {
+  static constexpr int kPickers = 2, kReaders = kTokens > 128 ? 1 : 5;
+  static constexpr int kThreads = (9 + kPickers + kReaders) * 32;
+};
+
+/// Shared memory: the ring, results, token scales, barriers.
+template <int kTokens>
+struct Space {
+  static constexpr int kStage = kRowBytes + kTokens * kStep;
+  static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 128 ? 6 : kTokens == 64 ? 8 : 9;
+  static constexpr int kStagingAt = kStages * kStage;
+  static constexpr int kScalesAt = kStagingAt + 4 * kStaging;
+  static constexpr int kBarriersAt = kScalesAt + 2 * kTokens * 4;
+  static constexpr int kSlotsAt = kBarriersAt + kStages * 16 + 32, kColumnsAt = kSlotsAt + 16;
+  static constexpr int kBytes =
+      kColumnsAt + (Warps<kTokens>::kPickers + Warps<kTokens>::kReaders) * kRoundSlots * 4;
+  static_assert(kBytes <= 227 << 10);
+};
+struct Maps {
+  CUtensorMap a, b, y, rest;
+};
+
+/// How the product is cut: tokens of a block, blocks that divide K of the last items, whether blocks go in
+/// pairs, token tiles of a band.
+struct Cut {
+  int tokens, splits;
+  bool pair;
+  int band;
+};
+
+template <typename T>
+struct Gemm8 {
+  Output<T> out;
+  const float* row_absmax;
+  const float* scb;
+  const int8_t* b;
+  const T* x;
+  ColumnMarks* marks;  // null without a threshold
+  float threshold;
+  const int32_t* rest_count;  // or null: x is read by the product
+  int64_t k;
+  int m, steps;
+  int row_groups, token_tiles, band;  // groups of the rows of a block, or of a pair
+  int whole, items;                   // items of one block (or pair) each; all of them
+  int rounds;                         // of whole items before the divided ones
+  int splits, part;                   // blocks that divide K of an item, and their steps
+  bool whole_lines;                   // see write_sums()
+  bool engine;                        // y is written by the copy engine
+};
+
+#if HALFBYTE_WGMMA
+
+constexpr int kConsumers = 256;  // threads
+
+/// An item: which, and its steps.
+struct Work {
+  int item, first_step, steps;
+};
+/// The n-th of this block; false when there is none.
+template <bool kPair, typename T>
+__device__ __forceinline__ bool find_work(const Gemm8<T>& p, int n, Work* work) {
+  const int workers = kPair ? gridDim.x / 2 : gridDim.x, worker = kPair ? blockIdx.x / 2 : blockIdx.x;
+  const int item = n * workers + worker;
+  if (item < p.whole) {
+    *work = {item, 0, p.steps};
+    return true;
+  }
+  if (kPair || n != p.rounds) return false;
+  *work = {p.whole + static_cast<int>(blockIdx.x) / p.splits,
+           static_cast<int>(blockIdx.x) % p.splits * p.part, p.part};
+  return work->item < p.items;
+}
+
+/// The place of an item: its rows in groups, its tokens in tiles.
+struct Place {
+  int rows, tokens;
+};
+template <typename T>
+__device__ __forceinline__ Place place_of(const Gemm8<T>& p, int item) {
+  const int per_band = p.band * p.row_groups, band = item / per_band, in_band = item % per_band;
+  const int width = min(p.band, p.token_tiles - band * p.band);
+  return {in_band / width, band * p.band + in_band % width};
+}
+
+/// 16 bytes of a row of a stage: 8 slots.
+__device__ __forceinline__ char* piece_at(char* stage, int row, int piece) {
+  return stage + row * kStep + ((piece ^ (row & 7)) * 16);
+}
+
+/// A barrier of the consumers.
+__device__ __forceinline__ void consumer_barrier() {
+  asm volatile("bar.sync %0, %1;\n" ::"n"(3), "n"(kConsumers) : "memory");
+}
+
+/// What a warp knows of the outlier columns of a round, and how it brings them into shared memory.
+template <int kTokens, typename T>
+struct Gatherer {
+  using Half = typename OutlierType<T>::type;
+  static constexpr int kPieces = OutlierType<T>::kPieces;
+  static constexpr int kPickers = Warps<kTokens>::kPickers, kReaders = Warps<kTokens>::kReaders;
+  static constexpr int kOwnRows = kRows / kPickers;        // of a picker
+  static constexpr int kTogether = kTokens > 128 ? 1 : 2;  // loads of 32 tokens x 8 slots under way
+  const Gemm8<T>& p;
+  char* const rows;  // [kRows][kRoundSlots] of b
+  int* const columns;
+  int here;  // columns of this round
+
+  /// By reader `reader`: [kTokens][kRoundSlots] of x.
+  __device__ __forceinline__ void fetch_tokens(char* tokens, int64_t first_token, int reader) const {
+    constexpr int kGroups = kTokens / 32;
+    const int lane = threadIdx.x % 32, slots = here * kPieces, units = (slots + 7) / 8 * kGroups;
+#pragma unroll 1
+    for (int from = reader; from < units; from += kTogether * kReaders) {
+      EightSlots<T> eight[kTogether];
+      float most[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int unit = from + i * kReaders;
+        if (unit >= units) continue;
+        const int64_t token = min(first_token + unit % kGroups * 32 + lane, int64_t{p.m} - 1);
+        most[i] = p.row_absmax[token];
+        eight[i].fetch(p.x + token * p.k, columns, here, unit / kGroups * 8);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int unit = from + i * kReaders;
+        if (unit >= units) continue;
+        *reinterpret_cast<Vec<Half, 8>*>(piece_at(tokens, unit % kGroups * 32 + lane, unit / kGroups)) =
+            eight[i].rest(Rest<T>(most[i], p.threshold), here, unit / kGroups * 8);
+      }
+    }
+#pragma unroll 1
+    for (int unit = units + reader; unit < filled_slots(slots) / 8 * kGroups; unit += kReaders)
+      *reinterpret_cast<uint4*>(piece_at(tokens, unit % kGroups * 32 + lane, unit / kGroups)) =
+          make_uint4(0, 0, 0, 0);
+  }
+  /// Of the rows of picker `picker`: what the columns leave of the slots.
+  __device__ __forceinline__ void clear_rest(int picker) const {
+    const int slots = here * kPieces;
+#pragma unroll
+    for (int i = 0; i < kOwnRows / 32; ++i) {
+      const int row = picker * kOwnRows + i * 32 + threadIdx.x % 32;
+      int slot = slots;
+#pragma unroll 1
+      for (; slot % 8 != 0; ++slot)
+        *reinterpret_cast<uint16_t*>(piece_at(rows, row, slot / 8) + slot % 8 * 2) = 0;
+#pragma unroll 1
+      for (; slot < filled_slots(slots); slot += 8)
+        *reinterpret_cast<uint4*>(piece_at(rows, row, slot / 8)) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  __device__ __forceinline__ void put(int row, int column, int8_t code) const {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int slot = column * kPieces + piece;
+      *reinterpret_cast<Half*>(piece_at(rows, row, slot / 8) + slot % 8 * 2) = from_float<Half>(code);
+    }
+  }
+  /// Of all rows, those columns whose lanes are `picked`, which are in this stage. A lane holds two columns.
+  __device__ __forceinline__ void pick(char* stage, const uint32_t (&picked)[2], const int (&held)[2]) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      for (uint32_t left = picked[h]; left; left &= left - 1) {
+        const int from = __ffs(static_cast<int>(left)) - 1;
+        const int byte = __shfl_sync(0xffffffffu, held[h], from) % kStep;
+        int8_t code[kRows / 32];
+#pragma unroll
+        for (int i = 0; i < kRows / 32; ++i) code[i] = piece_at(stage, i * 32 + lane, byte / 16)[byte % 16];
+#pragma unroll
+        for (int i = 0; i < kRows / 32; ++i) put(i * 32 + lane, h * 32 + from, code[i]);
+      }
+    }
+  }
+  /// By picker `picker`, from memory.
+  __device__ __forceinline__ void fetch_rows(int64_t first_row, int picker) const {
+#pragma unroll 1
+    for (int i = 0; i < kOwnRows / 32; ++i) {
+      const int row = picker * kOwnRows + i * 32 + threadIdx.x % 32;
+      const int8_t* const b = p.b + min(first_row + row, p.out.n - 1) * p.k;
+#pragma unroll 1
+      for (int from = 0; from < here; from += 8) {
+        int8_t in[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) in[j] = b[columns[min(from + j, here - 1)]];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (from + j < here) put(row, from + j, in[j]);
+        }
+      }
+    }
+  }
+};
+
+#endif  // HALFBYTE_WGMMA
+
+}  // namespace halfbyte::cuda::int8_sm90
