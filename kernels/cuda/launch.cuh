@@ -23,15 +23,6 @@ __device__ __forceinline__ void wait_for_results() {
 #endif
 }
 
-/// Asks for `bytes` from `data` on, a multiple of 16, to be brought into L2.
-__device__ __forceinline__ void bring_near(const void* data, int bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(reinterpret_cast<uint64_t>(data) & ~15ull),
-      "r"(bytes));
-#endif
-}
-
 /// By one thread of each of `blocks` blocks that meet at a counter, zero before and after, when all threads
 /// of its block have passed a barrier: whether it is the last, which then sees what all the others have
 /// written.
