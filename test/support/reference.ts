@@ -2,7 +2,7 @@
 import { type DType } from '../../lib/index.js'
 
 // looking up globals is slow inside jest
-const { abs, cos, floor, fround, imul, log, log2, max, sqrt, PI } = Math
+const { abs, cos, floor, fround, imul, log, max, sqrt, PI } = Math
 
 /** Uniform numbers in [0, 1), the same for the same seed (a 32-bit mixing generator). */
 export function uniform(seed: number): () => number {
@@ -32,6 +32,9 @@ export function randn(n: number, seed: number): Float32Array {
   return values
 }
 
+/** 2^-5 to 2^24. */
+const POWERS = Float64Array.from({ length: 30 }, (_, i) => 2 ** (i - 5))
+
 const word = new Float32Array(1)
 const bits = new Uint32Array(word.buffer)
 
@@ -48,21 +51,29 @@ export function fromBfloat16(b: number): number {
   return word[0]!
 }
 
+const double = new Float64Array(1)
+const halves = new Uint32Array(double.buffer)
+
+/** floor(log2(x)) of a normal number above 0. */
+function exponentOf(x: number): number {
+  double[0] = x
+  return (halves[1]! >>> 20) - 1023
+}
+
 /** To the nearest float16, ties to even, subnormals included, as raw bits. */
 export function toFloat16(x: number): number {
-  const sign = x < 0 || Object.is(x, -0) ? 0x8000 : 0
+  const sign = x < 0 || (x === 0 && 1 / x < 0) ? 0x8000 : 0
   const a = abs(x)
-  if (Number.isNaN(a)) return 0x7e00
+  if (a !== a) return 0x7e00
   if (a >= 65520) return sign | 0x7c00
-  // one unit of the last place at this size; below 2^-14 it stays that of the subnormals
-  const unit = 2 ** (max(floor(log2(a || 2 ** -30)), -14) - 10)
-  let steps = floor(a / unit)
-  const rest = a / unit - steps
+  // in units of the last place at this size; below 2^-14 it stays that of the subnormals
+  const exponent = max(exponentOf(a), -14)
+  const units = a * POWERS[10 - exponent + 5]!
+  let steps = floor(units)
+  const rest = units - steps
   if (rest > 0.5 || (rest === 0.5 && steps % 2 === 1)) steps++
-  const value = steps * unit
-  if (value < 2 ** -14) return sign | steps
-  const exponent = floor(log2(value))
-  return sign | ((exponent + 15) << 10) | (value / 2 ** (exponent - 10) - 1024)
+  // 1024 steps are one more in the exponent, of subnormals too
+  return sign | (((exponent + 14) << 10) + steps)
 }
 
 export function fromFloat16(b: number): number {
