@@ -12,11 +12,13 @@ import {
   uniform,
 } from '../support/reference.js'
 
+const { abs, floor, max, min } = Math // looking up globals is slow inside jest
+
 const LIMIT: Partial<Record<DType, number>> = { float32: 1e-5, float16: 2e-3, bfloat16: 1e-2 }
 
 function bytes(n: number, seed: number): Int8Array {
   const next = uniform(seed)
-  return Int8Array.from({ length: n }, () => Math.floor(next() * 256) - 128)
+  return Int8Array.from({ length: n }, () => floor(next() * 256) - 128)
 }
 
 function tensorOf(values: Float32Array, shape: number[], dtype: DType, device: string): Tensor {
@@ -57,7 +59,7 @@ const SHAPES: [number, number, number][] = [
 /** Which columns hold an element of at least `threshold`. */
 function outliersOf(x: ArrayLike<number>, k: number, threshold: number): boolean[] {
   const found = new Array<boolean>(k).fill(false)
-  if (threshold > 0) for (let i = 0; i < x.length; i++) if (Math.abs(x[i]!) >= threshold) found[i % k] = true
+  if (threshold > 0) for (let i = 0; i < x.length; i++) if (abs(x[i]!) >= threshold) found[i % k] = true
   return found
 }
 
@@ -70,7 +72,7 @@ function layerRows(
   const k = x.outliers.length
   const n = weight.scb.length
   const pick = (of: (i: number) => number): Float64Array =>
-    Float64Array.from({ length: rows.length * k }, (_, i) => of(rows[Math.floor(i / k)]! * k + (i % k)))
+    Float64Array.from({ length: rows.length * k }, (_, i) => of(rows[floor(i / k)]! * k + (i % k)))
   const regular = product(
     pick((i) => x.codes[i]!),
     weight.codes,
@@ -83,7 +85,7 @@ function layerRows(
   )
   return regular.map((sum, i) => {
     const scale = weight.scb[i % n]! / 127
-    return sum * (x.absmax[rows[Math.floor(i / n)]!]! / 127) * scale + outlying[i]! * scale
+    return sum * (x.absmax[rows[floor(i / n)]!]! / 127) * scale + outlying[i]! * scale
   })
 }
 
@@ -110,8 +112,8 @@ describe.each(devices())('int8 on %s', (device) => {
       const back = await ops.int8DequantizeRows(codes, rowAbsmax, 'float32').floats()
       for (let r = 0; r < rows; r++) {
         const row = values.subarray(r * k, (r + 1) * k)
-        expect(absmax[r]).toBe(Math.max(...row.map(Math.abs)))
-        const worst = row.reduce((most, v, i) => Math.max(most, Math.abs(back[r * k + i]! - v)), 0)
+        expect(absmax[r]).toBe(max(...row.map(abs)))
+        const worst = row.reduce((most, v, i) => max(most, abs(back[r * k + i]! - v)), 0)
         expect(worst).toBeLessThanOrEqual((absmax[r]! / 254) * 1.0001)
       }
       const narrow = await ops.int8DequantizeRows(codes, rowAbsmax, dtype).floats()
@@ -120,7 +122,7 @@ describe.each(devices())('int8 on %s', (device) => {
 
     it.each(SHAPES)('layer [%i, K] x [%i, K], K = %i: no, some and only outlier columns', async (m, n, k) => {
       const codes = bytes(n * k, 4)
-      const scb = randn(n, 5).map(Math.abs)
+      const scb = randn(n, 5).map(abs)
       const bias = randn(n, 6)
       const residual = randn(m * n, 7).map((v) => rounded(v, dtype))
       const weight = Tensor.from(codes, { shape: [n, k], device: on })
@@ -131,9 +133,9 @@ describe.each(devices())('int8 on %s', (device) => {
         [6, 0.1],
         [6, 1],
       ] as const) {
-        const x = randn(m * k, 8).map((v) => Math.max(-5, Math.min(5, v)))
+        const x = randn(m * k, 8).map((v) => max(-5, min(5, v)))
         const next = uniform(9)
-        if (m > 0) for (let c = 0; c < k; c++) if (next() < share) x[Math.floor(next() * m) * k + c] = -11.25
+        if (m > 0) for (let c = 0; c < k; c++) if (next() < share) x[floor(next() * m) * k + c] = -11.25
         const held = x.map((v) => rounded(v, dtype))
         const input = tensorOf(held, [m, k], dtype, on)
 
@@ -145,8 +147,8 @@ describe.each(devices())('int8 on %s', (device) => {
           expect(Array.from((await q.outlierMask.data()) as Uint8Array, Boolean)).toEqual(isOutlier)
         // in steps: 0 in outlier columns, else at most half a step from the value
         const off = quantised.map((code, i) => {
-          const wanted = isOutlier[i % k] ? 0 : (held[i]! * 127) / absmax[Math.floor(i / k)]!
-          return Math.abs(code - wanted) < (isOutlier[i % k] ? 1e-9 : 0.50001) ? 0 : 1
+          const wanted = isOutlier[i % k] ? 0 : (held[i]! * 127) / absmax[floor(i / k)]!
+          return abs(code - wanted) < (isOutlier[i % k] ? 1e-9 : 0.50001) ? 0 : 1
         })
         expect(off).toEqual(new Int8Array(m * k))
 
@@ -176,11 +178,11 @@ describe.each(devices())('int8 on %s', (device) => {
     'layers of many rows, %s [%i, K] x [%i, K], K = %i: a few outliers and more',
     async (dtype, m, n, k) => {
       const codes = bytes(n * k, 1)
-      const scb = randn(n, 2).map(Math.abs)
+      const scb = randn(n, 2).map(abs)
       const weight = Tensor.from(codes, { shape: [n, k], device: on })
       const rows = [0, 1, 63, 128, 150, m - 1].concat(m > 256 ? [255, 256, 1031] : [])
       for (const columns of [6, 100]) {
-        const values = randn(m * k, 3).map((v) => rounded(Math.max(-5, Math.min(5, v)), dtype))
+        const values = randn(m * k, 3).map((v) => rounded(max(-5, min(5, v)), dtype))
         for (let c = 0; c < columns; c++) values[((c * 97) % m) * k + ((c * 41) % k)] = 9.5
         const x = tensorOf(values, [m, k], dtype, on)
         const q = ops.int8QuantizeRows(x, 6)
@@ -321,7 +323,7 @@ describe.each(devices())('int8 on %s', (device) => {
   ])('a graph of %i rows, K = %i, finds the outliers that are there when it is replayed', async (m, k) => {
     const n = 37
     const weight = Tensor.from(bytes(n * k, 1), { shape: [n, k], device: on })
-    const scb = Tensor.from(randn(n, 2).map(Math.abs), { device: on })
+    const scb = Tensor.from(randn(n, 2).map(abs), { device: on })
     using x = Tensor.zeros([m, k], 'float32', on)
     let y!: Tensor
     using graph = device.capture(() => {
@@ -335,7 +337,7 @@ describe.each(devices())('int8 on %s', (device) => {
       [],
       [90],
     ]) {
-      const values = randn(m * k, 3 + columns.length).map((v) => Math.max(-5, Math.min(5, v)))
+      const values = randn(m * k, 3 + columns.length).map((v) => max(-5, min(5, v)))
       for (const column of columns) values[((column * 7) % m) * k + column] = 9 + (column % 5)
       x.write(values)
       graph.replay()
