@@ -1,5 +1,5 @@
 // What the attention kernels share: the problem, which query tokens a block takes, and what a block that has
-// seen only a part of the keys leaves for combine_kernel.
+// seen only a part of the keys leaves for combine_kernel (attention.cu).
 //
 // Scores are kept in units of log2, so that a weight is one ex2: score * factor, where factor is
 // scale * log2(e), or 1 once softcap and ALiBi have made them into such.
@@ -73,6 +73,14 @@ cudaError_t launch_prefill(const Launch& on, const AttentionLaunch& a, bf16_t);
 // attention_prefill_sm90.cu: the same, where on.wgmma
 cudaError_t launch_prefill_sm90(const Launch& on, const AttentionLaunch& a, half_t);
 cudaError_t launch_prefill_sm90(const Launch& on, const AttentionLaunch& a, bf16_t);
+// attention_general.cu: everything; `wide` where rows begin and end with whole pieces of 16 bytes
+cudaError_t launch_general(const Launch& on, const AttentionLaunch& a, bool wide, float);
+cudaError_t launch_general(const Launch& on, const AttentionLaunch& a, bool wide, half_t);
+cudaError_t launch_general(const Launch& on, const AttentionLaunch& a, bool wide, bf16_t);
+/// Whether it has a form that runs there.
+bool takes_general(const Launch& on, DType dtype, int64_t widest);
+/// The query heads that one of its blocks takes, of `share` that have a key head in common.
+inline int general_heads(int64_t share) { return share >= 4 ? 4 : share >= 2 ? 2 : 1; }
 
 /// Those of one tile of queries a block, `blocks` for all of them; for each part of the keys again.
 template <typename T, typename Kernel>
