@@ -5,9 +5,10 @@ import type { Tensor } from '../tensor/tensor.js'
 import { Embedding } from './embedding.js'
 import { normal } from './init.js'
 import { weight4Options, type Quantize4Options } from './linear4bit.js'
-import type { PackedWeight } from './packed.js'
+import type { PackedWeight, QuantizedWeight } from './packed.js'
 import { Parameter, place, type Placement } from './parameter.js'
-import { packedBytes, Weight4 } from './weight4.js'
+import { Weight4 } from './weight4.js'
+import { packedBytes } from './weight4_parts.js'
 import { Weight8 } from './weight8.js'
 
 interface TableOptions {
@@ -18,8 +19,29 @@ interface TableOptions {
 
 export type Embedding4bitOptions = TableOptions & Quantize4Options
 
+/** What tables with a packed weight have in common. */
+abstract class QuantizedEmbedding extends Embedding {
+  /** The table, of which the parameter holds the codes. */
+  protected abstract get packed(): QuantizedWeight
+
+  /** Packs the table of `embedding`, which keeps its own. */
+  protected takeOver({ weight }: Embedding): this {
+    this.weight.retarget({ device: weight.device })
+    if (weight.isLoaded) this.packed.quantize(weight.value)
+    return this
+  }
+
+  dequantizeWeight(dtype?: DType): Tensor {
+    return this.packed.dequantize(dtype)
+  }
+
+  override *ownPacked(): IterableIterator<PackedWeight> {
+    yield this.packed
+  }
+}
+
 /** A table [numEmbeddings, embeddingDim] in 4 bits. */
-export class Embedding4bit extends Embedding {
+export class Embedding4bit extends QuantizedEmbedding {
   readonly #weight: Weight4
 
   constructor(numEmbeddings: number, embeddingDim: number, options: Embedding4bitOptions = {}) {
@@ -41,21 +63,15 @@ export class Embedding4bit extends Embedding {
   static fromEmbedding(embedding: Embedding, options: Embedding4bitOptions = {}): Embedding4bit {
     const { numEmbeddings, embeddingDim, weight } = embedding
     const made = new this(numEmbeddings, embeddingDim, { dtype: weight.dtype, ...options, device: 'meta' })
-    made.weight.retarget({ device: weight.device })
-    if (weight.isLoaded) made.#weight.quantize(weight.value)
-    return made
+    return made.takeOver(embedding)
   }
 
-  dequantizeWeight(dtype?: DType): Tensor {
-    return this.#weight.dequantize(dtype)
+  protected override get packed(): Weight4 {
+    return this.#weight
   }
 
   override forward(ids: Tensor): Tensor {
     return gatherRows4(this.#weight.operand(this.toString()), ids, this.#weight.state!.dtype)
-  }
-
-  override *ownPacked(): IterableIterator<PackedWeight> {
-    yield this.#weight
   }
 }
 
@@ -72,7 +88,7 @@ export class EmbeddingFP4 extends Embedding4bit {
 }
 
 /** A table [numEmbeddings, embeddingDim] as int8 rows. */
-export class Embedding8bit extends Embedding {
+export class Embedding8bit extends QuantizedEmbedding {
   readonly #weight: Weight8
 
   constructor(numEmbeddings: number, embeddingDim: number, options: TableOptions = {}) {
@@ -91,22 +107,16 @@ export class Embedding8bit extends Embedding {
   static fromEmbedding(embedding: Embedding, options: TableOptions = {}): Embedding8bit {
     const { numEmbeddings, embeddingDim, weight } = embedding
     const made = new this(numEmbeddings, embeddingDim, { dtype: weight.dtype, ...options, device: 'meta' })
-    made.weight.retarget({ device: weight.device })
-    if (weight.isLoaded) made.#weight.quantize(weight.value)
-    return made
+    return made.takeOver(embedding)
   }
 
-  dequantizeWeight(dtype?: DType): Tensor {
-    return this.#weight.dequantize(dtype)
+  protected override get packed(): Weight8 {
+    return this.#weight
   }
 
   override forward(ids: Tensor): Tensor {
     return this.#weight.with(this.toString(), ({ codes, scb }) =>
       gatherRows8(codes, scb, ids, this.#weight.sourceDtype ?? 'float16'),
     )
-  }
-
-  override *ownPacked(): IterableIterator<PackedWeight> {
-    yield this.#weight
   }
 }

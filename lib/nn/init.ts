@@ -1,5 +1,6 @@
 /** First values of parameters, from one seeded generator of the process: same seed, same model. */
-import { sizeOf, type Shape } from '../tensor/tensor.js'
+import type { Device } from '../tensor/device.js'
+import { sizeOf, Tensor, type Shape } from '../tensor/tensor.js'
 
 let state = 0x9e3779b9
 
@@ -18,6 +19,11 @@ function random(): number {
 }
 
 export type Init = (shape: Shape) => Float32Array
+
+/** float32 values on a device, or the one that is used when none is named. */
+export function firstValues(init: Init, shape: Shape, device: Device | undefined): Tensor {
+  return Tensor.from(init(shape), { shape, ...(device && { device }) })
+}
 
 export const zeros: Init = (shape) => new Float32Array(sizeOf(shape))
 export const ones: Init = (shape) => new Float32Array(sizeOf(shape)).fill(1)

@@ -18,10 +18,11 @@ import {
 import { Tensor } from '../tensor/tensor.js'
 import { streamsInPlace } from './hooks.js'
 import { kaimingUniform } from './init.js'
-import { Conv1D, Linear, type LinearLayerOptions } from './linear.js'
-import type { PackedWeight } from './packed.js'
+import type { Linear } from './linear.js'
 import { Parameter, place } from './parameter.js'
-import { packedBytes, Weight4, type Weight4Options } from './weight4.js'
+import { QuantizedLinear, type QuantizedLinearOptions } from './quantized_linear.js'
+import { Weight4, type Weight4Options } from './weight4.js'
+import { packedBytes } from './weight4_parts.js'
 
 export interface Quantize4Options {
   /** Default 'fp4'. */
@@ -34,14 +35,12 @@ export interface Quantize4Options {
   quantStorage?: QuantStorage
 }
 
-export interface Linear4bitOptions extends LinearLayerOptions, Quantize4Options {
+export interface Linear4bitOptions extends QuantizedLinearOptions, Quantize4Options {
   /**
    * Inputs are cast to it, and results back. null (default): the input's own dtype; a first input of float32 or bfloat16
    * then fixes it for good, as in bitsandbytes.
    */
   computeDtype?: DType | null
-  /** Float weights are given as [inFeatures, outFeatures], as Conv1D has them. */
-  transposed?: boolean
 }
 
 export function weight4Options(options: Linear4bitOptions): Weight4Options {
@@ -60,15 +59,13 @@ export function weight4Options(options: Linear4bitOptions): Weight4Options {
  * y = x W^T + b with W [outFeatures, inFeatures] in 4 bits. On a GPU `weight.value` holds the codes in the order that
  * `quantState.layout` names; state dicts hold the flat order of bitsandbytes on every device.
  */
-export class Linear4bit extends Linear {
+export class Linear4bit extends QuantizedLinear {
   computeDtype: DType | null
-  readonly transposed: boolean
   readonly #weight: Weight4
 
   constructor(inFeatures: number, outFeatures: number, options: Linear4bitOptions = {}) {
     super(inFeatures, outFeatures, options)
     this.computeDtype = options.computeDtype ?? null
-    this.transposed = options.transposed ?? false
     this.#weight = new Weight4(outFeatures, inFeatures, this.weight, weight4Options(options))
     if (!place(options).meta) this.#weight.quantizeValues(kaimingUniform(inFeatures))
   }
@@ -89,30 +86,17 @@ export class Linear4bit extends Linear {
    * so does any forward() once it is known.
    */
   static fromLinear(linear: Linear, options: Omit<Linear4bitOptions, 'bias'> = {}): Linear4bit {
-    const made = new this(linear.inFeatures, linear.outFeatures, {
-      dtype: linear.weight.dtype,
-      ...options,
-      transposed: linear instanceof Conv1D,
-      bias: false,
-      device: 'meta',
-    })
-    made.bias = linear.bias
-    made.training = linear.training
-    made.weight.retarget({ device: linear.weight.device })
-    if (linear.weight.isLoaded) made.#weight.quantize(linear.weight.value)
-    return made
+    const { inFeatures, outFeatures } = linear
+    return new this(inFeatures, outFeatures, this.inPlaceOf(linear, options)).takeOver(linear)
   }
 
   /** fromLinear(), having waited for the check on NaN and infinities. */
   static async quantize(linear: Linear, options: Omit<Linear4bitOptions, 'bias'> = {}): Promise<Linear4bit> {
-    const made = this.fromLinear(linear, options)
-    try {
-      await made.checkFinite()
-    } catch (error) {
-      made.#weight.dispose()
-      throw error
-    }
-    return made
+    return this.fromLinear(linear, options).checked()
+  }
+
+  protected override get packed(): Weight4 {
+    return this.#weight
   }
 
   get quantType(): QuantType {
@@ -122,11 +106,6 @@ export class Linear4bit extends Linear {
   /** How the weight is packed; undefined before it is loaded. */
   get quantState(): QuantState | undefined {
     return this.#weight.state
-  }
-
-  /** The weight's values [outFeatures, inFeatures]; default dtype: that of the weight before it was quantised. */
-  dequantizeWeight(dtype?: DType): Tensor {
-    return this.#weight.dequantize(dtype)
   }
 
   /** @internal The dtype to compute in. A first input may fix it. */
@@ -206,10 +185,6 @@ export class Linear4bit extends Linear {
 
   protected override copyWeight(from: Linear4bit, device: Device): void {
     this.#weight.copy(from.#weight, device)
-  }
-
-  override *ownPacked(): IterableIterator<PackedWeight> {
-    yield this.#weight
   }
 }
 

@@ -1,31 +1,27 @@
 /** The LLM.int8() linear layer (arXiv 2208.07339). */
 import type { Device } from '../tensor/device.js'
-import type { DType } from '../tensor/dtype.js'
 import { linear8bit, type ExpertWeight } from '../tensor/ops.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { kaimingUniform } from './init.js'
-import { Conv1D, Linear, type LinearLayerOptions } from './linear.js'
-import type { PackedWeight } from './packed.js'
+import type { Linear } from './linear.js'
 import { Parameter, place } from './parameter.js'
+import { QuantizedLinear, type QuantizedLinearOptions } from './quantized_linear.js'
 import { Weight8 } from './weight8.js'
 
-export interface Linear8bitOptions extends LinearLayerOptions {
+export interface Linear8bitOptions extends QuantizedLinearOptions {
   /** Input columns with an element of at least this magnitude are multiplied in the input's precision. Default 0: none. */
   threshold?: number
   /** The weight stays in its float dtype and is quantised in each forward. Default false. */
   hasFp16Weights?: boolean
   /** bitsandbytes' float16 roundings of input, product and output. Default false. */
   bnbExact?: boolean
-  /** Float weights are given as [inFeatures, outFeatures], as Conv1D has them. */
-  transposed?: boolean
 }
 
 /** y = x W^T + b with W [outFeatures, inFeatures] as int8 rows and x quantised by rows on the way in. */
-export class Linear8bit extends Linear {
+export class Linear8bit extends QuantizedLinear {
   threshold: number
   bnbExact: boolean
   readonly hasFp16Weights: boolean
-  readonly transposed: boolean
   readonly #weight: Weight8
 
   constructor(inFeatures: number, outFeatures: number, options: Linear8bitOptions = {}) {
@@ -33,7 +29,6 @@ export class Linear8bit extends Linear {
     this.threshold = options.threshold ?? 0
     this.bnbExact = options.bnbExact ?? false
     this.hasFp16Weights = options.hasFp16Weights ?? false
-    this.transposed = options.transposed ?? false
     // the base class has made a place for codes
     if (this.hasFp16Weights) this.weight = new Parameter([outFeatures, inFeatures], options)
     const { meta, dtype, device } = place(options)
@@ -53,41 +48,24 @@ export class Linear8bit extends Linear {
 
   /** Like Linear4bit.fromLinear(). */
   static fromLinear(linear: Linear, options: Omit<Linear8bitOptions, 'bias'> = {}): Linear8bit {
-    const made = new this(linear.inFeatures, linear.outFeatures, {
-      dtype: linear.weight.dtype,
-      ...options,
-      transposed: linear instanceof Conv1D,
-      bias: false,
-      device: 'meta',
-    })
-    made.bias = linear.bias
-    made.training = linear.training
-    made.weight.retarget({ device: linear.weight.device })
+    const { inFeatures, outFeatures } = linear
+    const made = new this(inFeatures, outFeatures, this.inPlaceOf(linear, options))
     if (made.hasFp16Weights) made.weight.requiresGrad = linear.weight.requiresGrad
-    if (linear.weight.isLoaded) made.#weight.quantize(linear.weight.value)
-    return made
+    return made.takeOver(linear)
   }
 
   /** fromLinear(), having waited for the check on NaN and infinities. */
   static async quantize(linear: Linear, options: Omit<Linear8bitOptions, 'bias'> = {}): Promise<Linear8bit> {
-    const made = this.fromLinear(linear, options)
-    try {
-      await made.checkFinite()
-    } catch (error) {
-      made.#weight.dispose()
-      throw error
-    }
-    return made
+    return this.fromLinear(linear, options).checked()
+  }
+
+  protected override get packed(): Weight8 {
+    return this.#weight
   }
 
   /** Row absmax float32 [outFeatures]; undefined before the weight is loaded, and with hasFp16Weights. */
   get scb(): Tensor | undefined {
     return this.#weight.scb
-  }
-
-  /** The weight's values [outFeatures, inFeatures]; default dtype: that of the weight before it was quantised. */
-  dequantizeWeight(dtype?: DType): Tensor {
-    return this.#weight.dequantize(dtype)
   }
 
   override forward(x: Tensor, residual?: Tensor): Tensor {
@@ -119,9 +97,5 @@ export class Linear8bit extends Linear {
 
   protected override copyWeight(from: Linear8bit, device: Device): void {
     this.#weight.copy(from.#weight, device)
-  }
-
-  override *ownPacked(): IterableIterator<PackedWeight> {
-    yield this.#weight
   }
 }

@@ -1,6 +1,8 @@
 /** A weight that is kept in another form than a tensor of its shape: what a module needs to know about it. */
 import type { Device } from '../tensor/device.js'
+import type { DType } from '../tensor/dtype.js'
 import type { Tensor } from '../tensor/tensor.js'
+import type { Init } from './init.js'
 import type { OwnProblems, StateEntry } from './state_dict.js'
 
 /** The tensor on a device, as one of the caller's own. */
@@ -37,4 +39,14 @@ export interface PackedWeight {
   /** Why it has no dtype to change, or undefined when it has. */
   castRefusal(): string | undefined
   dispose(): void
+}
+
+/** A packed weight that is made of float values. */
+export interface QuantizedWeight extends PackedWeight {
+  /** Packs a float weight, which stays the caller's. */
+  quantize(weight: Tensor): void
+  /** Packs first values. */
+  quantizeValues(init: Init): void
+  /** The float values; default dtype: that of the weight before it was quantised. */
+  dequantize(dtype?: DType): Tensor
 }

@@ -7,8 +7,9 @@ import { HalfbyteError } from '../errors.js'
 import { noGrad } from '../tensor/autograd.js'
 import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
 import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
-import { sizeOf, Tensor, type Shape } from '../tensor/tensor.js'
+import { sizeOf, type Shape, type Tensor } from '../tensor/tensor.js'
 import { keep } from '../tensor/tidy.js'
+import { firstValues, type Init } from './init.js'
 import { entryOf, onDiskError, type StateEntry } from './state_dict.js'
 
 /** Where a module's tensors go: a device, or 'meta' for shapes without memory, to be loaded later. */
@@ -19,7 +20,7 @@ export interface ParameterOptions {
   dtype?: DType | undefined
   device?: Placement | undefined
   /** The first value, row-major; without it the parameter starts unloaded. */
-  init?: ((shape: Shape) => Float32Array) | undefined
+  init?: Init | undefined
   /** Elements that it stands for, where that is not the size of its tensor (packed weights). */
   numel?: number | undefined
 }
@@ -101,10 +102,7 @@ export class Parameter implements Disposable {
     this.#device = device
     if (meta || !options.init) return
     this.#dtype ??= 'float32'
-    const first = Tensor.from(options.init(this.shape), {
-      shape: this.shape,
-      ...(this.#device && { device: this.#device }),
-    })
+    const first = firstValues(options.init, this.shape, this.#device)
     this.#value = keep(first.to(this.#dtype))
     if (this.#value !== first) first.dispose()
     this.#device = this.#value.device

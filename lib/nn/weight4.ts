@@ -1,12 +1,8 @@
 /**
  * The weight of a 4-bit layer: packed codes in a parameter of shape [ceil(n k / 2), 1], the statistics in a QuantState,
  * both in the layout that their device multiplies with.
- * A float weight [n, k] is quantised when it arrives. A weight that is quantised already arrives in parts, in any order:
- *   weight                                      uint8 [ceil(n k / 2), 1], or as many bytes of another storage dtype
- *   weight.absmax                               float32 [blocks], or uint8 [blocks] when double-quantised, and then also
- *   weight.nested_absmax, .nested_quant_map     float32 [ceil(blocks / 256)], float32 [256]
- *   weight.quant_map                            float32 [16]
- *   weight.quant_state.bitsandbytes__nf4|fp4    uint8, JSON
+ * A float weight [n, k] is quantised when it arrives. A weight that is quantised already arrives in parts, which are put
+ * together when the last of them is there; see weight4_parts.ts.
  */
 import { HalfbyteError } from '../errors.js'
 import { quantize4bit } from '../quantization/functional.js'
@@ -17,10 +13,11 @@ import { bestLayout4, dequantizeBlocks4, type Packed4, type QuantType } from '..
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import { FiniteCheck } from './finite.js'
-import type { Init } from './init.js'
-import { onDevice, type PackedWeight } from './packed.js'
+import { firstValues, type Init } from './init.js'
+import { onDevice, type QuantizedWeight } from './packed.js'
 import type { Parameter } from './parameter.js'
 import { entryOf, type OwnProblems, type StateEntry } from './state_dict.js'
+import { packedBytes, Weight4Parts } from './weight4_parts.js'
 
 export interface Weight4Options {
   quantType: QuantType
@@ -38,26 +35,25 @@ export interface Weight4Options {
   device?: Device | undefined
 }
 
-const PLAIN = ['absmax', 'quant_map']
-const NESTED = ['nested_absmax', 'nested_quant_map']
-const STATE = /^quant_state\.bitsandbytes__(nf4|fp4)$/
-
-export function packedBytes(n: number, k: number): number {
-  return Math.ceil((n * k) / 2)
-}
-
-/** Bytes of the statistics of a packed weight [n, k], code tables included. */
-export function statisticsBytes(n: number, k: number, blocksize: number, nested: boolean): number {
-  const blocks = Math.ceil((n * k) / blocksize)
-  return 4 * 16 + (nested ? blocks + 4 * Math.ceil(blocks / 256) + 4 * 256 + 4 : 4 * blocks)
-}
-
 /** Packed codes of whatever storage dtype as uint8 [bytes, 1]. */
 function asBytes(weight: Tensor): Tensor {
   return tidy(() => keep(weight.reshape(-1).bitcast('uint8').reshape(-1, 1)))
 }
 
-export class Weight4 implements PackedWeight {
+/** A state with another absmax, which lies flat, and tables of its own. */
+function withAbsmax(state: QuantState, absmax: Tensor): QuantState {
+  const { code, offset, state2 } = state
+  return new QuantState({
+    ...state,
+    layout: 'flat',
+    absmax,
+    code: code.share(),
+    offset: offset?.share(),
+    state2: state2 && { ...state2, absmax: state2.absmax.share(), code: state2.code.share() },
+  })
+}
+
+export class Weight4 implements QuantizedWeight {
   readonly n: number
   readonly k: number
   readonly codes: Parameter
@@ -65,7 +61,7 @@ export class Weight4 implements PackedWeight {
   readonly #options: Weight4Options
   #state: QuantState | undefined
   #operand: Packed4 | undefined
-  #parts = new Map<string, Tensor>()
+  readonly #parts: Weight4Parts
   /** Of the state dict's entries that are made when they are read. */
   readonly #keys = { weight: {}, absmax: {}, values: {} }
   /** What stays of the state of an offloaded weight. */
@@ -77,6 +73,7 @@ export class Weight4 implements PackedWeight {
     this.k = k
     this.codes = codes
     this.#options = options
+    this.#parts = new Weight4Parts(n, k, options)
   }
 
   get isLoaded(): boolean {
@@ -107,37 +104,12 @@ export class Weight4 implements PackedWeight {
 
   // -- loading
 
-  #isFloatWeight(tensor: Tensor): boolean {
-    const [rows, cols] = this.#options.transposed ? [this.k, this.n] : [this.n, this.k]
-    return (
-      DTYPES[tensor.dtype].isFloat &&
-      tensor.ndim === 2 &&
-      tensor.shape[0] === rows &&
-      tensor.shape[1] === cols
-    )
-  }
-
   accepts(name: string): boolean {
-    if (name === 'weight') return true
-    const part = name.startsWith('weight.') ? name.slice('weight.'.length) : ''
-    return PLAIN.includes(part) || NESTED.includes(part) || STATE.test(part)
-  }
-
-  /** Names of parts that are needed besides those that are there. */
-  #lacking(there: ReadonlyMap<string, Tensor>): string[] {
-    const weight = there.get('weight')
-    if (weight && this.#isFloatWeight(weight)) return []
-    const nested = there.get('weight.absmax')?.dtype === 'uint8'
-    const names = ['weight', ...[...PLAIN, ...(nested ? NESTED : [])].map((part) => `weight.${part}`)]
-    const lacking = names.filter((name) => !there.has(name))
-    if (![...there.keys()].some((name) => STATE.test(name.slice('weight.'.length)))) {
-      lacking.push(`weight.quant_state.bitsandbytes__${this.#options.quantType}`)
-    }
-    return lacking
+    return this.#parts.accepts(name)
   }
 
   missing(): string[] {
-    if (this.#parts.size > 0) return this.#lacking(this.#parts)
+    if (this.#parts.isWaiting) return this.#parts.lacking()
     return this.isLoaded ? [] : ['weight']
   }
 
@@ -146,36 +118,16 @@ export class Weight4 implements PackedWeight {
     const there = new Map([...own].filter(([name]) => this.accepts(name)))
     if (there.size === 0) return { missing: ['weight'], unexpected: [], wrong: [] }
     const wrong = [...there].flatMap(([name, tensor]) => {
-      const problem = this.#reject(name, tensor)
+      const problem = this.#parts.reject(name, tensor)
       return problem ? [{ name, problem }] : []
     })
-    return { missing: this.#lacking(there), unexpected: [], wrong }
-  }
-
-  #reject(name: string, tensor: Tensor): string | undefined {
-    if (name === 'weight') {
-      if (this.#isFloatWeight(tensor) || tensor.nbytes === packedBytes(this.n, this.k)) return undefined
-      return (
-        `is ${tensor.dtype} [${tensor.shape.join(', ')}]; the model takes float [${this.n}, ${this.k}]` +
-        `${this.#options.transposed ? ' transposed' : ''}, or ${packedBytes(this.n, this.k)} packed bytes`
-      )
-    }
-    const wanted: Record<string, [DType[], number?]> = {
-      'weight.absmax': [['float32', 'uint8']],
-      'weight.quant_map': [['float32'], 16],
-      'weight.nested_absmax': [['float32']],
-      'weight.nested_quant_map': [['float32'], 256],
-    }
-    const [dtypes, size] = wanted[name] ?? [['uint8' as const]]
-    if (!dtypes.includes(tensor.dtype)) return `is ${tensor.dtype}, it must be ${dtypes.join(' or ')}`
-    if (size !== undefined && tensor.size !== size) return `has ${tensor.size} entries, it must have ${size}`
-    return undefined
+    return { missing: this.#parts.lacking(there), unexpected: [], wrong }
   }
 
   /** Takes over one tensor. Float weights are quantised at once; parts wait for the last of them. */
   async load(name: string, tensor: Tensor): Promise<void> {
     this.codes.refuseOffloaded(tensor)
-    const problem = this.#reject(name, tensor)
+    const problem = this.#parts.reject(name, tensor)
     if (problem) {
       tensor.dispose()
       throw new HalfbyteError('ERR_HALFBYTE_STATE_DICT', `${this.codes.path || name} ${problem}`)
@@ -183,7 +135,7 @@ export class Weight4 implements PackedWeight {
     const target = this.codes.device ?? this.#options.device ?? tensor.device
     const here = keep(tensor.to(target))
     if (here !== tensor) tensor.dispose()
-    if (name === 'weight' && this.#isFloatWeight(here)) {
+    if (name === 'weight' && this.#parts.isFloatWeight(here)) {
       try {
         this.quantize(here)
       } finally {
@@ -191,12 +143,8 @@ export class Weight4 implements PackedWeight {
       }
       return
     }
-    this.#parts.get(name)?.dispose()
-    this.#parts.set(name, here)
-    if (this.#lacking(this.#parts).length > 0) return
-    const parts = this.#parts
-    this.#parts = new Map()
-    await this.#assemble(parts)
+    const parts = this.#parts.add(name, here)
+    if (parts) await this.#assemble(parts)
   }
 
   /** Packs a float weight, which stays the caller's. */
@@ -247,11 +195,8 @@ export class Weight4 implements PackedWeight {
 
   /** Packs first values of [n, k]. */
   quantizeValues(init: Init): void {
-    const shape = this.#options.transposed ? [this.k, this.n] : [this.n, this.k]
-    const on = this.#options.device
-    const values = Tensor.from(init(shape), { shape, ...(on && { device: on }) })
+    using values = firstValues(init, this.#parts.floatShape, this.#options.device)
     this.quantize(values)
-    values.dispose()
   }
 
   #replace(codes: Tensor, state: QuantState): void {
@@ -353,18 +298,7 @@ export class Weight4 implements PackedWeight {
     const state = this.#state!
     this.#read = read
     // all but the absmax is a table, or small
-    this.#kept = new QuantState({
-      ...state,
-      layout: 'flat',
-      absmax: Tensor.empty([0], state.absmax.dtype, state.absmax.device),
-      code: state.code.share(),
-      offset: state.offset?.share(),
-      state2: state.state2 && {
-        ...state.state2,
-        absmax: state.state2.absmax.share(),
-        code: state.state2.code.share(),
-      },
-    })
+    this.#kept = withAbsmax(state, Tensor.empty([0], state.absmax.dtype, state.absmax.device))
     const bytes = (weight: Tensor) => {
       const made = asBytes(weight)
       weight.dispose()
@@ -381,17 +315,7 @@ export class Weight4 implements PackedWeight {
     const kept = this.#kept
     if (!kept || !this.#read || this.#state) return
     this.codes.bringIn()
-    this.#state = new QuantState({
-      ...kept,
-      absmax: this.#read('weight.absmax'),
-      code: kept.code.share(),
-      offset: kept.offset?.share(),
-      state2: kept.state2 && {
-        ...kept.state2,
-        absmax: kept.state2.absmax.share(),
-        code: kept.state2.code.share(),
-      },
-    })
+    this.#state = withAbsmax(kept, this.#read('weight.absmax'))
     this.#arrange()
   }
 
@@ -426,7 +350,6 @@ export class Weight4 implements PackedWeight {
     this.#letGo()
     this.#kept?.dispose()
     this.#kept = this.#read = undefined
-    for (const tensor of this.#parts.values()) tensor.dispose()
-    this.#parts.clear()
+    this.#parts.dispose()
   }
 }

@@ -11,9 +11,9 @@ import { int8DequantizeRows, int8QuantizeRows } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import { FiniteCheck } from './finite.js'
-import type { Init } from './init.js'
+import { firstValues, type Init } from './init.js'
 import type { Parameter } from './parameter.js'
-import { onDevice, type PackedWeight } from './packed.js'
+import { onDevice, type QuantizedWeight } from './packed.js'
 import { entryOf, type OwnProblems, type StateEntry } from './state_dict.js'
 
 export interface Weight8Options {
@@ -33,7 +33,7 @@ interface Int8Operand {
 
 const PARTS = ['weight', 'SCB', 'weight_format']
 
-export class Weight8 implements PackedWeight {
+export class Weight8 implements QuantizedWeight {
   readonly n: number
   readonly k: number
   /** int8 codes, or the float weight with keepFloat. */
@@ -59,6 +59,11 @@ export class Weight8 implements PackedWeight {
 
   get isLoaded(): boolean {
     return this.place.isLoaded && (this.#options.keepFloat || this.#scb !== undefined)
+  }
+
+  /** The shape in which a float weight arrives. */
+  get #floatShape(): [number, number] {
+    return this.#options.transposed ? [this.k, this.n] : [this.n, this.k]
   }
 
   /** Runs `use` with the codes and their absmax; made for the occasion with keepFloat. */
@@ -120,7 +125,7 @@ export class Weight8 implements PackedWeight {
         : `is ${shape}; only the number of the row format, as uint8, is known`
     }
     const isFloat = DTYPES[tensor.dtype].isFloat
-    const wanted = isFloat && this.#options.transposed ? [this.k, this.n] : [this.n, this.k]
+    const wanted = isFloat ? this.#floatShape : [this.n, this.k]
     if (tensor.ndim !== 2 || tensor.shape[0] !== wanted[0] || tensor.shape[1] !== wanted[1]) {
       return `is ${shape}, the model has [${wanted.join(', ')}]`
     }
@@ -193,11 +198,8 @@ export class Weight8 implements PackedWeight {
 
   /** Quantises first values of [n, k]. */
   quantizeValues(init: Init): void {
-    const on = this.#options.device
-    const shape = this.#options.transposed ? [this.k, this.n] : [this.n, this.k]
-    const values = Tensor.from(init(shape), { shape, ...(on && { device: on }) })
+    using values = firstValues(init, this.#floatShape, this.#options.device)
     this.quantize(values)
-    values.dispose()
   }
 
   async #checkFormat(tensor: Tensor): Promise<void> {
