@@ -1,8 +1,9 @@
-/** Counts NaN and infinite elements of weights on the device, without making anybody wait for the answer. */
+/** NaN and infinite elements of weights: counted on the device, without making anybody wait for the answer. */
 import { HalfbyteError } from '../errors.js'
 import { countNonfinite } from '../tensor/ops.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { keep } from '../tensor/tidy.js'
+import type { Module } from './module.js'
 
 export class FiniteCheck {
   #pending: Promise<number> = Promise.resolve(0)
@@ -32,6 +33,22 @@ export class FiniteCheck {
     throw new HalfbyteError(
       'ERR_HALFBYTE_VALUE',
       `${layer}: the weight that was quantised has ${this.#bad} NaN or infinite elements; its product would be garbage`,
+    )
+  }
+}
+
+/** Module.checkFinite(). */
+export async function checkFinite(model: Module): Promise<void> {
+  const complaints: string[] = []
+  for (const [path, module] of model.namedModules()) {
+    const bad = await module.ownNonfinite()
+    if (bad > 0) complaints.push(`${path || module.constructor.name} (${bad})`)
+  }
+  if (complaints.length > 0) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      `NaN or infinity in the weights of ${complaints.join(', ')}: such blocks cannot be quantised. ` +
+        'Repair the weights, or leave these modules unquantised with modulesToNotConvert',
     )
   }
 }

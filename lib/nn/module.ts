@@ -19,19 +19,22 @@ import { inspect } from 'node:util'
 import { HalfbyteError } from '../errors.js'
 import type { Device } from '../tensor/device.js'
 import { Tensor } from '../tensor/tensor.js'
+import { checkFinite } from './finite.js'
 import { refuseSpread, refuseSpreadChildren } from './hooks.js'
+import { acceptsParameter, loadParameter, missingParameters } from './loading.js'
 import type { PackedWeight } from './packed.js'
 import { moveModule, type MoveTarget } from './moving.js'
 import { Parameter, TensorProperty } from './parameter.js'
+import { join, namedPlaces, namePaths, resolve } from './paths.js'
 import {
   loadStateDict,
   ownProblems,
   readEntries,
+  stateEntries,
   type LoadStateDictResult,
   type OwnProblems,
   type StateEntry,
 } from './state_dict.js'
-import { originalOf, refreshCopies, tiedCopies } from './tied.js'
 import { treeText } from './tree.js'
 
 export abstract class Module implements Disposable {
@@ -107,7 +110,7 @@ export abstract class Module implements Disposable {
 
   /** The module at a dotted path; '' is this one. */
   getSubmodule(path: string): Module {
-    const { module, rest } = this.#resolve(path)
+    const { module, rest } = resolve(this, path)
     if (rest === '') return module
     const names = [...module.namedChildren()].map(([name]) => name)
     throw new HalfbyteError(
@@ -125,7 +128,7 @@ export abstract class Module implements Disposable {
       'load it again without one, replace the module, and then dispatchModel()',
     )
     this.getSubmodule(path)
-    const { parent, name } = this.#resolve(path)
+    const { parent, name } = resolve(this, path)
     if (!parent) throw new HalfbyteError('ERR_HALFBYTE_VALUE', "setSubmodule: '' is the model itself")
     parent.setChild(name, module)
   }
@@ -164,11 +167,11 @@ export abstract class Module implements Disposable {
 
   /** Parameters by full name, tied ones once unless removeDuplicate is false. */
   *namedParameters(options: { removeDuplicate?: boolean } = {}): IterableIterator<[string, Parameter]> {
-    yield* this.#named('parameter', options.removeDuplicate ?? true)
+    yield* namedPlaces(this, 'parameter', options.removeDuplicate ?? true)
   }
 
   *namedBuffers(options: { removeDuplicate?: boolean } = {}): IterableIterator<[string, Parameter]> {
-    yield* this.#named('buffer', options.removeDuplicate ?? true)
+    yield* namedPlaces(this, 'buffer', options.removeDuplicate ?? true)
   }
 
   parameters(): Parameter[] {
@@ -187,12 +190,7 @@ export abstract class Module implements Disposable {
 
   /** Tells every parameter its full name, for messages. */
   namePaths(): this {
-    for (const [prefix, module] of this.#places()) {
-      for (const [name, parameter] of module.ownParameters()) {
-        const path = join(prefix, name)
-        if (path.endsWith(parameter.path)) parameter.path = path
-      }
-    }
+    namePaths(this)
     return this
   }
 
@@ -227,11 +225,7 @@ export abstract class Module implements Disposable {
 
   /** The state dict before it is read: the dtype and shape of each tensor, and read(), which gives it to the caller. */
   async stateEntries(): Promise<Map<string, StateEntry>> {
-    const entries = new Map<string, StateEntry>()
-    for (const [prefix, module] of this.#places()) {
-      for (const [name, entry] of await module.ownEntries()) entries.set(join(prefix, name), entry)
-    }
-    return entries
+    return stateEntries(this)
   }
 
   /**
@@ -243,7 +237,7 @@ export abstract class Module implements Disposable {
     state: ReadonlyMap<string, Tensor>,
     options: { strict?: boolean } = {},
   ): Promise<LoadStateDictResult> {
-    return loadStateDict(this, this.#places(), state, options.strict ?? true)
+    return loadStateDict(this, state, options.strict ?? true)
   }
 
   /** Own parameters and buffers that the state dict lists as they are. */
@@ -307,8 +301,7 @@ export abstract class Module implements Disposable {
 
   /** Whether the model has a place for a state-dict name. */
   acceptsParameter(path: string): boolean {
-    const { module, rest } = this.#resolve(path)
-    return module.ownAccepts(rest) || originalOf(module, rest) !== undefined
+    return acceptsParameter(this, path)
   }
 
   /**
@@ -316,43 +309,12 @@ export abstract class Module implements Disposable {
    * ERR_HALFBYTE_USAGE for what lies on the disk.
    */
   async loadParameter(path: string, tensor: Tensor): Promise<void> {
-    const { module, rest } = this.#resolve(path)
-    const original = originalOf(module, rest)
-    if (original) {
-      original.load(tensor)
-      refreshCopies(this)
-      return
-    }
-    if (!module.ownAccepts(rest)) {
-      const names = [...module.ownParameters()].map(([name]) => name)
-      tensor.dispose()
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_STATE_DICT',
-        `loadParameter: the model has no '${path}' (${module.constructor.name} has ${names.join(', ') || 'no parameters'})`,
-      )
-    }
-    for (const [name, parameter] of module.ownParameters()) {
-      parameter.path ||= rest === name ? path : path.slice(0, path.length - rest.length) + name
-    }
-    await module.ownLoad(rest, tensor)
-    const own = new Map(module.ownParameters()).get(rest)
-    if (tiedCopies(this).some(({ of }) => of === own)) refreshCopies(this)
+    await loadParameter(this, path, tensor)
   }
 
   /** Names of what has still to be loaded; one of several tied names, as any of them will do. */
   missingParameters(): string[] {
-    const missing: string[] = []
-    const seen = new Set<object>()
-    for (const [prefix, module] of this.#places()) {
-      const own = new Map(module.ownParameters())
-      for (const name of module.ownMissing()) {
-        const place = own.get(name)
-        if (place && seen.has(place.identity)) continue
-        if (place) seen.add(place.identity)
-        missing.push(join(prefix, name))
-      }
-    }
-    return missing
+    return missingParameters(this)
   }
 
   /**
@@ -360,18 +322,7 @@ export abstract class Module implements Disposable {
    * the modules whose weights do. Layers that are known to be bad also refuse to run.
    */
   async checkFinite(): Promise<void> {
-    const complaints: string[] = []
-    for (const [path, module] of this.namedModules()) {
-      const bad = await module.ownNonfinite()
-      if (bad > 0) complaints.push(`${path || module.constructor.name} (${bad})`)
-    }
-    if (complaints.length > 0) {
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_VALUE',
-        `NaN or infinity in the weights of ${complaints.join(', ')}: such blocks cannot be quantised. ` +
-          'Repair the weights, or leave these modules unquantised with modulesToNotConvert',
-      )
-    }
+    await checkFinite(this)
   }
 
   /** Number of NaN and infinite elements found in what was quantised here. */
@@ -445,41 +396,4 @@ export abstract class Module implements Disposable {
       if (!key.startsWith('_')) yield [this._names[key] ?? key, value, key]
     }
   }
-
-  /** Every place of every module: one that is in two places comes twice. */
-  *#places(prefix = ''): IterableIterator<[string, Module]> {
-    yield [prefix, this]
-    for (const [name, child] of this.namedChildren()) yield* child.#places(join(prefix, name))
-  }
-
-  *#named(kind: 'parameter' | 'buffer', once: boolean): IterableIterator<[string, Parameter]> {
-    const seen = new Set<object>()
-    for (const [prefix, module] of once ? this.namedModules() : this.#places()) {
-      for (const [name, parameter] of module.ownParameters()) {
-        if (parameter.kind !== kind || (once && seen.has(parameter.identity))) continue
-        seen.add(parameter.identity)
-        yield [join(prefix, name), parameter]
-      }
-    }
-  }
-
-  /** The deepest module on the way of a path, what is left of the path, and the parent that calls it `name`. */
-  #resolve(path: string): { module: Module; rest: string; parent?: Module; name: string } {
-    let at: { module: Module; rest: string; parent?: Module; name: string } = {
-      module: this,
-      rest: path,
-      name: '',
-    }
-    for (;;) {
-      const { module, rest } = at
-      const found = module.childOnPath(rest)
-      if (!found) return at
-      const [name, child] = found
-      at = { module: child, rest: rest.slice(name.length + 1), parent: module, name }
-    }
-  }
-}
-
-function join(prefix: string, name: string): string {
-  return prefix === '' ? name : name === '' ? prefix : `${prefix}.${name}`
 }

@@ -1,9 +1,10 @@
-/** Checks and loading of whole state dicts; see Module.loadStateDict. */
+/** State dicts: their entries, and checking and loading whole ones; see Module.loadStateDict(). */
 import { HalfbyteError } from '../errors.js'
 import type { DType } from '../tensor/dtype.js'
 import type { Shape, Tensor } from '../tensor/tensor.js'
 import type { Module } from './module.js'
 import type { Parameter } from './parameter.js'
+import { join, places } from './paths.js'
 import { refreshCopies, tiedCopies } from './tied.js'
 
 /** A tensor of a state dict that is not read yet. */
@@ -21,6 +22,15 @@ export function entryOf(tensor: Tensor): StateEntry {
   const { dtype, shape, storageId, offset, size } = tensor
   const key = size > 0 ? `${storageId} ${offset} ${size} ${dtype}` : {}
   return { dtype, shape, key, read: () => tensor.detach() }
+}
+
+/** Of all modules of a model, by full name. */
+export async function stateEntries(model: Module): Promise<Map<string, StateEntry>> {
+  const entries = new Map<string, StateEntry>()
+  for (const [prefix, module] of places(model)) {
+    for (const [name, entry] of await module.ownEntries()) entries.set(join(prefix, name), entry)
+  }
+  return entries
 }
 
 /** Reads entries, tied ones once. */
@@ -77,10 +87,10 @@ export function ownProblems(
 }
 
 /** The deepest place whose path leads to a name: its path, which is '' for the root. */
-function placeOf(name: string, places: ReadonlyMap<string, Module>): string {
+function placeOf(name: string, modules: ReadonlyMap<string, Module>): string {
   for (let end = name.length; end > 0; end = name.lastIndexOf('.', end - 1)) {
     const path = name.slice(0, end)
-    if (end < name.length && places.has(path)) return path
+    if (end < name.length && modules.has(path)) return path
   }
   return ''
 }
@@ -96,16 +106,14 @@ function liesOnDisk(module: Module, own: ReadonlyMap<string, Tensor>): boolean {
 
 export async function loadStateDict(
   root: Module,
-  everyPlace: Iterable<[string, Module]>,
   state: ReadonlyMap<string, Tensor>,
   strict: boolean,
 ): Promise<LoadStateDictResult> {
   root.namePaths()
-  const full = (path: string, name: string) => (path === '' ? name : `${path}.${name}`)
-  const places = new Map(everyPlace)
-  const parts = new Map([...places.keys()].map((path) => [path, new Map<string, Tensor>()]))
+  const modules = new Map(places(root))
+  const parts = new Map([...modules.keys()].map((path) => [path, new Map<string, Tensor>()]))
   for (const [name, tensor] of state) {
-    const path = placeOf(name, places)
+    const path = placeOf(name, modules)
     parts.get(path)!.set(path === '' ? name : name.slice(path.length + 1), tensor)
   }
 
@@ -113,14 +121,14 @@ export async function loadStateDict(
   const originals = new Map<Parameter, Parameter>(tiedCopies(root).map(({ copy, of }) => [copy, of]))
   const renamed: { name: string; of: Parameter; tensor: Tensor }[] = []
   for (const [path, own] of parts) {
-    for (const [name, parameter] of places.get(path)!.ownParameters()) {
+    for (const [name, parameter] of modules.get(path)!.ownParameters()) {
       const [of, tensor] = [originals.get(parameter), own.get(name)]
       if (!of || !tensor) continue
       own.delete(name)
-      renamed.push({ name: full(path, name), of, tensor })
+      renamed.push({ name: join(path, name), of, tensor })
     }
   }
-  const offloaded = [...parts].find(([path, own]) => own.size > 0 && liesOnDisk(places.get(path)!, own))
+  const offloaded = [...parts].find(([path, own]) => own.size > 0 && liesOnDisk(modules.get(path)!, own))
   const onDisk = offloaded?.[0] ?? renamed.find(({ of }) => of.isOffloaded)?.name
   if (onDisk !== undefined) throw onDiskError(`loadStateDict: ${onDisk || root.constructor.name}`)
 
@@ -130,13 +138,13 @@ export async function loadStateDict(
   const filled = new Set<object>()
   const absent: [string, object | undefined][] = []
   for (const [path, own] of parts) {
-    const module = places.get(path)!
+    const module = modules.get(path)!
     const problems = module.ownStateProblems(own)
     const parameters = new Map(module.ownParameters())
     for (const [name, parameter] of parameters) if (own.has(name)) filled.add(parameter.identity)
-    for (const name of problems.missing) absent.push([full(path, name), parameters.get(name)?.identity])
-    unexpected.push(...problems.unexpected.map((name) => full(path, name)))
-    wrong.push(...problems.wrong.map(({ name, problem }) => `${full(path, name)} ${problem}`))
+    for (const name of problems.missing) absent.push([join(path, name), parameters.get(name)?.identity])
+    unexpected.push(...problems.unexpected.map((name) => join(path, name)))
+    wrong.push(...problems.wrong.map(({ name, problem }) => `${join(path, name)} ${problem}`))
   }
   for (const { name, of, tensor } of renamed) {
     const problem = of.reject(tensor)
@@ -159,9 +167,9 @@ export async function loadStateDict(
   }
   const refused = new Set(unexpected)
   for (const [path, own] of parts) {
-    const module = places.get(path)!
+    const module = modules.get(path)!
     for (const [name, tensor] of own) {
-      if (!refused.has(full(path, name))) await module.ownLoad(name, tensor.detach())
+      if (!refused.has(join(path, name))) await module.ownLoad(name, tensor.detach())
     }
   }
   for (const { of, tensor } of renamed) of.load(tensor.detach())
