@@ -4,7 +4,7 @@
  * those that bitsandbytes quantised take the same way.
  */
 import { HalfbyteError } from '../errors.js'
-import { FusedExperts, SplitExperts } from '../nn/experts.js'
+import { FusedExperts } from '../nn/experts.js'
 import { refuseSpread } from '../nn/hooks.js'
 import type { Module } from '../nn/module.js'
 import type { Parameter } from '../nn/parameter.js'
@@ -15,13 +15,15 @@ import { defaultDevice, device as toDevice, type Device, type DeviceLike } from 
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { countNonfinite } from '../tensor/ops.js'
 import { keep } from '../tensor/tidy.js'
+import { emitWarning } from '../warning.js'
+import { assign, isFloat, isPacked, placeOf, type Assignment } from './assign.js'
+import { Backlog } from './backlog.js'
 import type { DeviceMap } from './device_map.js'
 import { fillCopies, hookModules, Layout, placeModules } from './dispatch.js'
-import { checkpointError, type TensorInfo } from './header.js'
+import { checkpointError } from './header.js'
 import type { MaxMemory } from './max_memory.js'
 import { DiskOffload } from './offload.js'
 import { resolveDeviceMap, type DeviceMapOption } from './placement.js'
-import { FROM_SAFETENSORS } from './safetensors.js'
 import { Checkpoint, count, list } from './source.js'
 
 export interface LoadProgress {
@@ -63,25 +65,6 @@ export interface LoadReport {
   /** Tensors of the checkpoint that the model has no place for. */
   unexpected: string[]
   loadedBytes: number
-}
-
-/** Tensors that older checkpoints carry though they follow from the config. */
-const DERIVED = /(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(bias|masked_bias))$/
-
-/** What a model may say about the names in its checkpoints. */
-interface Prefixed {
-  /** Default 'model'. */
-  baseModelPrefix?: string
-}
-
-/** A tensor of the checkpoint and its name in the model. */
-interface Item {
-  info: TensorInfo
-  path: string
-}
-
-export function emitWarning(message: string): void {
-  process.emitWarning(message, 'HalfbyteWarning')
 }
 
 export async function loadCheckpoint(
@@ -145,21 +128,6 @@ function resolve(model: Module, options: LoadOptions): DeviceMap {
   })
 }
 
-// -- what goes where
-
-/** The model's name for a tensor; the base model's prefix may be there or not, on either side. */
-function placeOf(model: Module & Prefixed, name: string): string | undefined {
-  const prefix = `${model.baseModelPrefix ?? 'model'}.`
-  const names = [name, `${prefix}${name}`, ...(name.startsWith(prefix) ? [name.slice(prefix.length)] : [])]
-  return names.find((candidate) => model.acceptsParameter(candidate))
-}
-
-/** Whether the checkpoint has a weight in quantised form. */
-function isPacked(checkpoint: Checkpoint, name: string): boolean {
-  if (!checkpoint.has(name)) return false
-  return checkpoint.has(`${name}.absmax`) || ['U8', 'I8'].includes(checkpoint.info(name).dtype)
-}
-
 function quantizeLayers(
   model: Module,
   checkpoint: Checkpoint,
@@ -198,130 +166,10 @@ function quantizeLayers(
   return report
 }
 
-/** Pairs tensors and places; one ERR_HALFBYTE_CHECKPOINT for all that does not fit. `shapes`: of the dense model. */
-function assign(
-  model: Module,
-  checkpoint: Checkpoint,
-  shapes: ReadonlyMap<string, Parameter>,
-): { items: Item[]; unexpected: string[] } {
-  const found = new Map<string, TensorInfo>()
-  const unexpected: string[] = []
-  for (const [name, info] of checkpoint.tensors) {
-    const path = placeOf(model, name)
-    if (path === undefined) {
-      if (!DERIVED.test(name)) unexpected.push(name)
-    } else if (!found.has(path) || path === name) found.set(path, info)
-  }
-  // experts that were taken apart have other names than before; check() looks after them
-  const split = [...model.namedModules()].flatMap(([path, module]) =>
-    module instanceof SplitExperts ? `${path}.` : [],
-  )
-  // of tied names the first one counts
-  const taken = new Set<object>()
-  const missing = new Map<object, string>()
-  for (const [path, parameter] of shapes) {
-    if (taken.has(parameter.identity)) found.delete(path)
-    else if (found.has(path)) taken.add(parameter.identity)
-    else if (split.some((prefix) => path.startsWith(prefix))) continue
-    else if (parameter.persistent && !missing.has(parameter.identity)) missing.set(parameter.identity, path)
-  }
-  const absent = [...missing].filter(([identity]) => !taken.has(identity)).map(([, path]) => path)
-  const complaints: string[] = []
-  if (absent.length > 0) {
-    complaints.push(`the model lacks ${count(absent, 'tensor')}: ${list(absent)}`)
-    if (unexpected.length > 0)
-      complaints.push(`${unexpected.length} are not the model's: ${list(unexpected)}`)
-  }
-  const wrong = [...found].flatMap(([path, info]) => mismatch(checkpoint, path, info, shapes.get(path)))
-  if (wrong.length > 0) complaints.push(`config.json and the tensors disagree: ${list(wrong, 4)}`)
-  if (complaints.length > 0) throw checkpointError(checkpoint.path, complaints.join('; '))
-
-  const fileOrder = new Map(checkpoint.files.map((file, i) => [file.path, i]))
-  // of the names of a tied tensor the first one stands for it
-  const first = new Map<object, string>()
-  for (const [path, { identity }] of shapes) if (!first.has(identity)) first.set(identity, path)
-  const items = [...found].map(([path, info]) => {
-    const identity = shapes.get(path)?.identity
-    return { path: (identity && first.get(identity)) ?? path, info }
-  })
-  items.sort(
-    (a, b) => fileOrder.get(a.info.file)! - fileOrder.get(b.info.file)! || a.info.begin - b.info.begin,
-  )
-  return { items, unexpected }
-}
-
-function isFloat({ dtype }: TensorInfo): boolean {
-  const ours = FROM_SAFETENSORS[dtype]
-  return ours !== undefined && DTYPES[ours].isFloat
-}
-
-function mismatch(
-  checkpoint: Checkpoint,
-  path: string,
-  info: TensorInfo,
-  place: Parameter | undefined,
-): string[] {
-  // packed weights have shapes of their own, which their layers check
-  const scb = info.name.replace(/weight$/, 'SCB')
-  if (!place || checkpoint.has(`${info.name}.absmax`)) return []
-  if (info.dtype === 'I8' && checkpoint.has(scb)) return []
-  const same = place.shape.length === info.shape.length && place.shape.every((n, i) => n === info.shape[i])
-  if (!same)
-    return [`${path} is ${info.dtype} [${info.shape.join(', ')}], the model has [${place.shape.join(', ')}]`]
-  return isFloat(info) ? [] : [`${path} is ${info.dtype}, the model has floating-point weights`]
-}
-
-// -- reading
-
-/** Bytes after which a device is asked how far it is. */
-const LAP = 128 << 20
-/** Bytes that a GPU may be given ahead: it takes memory for them one tensor after the other. */
-const AHEAD = 512 << 20
-
-/**
- * Work that was queued on a device and may not be done. On the CPU what is read lies in memory until it is quantised,
- * by another thread: that stays below `limit`.
- */
-class Backlog {
-  readonly #device: Device
-  readonly #limit: number
-  #laps: { bytes: number; reached: Promise<void> }[] = []
-  #bytes = 0
-  #lap = 0
-
-  constructor(device: Device, largest: number) {
-    this.#device = device
-    this.#limit = device.type === 'cuda' ? Math.max(largest, AHEAD) : largest
-  }
-
-  /** Waits until there is room for so many bytes more. */
-  async room(bytes: number): Promise<void> {
-    while (this.#bytes > 0 && this.#bytes + bytes > this.#limit) {
-      if (this.#laps.length === 0) this.#mark()
-      const lap = this.#laps.shift()!
-      await lap.reached
-      this.#bytes -= lap.bytes
-    }
-  }
-
-  add(bytes: number): void {
-    this.#bytes += bytes
-    this.#lap += bytes
-    if (this.#lap >= Math.min(LAP, this.#limit / 4)) this.#mark()
-  }
-
-  #mark(): void {
-    const reached = this.#device.synchronize()
-    reached.catch(() => {}) // whoever waits for it hears of it
-    this.#laps.push({ bytes: this.#lap, reached })
-    this.#lap = 0
-  }
-}
-
 async function fill(
   model: Module,
   checkpoint: Checkpoint,
-  items: readonly Item[],
+  items: readonly Assignment[],
   layout: Layout,
   offload: DiskOffload,
   { signal, onProgress }: LoadOptions,
@@ -329,7 +177,7 @@ async function fill(
   const totalBytes = items.reduce((sum, { info }) => sum + info.end - info.begin, 0)
   const largest = items.reduce((most, { info }) => Math.max(most, info.end - info.begin), 0)
   const backlogs = new Map<Device, Backlog>()
-  const take = async ({ path, info }: Item, device: Device) => {
+  const take = async ({ path, info }: Assignment, device: Device) => {
     try {
       await model.loadParameter(path, checkpoint.tensor(info.name, device))
     } catch (error) {

@@ -1,6 +1,7 @@
 import { inspect } from 'node:util'
 import { HalfbyteError } from '../errors.js'
 import { native, type NativeDevice, type NativeGraph } from '../native.js'
+import { emitWarning } from '../warning.js'
 import { cudaError, cudaProblem, standardDevice } from './cuda.js'
 import { rethrow, rethrowAsync } from './rethrow.js'
 import { watchWrites, type Writes } from './writes.js'
@@ -113,12 +114,8 @@ function warnOfCpu(): void {
   if (warned) return
   warned = true
   const { isa, threads, isaComplaint, threadsComplaint } = native.cpuInfo()
-  if (isaComplaint) warn(`${isaComplaint}: the kernels of ${isa} are used`)
-  if (threadsComplaint) warn(`${threadsComplaint}: ${threads} threads are used`)
-}
-
-function warn(message: string): void {
-  process.emitWarning(message, 'HalfbyteWarning')
+  if (isaComplaint) emitWarning(`${isaComplaint}: the kernels of ${isa} are used`)
+  if (threadsComplaint) emitWarning(`${threadsComplaint}: ${threads} threads are used`)
 }
 
 export type DeviceLike = Device | string
@@ -159,7 +156,7 @@ let standard: Device | undefined
  */
 export function defaultDevice(): Device {
   standard ??= device(
-    process.env['HALFBYTE_DEVICE'] || standardDevice(native.devices(), native.cudaInfo(), warn),
+    process.env['HALFBYTE_DEVICE'] || standardDevice(native.devices(), native.cudaInfo(), emitWarning),
   )
   return standard
 }

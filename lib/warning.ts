@@ -1,0 +1,3 @@
+export function emitWarning(message: string): void {
+  process.emitWarning(message, 'HalfbyteWarning')
+}
