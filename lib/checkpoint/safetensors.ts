@@ -5,7 +5,8 @@ import { native, type NativeFile } from '../native.js'
 import { device as toDevice, type DeviceLike } from '../tensor/device.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
 import { rethrow } from '../tensor/rethrow.js'
-import { Tensor, type Shape } from '../tensor/tensor.js'
+import type { Shape } from '../tensor/shape.js'
+import { Tensor } from '../tensor/tensor.js'
 import { checkpointError, parseHeader, type Header, type TensorInfo } from './header.js'
 
 /** Our dtypes by the names of the format. */

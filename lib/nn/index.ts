@@ -27,7 +27,7 @@ export {
 } from './linear4bit.js'
 export { Linear8bit, type Linear8bitOptions } from './linear8bit.js'
 export { Module } from './module.js'
-export type { MoveTarget } from './moving.js'
+export type { MoveTarget } from '../tensor/target.js'
 export { LayerNorm, RMSNorm, type Normed } from './norms.js'
 export type { PackedWeight } from './packed.js'
 export { Buffer, onMeta, Parameter, type ParameterOptions, type Placement } from './parameter.js'

@@ -1,6 +1,7 @@
 /** First values of parameters, from one seeded generator of the process: same seed, same model. */
 import type { Device } from '../tensor/device.js'
-import { sizeOf, Tensor, type Shape } from '../tensor/tensor.js'
+import { sizeOf, type Shape } from '../tensor/shape.js'
+import { Tensor } from '../tensor/tensor.js'
 
 let state = 0x9e3779b9
 

@@ -1,26 +1,15 @@
 /** Moving and casting whole models; see Module.to. */
 import { HalfbyteError } from '../errors.js'
 import { noGrad } from '../tensor/autograd.js'
-import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
-import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
+import type { Device } from '../tensor/device.js'
+import { DTYPES, type DType } from '../tensor/dtype.js'
+import { readTarget, type MoveTarget } from '../tensor/target.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { tidy } from '../tensor/tidy.js'
 import { isSpread } from './hooks.js'
 import type { Module } from './module.js'
 import type { Parameter } from './parameter.js'
 import { refreshCopies } from './tied.js'
-
-/** Where Module.to() moves a model, and what it casts it to. */
-export type MoveTarget = DType | DeviceLike | { dtype?: DType; device?: DeviceLike }
-
-function readTarget(target: MoveTarget): { dtype?: DType; device?: Device } {
-  if (typeof target === 'string' && Object.hasOwn(DTYPES, target)) return { dtype: target as DType }
-  if (typeof target === 'string' || 'native' in target) return { device: toDevice(target) }
-  return {
-    ...(target.dtype && { dtype: checkDType(target.dtype, 'to') }),
-    ...(target.device && { device: toDevice(target.device) }),
-  }
-}
 
 function checkCast(model: Module, dtype: DType): void {
   if (!DTYPES[dtype].isFloat) {

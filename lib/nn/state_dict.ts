@@ -1,7 +1,8 @@
 /** State dicts: their entries, and checking and loading whole ones; see Module.loadStateDict(). */
 import { HalfbyteError } from '../errors.js'
 import type { DType } from '../tensor/dtype.js'
-import type { Shape, Tensor } from '../tensor/tensor.js'
+import type { Shape } from '../tensor/shape.js'
+import type { Tensor } from '../tensor/tensor.js'
 import type { Module } from './module.js'
 import type { Parameter } from './parameter.js'
 import { join, places } from './paths.js'

@@ -23,7 +23,8 @@ import {
   type Int8Rows,
   type QuantType,
 } from '../tensor/ops.js'
-import { sizeOf, Tensor } from '../tensor/tensor.js'
+import { sizeOf } from '../tensor/shape.js'
+import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import { QUANT_STORAGES, type QuantStorage } from './config.js'
 import { codebook, QuantState, type NestedState } from './quant_state.js'

@@ -1,13 +1,12 @@
 /** Reading what a caller gives as the elements of a tensor. */
 import { HalfbyteError } from '../errors.js'
-import type { Device } from './device.js'
-import { checkDType, DTYPES, isArrayOf, type DType } from './dtype.js'
-import { sizeOf, Tensor, type TensorOptions } from './tensor.js'
+import { checkDType, DTYPES, isArrayOf, type DType, type TypedArray } from './dtype.js'
+import { checkLengths, sizeOf, type Shape } from './shape.js'
 
 export type Nested = number | boolean | readonly Nested[]
 
 /** The dtype that a typed array stands for by itself. */
-export function dtypeOf(data: ArrayBufferView): DType {
+function dtypeOf(data: ArrayBufferView): DType {
   if (isArrayOf('float16', data)) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_DTYPE',
@@ -21,8 +20,32 @@ export function dtypeOf(data: ArrayBufferView): DType {
   )
 }
 
-/** Numbers, nested to give the shape. */
-export function fromNested(data: Nested, options: TensorOptions, target: Device): Tensor {
+/** Dtype and shape of the tensor that a typed array gives: as wanted, else a vector of the array's own. */
+export function readArray(
+  data: TypedArray,
+  wanted: { dtype?: DType; shape?: Shape },
+): { dtype: DType; shape: Shape } {
+  const dtype = wanted.dtype ?? dtypeOf(data)
+  const { array } = DTYPES[checkDType(dtype, 'Tensor.from')]
+  if (!isArrayOf(dtype, data)) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_DTYPE',
+      `Tensor.from: ${dtype} is read from a ${array.name}, not from a ${(data as object).constructor.name}`,
+    )
+  }
+  const shape = [...(wanted.shape ?? [data.length])]
+  checkLengths(shape, 'Tensor.from')
+  if (sizeOf(shape) !== data.length) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_SHAPE',
+      `Tensor.from: shape [${shape.join(', ')}] has ${sizeOf(shape)} elements, the array ${data.length}`,
+    )
+  }
+  return { dtype, shape }
+}
+
+/** Numbers, nested to give the shape, as an array for a tensor of `dtype`; as float32 where that is a 16-bit float. */
+export function readNested(data: Nested, dtype: DType): { array: TypedArray; shape: Shape } {
   const shape: number[] = []
   for (let level: Nested = data; Array.isArray(level); level = level[0] as Nested) {
     shape.push(level.length)
@@ -35,20 +58,13 @@ export function fromNested(data: Nested, options: TensorOptions, target: Device)
       'Tensor.from: the nested arrays are ragged or hold other than numbers',
     )
   }
-  const dtype = options.dtype ?? 'float32'
-  const final = options.shape ?? shape
   if (dtype === 'int64') {
-    const integers = BigInt64Array.from(flat, (x) => BigInt(Math.trunc(Number(x))))
-    return Tensor.from(integers, { dtype, shape: final, device: target })
+    return { array: BigInt64Array.from(flat, (x) => BigInt(Math.trunc(Number(x)))), shape }
   }
   if (dtype === 'float32' || dtype === 'float16' || dtype === 'bfloat16') {
-    const single = Tensor.from(Float32Array.from(flat, Number), { shape: final, device: target })
-    if (dtype === 'float32') return single
-    const converted = single.to(dtype)
-    single.dispose()
-    return converted
+    return { array: Float32Array.from(flat, Number), shape }
   }
-  const array = { int8: Int8Array, uint8: Uint8Array, int32: Int32Array }[dtype]
-  if (!array) checkDType(dtype, 'Tensor.from')
-  return Tensor.from(new array(flat.map(Number)), { shape: final, device: target })
+  const integers = { int8: Int8Array, uint8: Uint8Array, int32: Int32Array }[dtype]
+  if (!integers) checkDType(dtype, 'Tensor.from')
+  return { array: new integers(flat.map(Number)), shape }
 }

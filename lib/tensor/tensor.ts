@@ -1,17 +1,19 @@
 import { markAsUntransferable } from 'node:worker_threads'
 import { HalfbyteError } from '../errors.js'
 import type { NativeTensor } from '../native.js'
-import { backward, checkAlike, needsGrad, noGrad, record, type GradNode } from './autograd.js'
+import { needsGrad, noGrad, record, withoutGradient, type GradNode } from './autograd.js'
+import { backward, checkAlike } from './backward.js'
 import { defaultDevice, device as toDevice, type Device, type DeviceLike } from './device.js'
 import { checkDType, DTYPES, isArrayOf, type DType, type TypedArray } from './dtype.js'
-import { rethrow, rethrowAsync } from './rethrow.js'
-import { keep, track } from './tidy.js'
-import { dtypeOf, fromNested, type Nested } from './host_data.js'
+import { readArray, readNested, type Nested } from './host_data.js'
 import { copyInto, fillInto } from './ops/layout.js'
 import { sumTo } from './ops/reduce.js'
+import { rethrow, rethrowAsync } from './rethrow.js'
+import { checkLengths, contiguousStrides, sizeOf, type Shape } from './shape.js'
+import { readTarget, type MoveTarget } from './target.js'
+import { keep, track } from './tidy.js'
+import { bitcastTo, dimensionOf, expanded, permuted, reshapedTo, sliced, type Place } from './views.js'
 import { Writes } from './writes.js'
-
-export type Shape = readonly number[]
 
 export interface TensorOptions {
   dtype?: DType
@@ -22,37 +24,6 @@ export interface TensorOptions {
    * do not transfer() its buffer while the tensor lives.
    */
   copy?: boolean
-}
-
-export function sizeOf(shape: Shape): number {
-  return shape.reduce((product, length) => product * length, 1)
-}
-
-export function contiguousStrides(shape: Shape): number[] {
-  const strides = new Array<number>(shape.length)
-  let stride = 1
-  for (let i = shape.length - 1; i >= 0; i--) {
-    strides[i] = stride
-    stride *= shape[i]!
-  }
-  return strides
-}
-
-function checkShape(shape: Shape, where: string): void {
-  const given: unknown = shape
-  if (!Array.isArray(given)) {
-    throw new HalfbyteError(
-      'ERR_HALFBYTE_SHAPE',
-      `${where}: the shape is ${String(given)}, not a list of lengths such as [2, 3]`,
-    )
-  }
-  const bad = shape.find((n) => !Number.isSafeInteger(n) || n < 0)
-  if (bad !== undefined || shape.length > 6 || !Number.isSafeInteger(sizeOf(shape) * 8)) {
-    throw new HalfbyteError(
-      'ERR_HALFBYTE_SHAPE',
-      `${where}: [${shape.join(', ')}] is not a shape (at most 6 dimensions, whole numbers >= 0, less than 2^50 elements)`,
-    )
-  }
 }
 
 /**
@@ -98,7 +69,7 @@ export class Tensor implements Disposable {
 
   /** Undefined content. */
   static empty(shape: Shape, dtype: DType = 'float32', on: DeviceLike = defaultDevice()): Tensor {
-    checkShape(shape, 'Tensor.empty')
+    checkLengths(shape, 'Tensor.empty')
     const target = toDevice(on)
     const { id } = DTYPES[checkDType(dtype, 'Tensor.empty')]
     return new Tensor(
@@ -128,32 +99,26 @@ export class Tensor implements Disposable {
    */
   static from(data: TypedArray | Nested, options: TensorOptions = {}): Tensor {
     const target = toDevice(options.device ?? defaultDevice())
-    if (!ArrayBuffer.isView(data)) return fromNested(data, options, target)
-    const dtype = options.dtype ?? dtypeOf(data)
-    const info = DTYPES[checkDType(dtype, 'Tensor.from')]
-    if (!isArrayOf(dtype, data)) {
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_DTYPE',
-        `Tensor.from: ${dtype} is read from a ${info.array.name}, not from a ${(data as object).constructor.name}`,
-      )
-    }
-    const shape = [...(options.shape ?? [data.length])]
-    checkShape(shape, 'Tensor.from')
-    if (sizeOf(shape) !== data.length) {
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_SHAPE',
-        `Tensor.from: shape [${shape.join(', ')}] has ${sizeOf(shape)} elements, the array ${data.length}`,
-      )
-    }
+    if (!ArrayBuffer.isView(data)) return Tensor.#fromNested(data, options, target)
+    const { dtype, shape } = readArray(data, options)
     const copy = options.copy ?? true
     // Memory that is in use must not move to another thread.
     if (!copy) markAsUntransferable(data.buffer)
     return new Tensor(
-      rethrow(() => target.native.fromHost(info.id, shape, data, copy)),
+      rethrow(() => target.native.fromHost(DTYPES[dtype].id, shape, data, copy)),
       target,
       dtype,
       shape,
     )
+  }
+
+  static #fromNested(data: Nested, options: TensorOptions, target: Device): Tensor {
+    const dtype = options.dtype ?? 'float32'
+    const { array, shape } = readNested(data, dtype)
+    const made = Tensor.from(array, { shape: options.shape ?? shape, device: target })
+    const converted = made.to(dtype)
+    if (converted !== made) made.dispose()
+    return converted
   }
 
   // -- facts
@@ -248,11 +213,11 @@ export class Tensor implements Disposable {
 
   // -- views: same memory, no work
 
-  #view(shape: Shape, strides: readonly number[], start: number): Tensor {
+  #view({ shape, strides, offset }: Place, dtype = this.dtype): Tensor {
     // an empty view may begin at the very end of the memory, which is no element's place
-    const offset = sizeOf(shape) === 0 ? 0 : start
-    const handle = rethrow(() => this.handle.view(DTYPES[this.dtype].id, shape, strides, offset))
-    return new Tensor(handle, this.device, this.dtype, shape, strides, offset, this)
+    const start = sizeOf(shape) === 0 ? 0 : offset
+    const handle = rethrow(() => this.handle.view(DTYPES[dtype].id, shape, strides, start))
+    return new Tensor(handle, this.device, dtype, shape, strides, start, this)
   }
 
   /** What `make` gives of this tensor, with the way back to it. */
@@ -262,15 +227,7 @@ export class Tensor implements Disposable {
 
   /** Another shape of as many elements; one length may be -1. A view where the memory allows it, else a copy. */
   reshape(...lengths: number[]): Tensor {
-    const known = lengths.filter((n) => n !== -1).reduce((product, n) => product * n, 1)
-    const shape = lengths.map((n) => (n === -1 ? (known === 0 ? 0 : this.size / known) : n))
-    checkShape(shape, `reshape of ${this.toString()} to [${lengths.join(', ')}]`)
-    if (sizeOf(shape) !== this.size || lengths.filter((n) => n === -1).length > 1) {
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_SHAPE',
-        `reshape: ${this.toString()} does not have the elements of [${lengths.join(', ')}]`,
-      )
-    }
+    const shape = reshapedTo(this, lengths)
     const own = this.shape
     return this.#derive(
       'reshape',
@@ -280,10 +237,11 @@ export class Tensor implements Disposable {
   }
 
   #reshaped(shape: Shape): Tensor {
-    if (this.isContiguous) return this.#view(shape, contiguousStrides(shape), this.offset)
+    const strides = contiguousStrides(shape)
+    if (this.isContiguous) return this.#view({ shape, strides, offset: this.offset })
     const copy = this.contiguous()
     try {
-      return copy.#view(shape, contiguousStrides(shape), 0)
+      return copy.#view({ shape, strides, offset: 0 })
     } finally {
       copy.dispose()
     }
@@ -291,18 +249,11 @@ export class Tensor implements Disposable {
 
   /** Elements begin .. end-1 of dimension `dim` (negative dims count from the last). */
   slice(dim: number, begin: number, end: number): Tensor {
-    const d = this.#dim(dim)
-    const length = this.shape[d]!
-    if (!Number.isInteger(begin) || !Number.isInteger(end) || begin < 0 || end < begin || end > length) {
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_SHAPE',
-        `slice: ${begin} .. ${end} is not within dimension ${d} of ${this.toString()}`,
-      )
-    }
-    const whole = this.shape
-    const shape = whole.with(d, end - begin)
-    const make = () => this.#view(shape, this.strides, this.offset + begin * this.strides[d]!)
+    const d = dimensionOf(this, dim)
+    const place = sliced(this, d, begin, end)
+    const make = () => this.#view(place)
     if (!needsGrad(this)) return make()
+    const whole = this.shape
     // many slices of one tensor add to one gradient
     const part = { shape: whole, of: (gradient: Tensor) => gradient.slice(d, begin, end) }
     return record('slice', make, [{ of: this, by: (dy) => dy, part }])
@@ -310,50 +261,30 @@ export class Tensor implements Disposable {
 
   /** The dimensions in another order. */
   permute(...order: number[]): Tensor {
-    const dims = order.map((dim) => this.#dim(dim))
-    if (new Set(dims).size !== this.ndim || dims.length !== this.ndim) {
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_SHAPE',
-        `permute: [${order.join(', ')}] does not order ${this.toString()}`,
-      )
-    }
-    const make = () =>
-      this.#view(
-        dims.map((d) => this.shape[d]!),
-        dims.map((d) => this.strides[d]!),
-        this.offset,
-      )
-    return this.#derive('permute', make, (dy) => dy.permute(...dims.map((_, d) => dims.indexOf(d))))
+    const place = permuted(this, order)
+    const { dims } = place
+    const back = dims.map((_, d) => dims.indexOf(d))
+    return this.#derive(
+      'permute',
+      () => this.#view(place),
+      (dy) => dy.permute(...back),
+    )
   }
 
   transpose(a: number, b: number): Tensor {
     const order = this.shape.map((_, i) => i)
-    ;[order[this.#dim(a)], order[this.#dim(b)]] = [this.#dim(b), this.#dim(a)]
+    const [first, second] = [dimensionOf(this, a), dimensionOf(this, b)]
+    ;[order[first], order[second]] = [second, first]
     return this.permute(...order)
   }
 
   /** Repeats dimensions of length 1, and new leading ones, without copying. */
   expand(...shape: number[]): Tensor {
-    const lead = shape.length - this.ndim
-    const strides = shape.map((length, i) => {
-      const own = this.shape[i - lead]
-      if (i < lead || (own === 1 && length !== 1)) return 0
-      if (own === length) return this.strides[i - lead]!
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_SHAPE',
-        `expand: ${this.toString()} does not expand to [${shape.join(', ')}]`,
-      )
-    })
-    if (lead < 0) {
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_SHAPE',
-        `expand: ${this.toString()} does not expand to [${shape.join(', ')}]`,
-      )
-    }
+    const place = expanded(this, shape)
     const own = this.shape
     return this.#derive(
       'expand',
-      () => this.#view(shape, strides, this.offset),
+      () => this.#view(place),
       (dy) => sumTo(dy, own),
     )
   }
@@ -362,14 +293,14 @@ export class Tensor implements Disposable {
   share(): Tensor {
     return this.#derive(
       'share',
-      () => this.#view(this.shape, this.strides, this.offset),
+      () => this.#view(this),
       (dy) => dy,
     )
   }
 
   /** A second tensor on the same memory that gradients do not pass through. */
   detach(): Tensor {
-    return this.#view(this.shape, this.strides, this.offset)
+    return this.#view(this)
   }
 
   /**
@@ -377,32 +308,9 @@ export class Tensor implements Disposable {
    * dimension, in bytes, a whole number of elements.
    */
   bitcast(dtype: DType): Tensor {
-    const { id, bytes } = DTYPES[checkDType(dtype, 'bitcast')]
+    checkDType(dtype, 'bitcast')
     if (needsGrad(this)) throw withoutGradient('bitcast', this)
-    const own = DTYPES[this.dtype].bytes
-    const make = (shape: Shape, strides: readonly number[], offset: number) => {
-      const handle = rethrow(() => this.handle.view(id, shape, strides, offset))
-      return new Tensor(handle, this.device, dtype, shape, strides, offset, this)
-    }
-    if (bytes === own) return make(this.shape, this.strides, this.offset)
-    const last = ((this.shape.at(-1) ?? 1) * own) / bytes
-    const offset = (this.offset * own) / bytes
-    if (!this.isContiguous || this.ndim === 0 || !Number.isInteger(last) || !Number.isInteger(offset)) {
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_DTYPE',
-        `bitcast: ${this.toString()} does not divide into elements of ${dtype}`,
-      )
-    }
-    const shape = this.shape.with(-1, last)
-    return make(shape, contiguousStrides(shape), offset)
-  }
-
-  #dim(dim: number): number {
-    const d = dim < 0 ? dim + this.ndim : dim
-    if (!Number.isInteger(d) || d < 0 || d >= this.ndim) {
-      throw new HalfbyteError('ERR_HALFBYTE_SHAPE', `${this.toString()} has no dimension ${dim}`)
-    }
-    return d
+    return this.#view(bitcastTo(this, dtype), dtype)
   }
 
   // -- copies
@@ -441,21 +349,8 @@ export class Tensor implements Disposable {
   }
 
   /** With another dtype, on another device, or both. Itself when nothing changes (so do not dispose it blindly). */
-  to(target: DType | DeviceLike | { dtype?: DType; device?: DeviceLike }): Tensor {
-    if (typeof target !== 'string' && (typeof target !== 'object' || target === null)) {
-      throw new HalfbyteError(
-        'ERR_HALFBYTE_VALUE',
-        `to: ${String(target)} is neither a dtype nor a device, nor { dtype, device }`,
-      )
-    }
-    const wanted =
-      typeof target === 'string' && Object.hasOwn(DTYPES, target)
-        ? { dtype: target as DType }
-        : typeof target === 'string' || 'native' in target
-          ? { device: target }
-          : target
-    const dtype = checkDType(wanted.dtype ?? this.dtype, 'to')
-    const on = toDevice(wanted.device ?? this.device)
+  to(target: MoveTarget): Tensor {
+    const { dtype = this.dtype, device: on = this.device } = readTarget(target)
     if (dtype === this.dtype && on === this.device) return this
     const own = { dtype: this.dtype, device: this.device }
     const make = () => this.#converted(dtype, on)
@@ -588,12 +483,4 @@ export class Tensor implements Disposable {
   [Symbol.dispose](): void {
     this.dispose()
   }
-}
-
-/** @internal */
-export function withoutGradient(op: string, tensor: Tensor): HalfbyteError {
-  return new HalfbyteError(
-    'ERR_HALFBYTE_UNSUPPORTED',
-    `${op}: has no gradient, and ${tensor.toString()} requires one; detach() it, or call the op in noGrad()`,
-  )
 }

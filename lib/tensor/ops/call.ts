@@ -1,11 +1,11 @@
 /** What every op uses: queueing by name, and the checks on operands. Nothing here computes. */
 import { HalfbyteError } from '../../errors.js'
 import { native, type NativeTensor } from '../../native.js'
-import { isGradEnabled } from '../autograd.js'
+import { isGradEnabled, withoutGradient } from '../autograd.js'
 import type { Device } from '../device.js'
 import { DTYPES, type DType } from '../dtype.js'
 import { convertError } from '../rethrow.js'
-import { withoutGradient, type Tensor } from '../tensor.js'
+import type { Tensor } from '../tensor.js'
 
 const ids = new Map(native.ops.map((name, id) => [name, id]))
 

@@ -1,5 +1,6 @@
 import { needsGrad, record, type Gradient } from '../autograd.js'
-import { Tensor, type Shape } from '../tensor.js'
+import type { Shape } from '../shape.js'
+import { Tensor } from '../tensor.js'
 import {
   call,
   checkDTypes,

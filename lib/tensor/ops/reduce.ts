@@ -1,5 +1,6 @@
 import { needsGrad, record } from '../autograd.js'
-import { sizeOf, Tensor, type Shape } from '../tensor.js'
+import { sizeOf, type Shape } from '../shape.js'
+import { Tensor } from '../tensor.js'
 import { tidy } from '../tidy.js'
 import { call, checkDTypes, checkFloat, sameShape, withContiguous } from './call.js'
 import { concat, div } from './layout.js'
