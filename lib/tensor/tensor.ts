@@ -1,19 +1,18 @@
 import { markAsUntransferable } from 'node:worker_threads'
 import { HalfbyteError } from '../errors.js'
-import type { NativeTensor } from '../native.js'
 import { needsGrad, noGrad, record, withoutGradient, type GradNode } from './autograd.js'
 import { backward, checkAlike } from './backward.js'
 import { defaultDevice, device as toDevice, type Device, type DeviceLike } from './device.js'
 import { checkDType, DTYPES, isArrayOf, type DType, type TypedArray } from './dtype.js'
 import { readArray, readNested, type Nested } from './host_data.js'
+import { MemoryView } from './memory_view.js'
 import { copyInto, fillInto } from './ops/layout.js'
 import { sumTo } from './ops/reduce.js'
 import { rethrow, rethrowAsync } from './rethrow.js'
 import { checkLengths, contiguousStrides, sizeOf, type Shape } from './shape.js'
 import { readTarget, type MoveTarget } from './target.js'
-import { keep, track } from './tidy.js'
+import { keep } from './tidy.js'
 import { bitcastTo, dimensionOf, expanded, permuted, reshapedTo, sliced, type Place } from './views.js'
-import { Writes } from './writes.js'
 
 export interface TensorOptions {
   dtype?: DType
@@ -31,39 +30,10 @@ export interface TensorOptions {
  * values. `dispose()` (or `using`, or `tidy()`) frees the memory when no other view and no queued op needs it; the
  * garbage collector does so in the end, when V8 gets round to it.
  */
-export class Tensor implements Disposable {
-  readonly shape: Shape
-  readonly strides: readonly number[]
-  /** First element, counted from the start of the storage. */
-  readonly offset: number
-  readonly dtype: DType
-  readonly device: Device
-  readonly #handle: NativeTensor
-  readonly #writes: Writes
-  #disposed = false
+export class Tensor extends MemoryView {
   #isLeaf = false
   #node: GradNode | undefined
   #grad: Tensor | undefined
-
-  /** @internal Use Tensor.from(), Tensor.empty(), ... or an op. */
-  constructor(
-    handle: NativeTensor,
-    device: Device,
-    dtype: DType,
-    shape: Shape,
-    strides?: readonly number[],
-    offset = 0,
-    of?: Tensor,
-  ) {
-    this.#handle = handle
-    this.#writes = of ? of.#writes : new Writes()
-    this.device = device
-    this.dtype = dtype
-    this.shape = shape
-    this.strides = strides ?? contiguousStrides(shape)
-    this.offset = offset
-    track(this)
-  }
 
   // -- making tensors
 
@@ -119,60 +89,6 @@ export class Tensor implements Disposable {
     const converted = made.to(dtype)
     if (converted !== made) made.dispose()
     return converted
-  }
-
-  // -- facts
-
-  /** @internal */
-  get handle(): NativeTensor {
-    this.#checkAlive()
-    return this.#handle
-  }
-
-  #checkAlive(): void {
-    if (!this.#disposed) return
-    throw new HalfbyteError('ERR_HALFBYTE_DISPOSED', `This ${this.toString()} was disposed`)
-  }
-
-  get ndim(): number {
-    return this.shape.length
-  }
-
-  /** Number of elements. */
-  get size(): number {
-    return sizeOf(this.shape)
-  }
-
-  get nbytes(): number {
-    return this.size * DTYPES[this.dtype].bytes
-  }
-
-  get isContiguous(): boolean {
-    const expected = contiguousStrides(this.shape)
-    return this.shape.every((length, i) => length === 1 || this.strides[i] === expected[i])
-  }
-
-  /** The same number for tensors that share memory. */
-  get storageId(): number {
-    return this.handle.storageId
-  }
-
-  /** Bytes of the storage this is a view of. */
-  get storageBytes(): number {
-    return this.handle.storageBytes
-  }
-
-  get disposed(): boolean {
-    return this.#disposed
-  }
-
-  toString(): string {
-    return `Tensor(${this.dtype} [${this.shape.join(', ')}] on ${this.device.name})`
-  }
-
-  /** What console.log() shows. */
-  [Symbol.for('nodejs.util.inspect.custom')](): string {
-    return this.toString()
   }
 
   // -- reading
@@ -438,7 +354,7 @@ export class Tensor implements Disposable {
    * unless `retainGraph`.
    */
   backward(gradient?: Tensor, options: { retainGraph?: boolean } = {}): void {
-    this.#checkAlive()
+    this.checkAlive()
     backward(this, gradient, options.retainGraph ?? false)
   }
 
@@ -451,12 +367,7 @@ export class Tensor implements Disposable {
     this.#node = node
   }
 
-  /** @internal Changes when the memory is written to. */
-  get version(): number {
-    return this.#writes.count
-  }
-
-  /** @internal Before something is queued that writes to the memory. */
+  /** @internal Before something is queued that writes to the memory; noteWrite() comes after it. */
   checkWritable(op: string): void {
     if (!needsGrad(this)) return
     throw new HalfbyteError(
@@ -465,22 +376,12 @@ export class Tensor implements Disposable {
     )
   }
 
-  /** @internal After it. */
-  noteWrite(): void {
-    this.#writes.add()
-  }
-
   // -- life
 
-  dispose(): void {
-    if (this.#disposed) return
-    this.#disposed = true
-    this.#handle.dispose()
+  override dispose(): void {
+    if (this.disposed) return
+    super.dispose()
     this.#node?.release()
     this.zeroGrad()
-  }
-
-  [Symbol.dispose](): void {
-    this.dispose()
   }
 }

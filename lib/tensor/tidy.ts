@@ -1,9 +1,10 @@
+import type { MemoryView } from './memory_view.js'
 import type { Tensor } from './tensor.js'
 
-const scopes: Set<Tensor>[] = []
+const scopes: Set<MemoryView>[] = []
 
 /** @internal Called by every new tensor. */
-export function track(tensor: Tensor): void {
+export function track(tensor: MemoryView): void {
   scopes.at(-1)?.add(tensor)
 }
 
@@ -26,7 +27,7 @@ function* tensorsIn(value: unknown, depth = 0): Generator<Tensor> {
  * pass to the scope outside. `fn` is synchronous: ops are queued, so nothing has to be awaited inside.
  */
 export function tidy<T>(fn: () => T): T {
-  const scope = new Set<Tensor>()
+  const scope = new Set<MemoryView>()
   scopes.push(scope)
   try {
     const result = fn()
