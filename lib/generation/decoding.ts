@@ -5,7 +5,6 @@
  */
 import { abortable } from '../abortable.js'
 import { HalfbyteError } from '../errors.js'
-import type { CausalLM } from '../models/causal_lm.js'
 import { isSpread } from '../nn/hooks.js'
 import { noGrad } from '../tensor/autograd.js'
 import type { Graph } from '../tensor/device.js'
@@ -13,6 +12,7 @@ import { add, addInto, argmax, sample, type SampleState } from '../tensor/ops.js
 import { Tensor } from '../tensor/tensor.js'
 import { keep, tidy } from '../tensor/tidy.js'
 import { blocksFor, packBatch, PagedKvCache, type BatchEntry, type PackedBatch } from './cache.js'
+import type { GeneratingModel } from './model.js'
 import type { Sampling } from './options.js'
 
 /** Prompt tokens that are queued at once. */
@@ -35,7 +35,7 @@ const inference = <T>(fn: () => T): T => noGrad(() => tidy(fn))
 
 /** Chooses tokens for a batch of prompts: one Int32Array a step, an entry for each sequence. */
 export async function* decode(
-  model: CausalLM,
+  model: GeneratingModel,
   prompts: readonly (readonly number[])[],
   options: DecodingOptions,
 ): AsyncGenerator<Int32Array, void, undefined> {
@@ -74,7 +74,7 @@ export async function* decode(
 class Decoding implements Disposable {
   /** int32 [S]: the tokens chosen last. */
   readonly tokens: Tensor
-  readonly #model: CausalLM
+  readonly #model: GeneratingModel
   readonly #prompts: readonly (readonly number[])[]
   readonly #options: DecodingOptions
   readonly #cache: PagedKvCache
@@ -89,7 +89,7 @@ class Decoding implements Disposable {
   #steps = 0
   #graph: Graph | undefined
 
-  constructor(model: CausalLM, prompts: readonly (readonly number[])[], options: DecodingOptions) {
+  constructor(model: GeneratingModel, prompts: readonly (readonly number[])[], options: DecodingOptions) {
     this.#model = model
     this.#prompts = prompts
     this.#options = options
@@ -234,7 +234,7 @@ class Decoding implements Disposable {
 function sampleState(
   prompts: readonly (readonly number[])[],
   sampling: Sampling,
-  model: CausalLM,
+  model: GeneratingModel,
 ): SampleState | undefined {
   const device = model.device!
   const penalised = sampling.repetitionPenalty !== 1

@@ -1,7 +1,7 @@
 /** generate() and stream(): prompts in, text out. */
 import { HalfbyteError } from '../errors.js'
-import type { CausalLM } from '../models/causal_lm.js'
 import { decode } from './decoding.js'
+import type { GeneratingModel } from './model.js'
 import { readSettings, type GenerateOptions, type Settings } from './options.js'
 import { StopStrings, TextStream } from './text.js'
 import type { Tokenizer } from './tokenizer.js'
@@ -73,7 +73,7 @@ class Sequence {
   }
 }
 
-function promptIds(prompt: Prompt, model: CausalLM, tokenizer: Tokenizer | undefined): number[] {
+function promptIds(prompt: Prompt, model: GeneratingModel, tokenizer: Tokenizer | undefined): number[] {
   let ids: number[]
   if (
     typeof prompt !== 'string' &&
@@ -107,7 +107,7 @@ function promptIds(prompt: Prompt, model: CausalLM, tokenizer: Tokenizer | undef
   return ids
 }
 
-function sequences(model: CausalLM, prompts: readonly Prompt[], options: GenerateOptions): Sequence[] {
+function sequences(model: GeneratingModel, prompts: readonly Prompt[], options: GenerateOptions): Sequence[] {
   const settings = readSettings(options, model.generationDefaults, model.spec.maxPositions)
   options.signal?.throwIfAborted()
   const tokenizer = options.tokenizer ?? model.tokenizer
@@ -128,7 +128,7 @@ function sequences(model: CausalLM, prompts: readonly Prompt[], options: Generat
   )
 }
 
-function decodeAll(model: CausalLM, all: readonly Sequence[], options: GenerateOptions) {
+function decodeAll(model: GeneratingModel, all: readonly Sequence[], options: GenerateOptions) {
   const { sampling, eos, minNewTokens } = readSettings(
     options,
     model.generationDefaults,
@@ -148,7 +148,7 @@ function decodeAll(model: CausalLM, all: readonly Sequence[], options: GenerateO
 }
 
 export async function generate(
-  model: CausalLM,
+  model: GeneratingModel,
   prompts: readonly Prompt[],
   options: GenerateOptions,
 ): Promise<GenerateResult[]> {
@@ -164,7 +164,7 @@ export async function generate(
 }
 
 export async function* stream(
-  model: CausalLM,
+  model: GeneratingModel,
   prompt: Prompt,
   options: GenerateOptions,
 ): AsyncGenerator<StreamPart, GenerateResult, undefined> {

@@ -1,6 +1,5 @@
 export { BlockAllocator, PagedKvCache } from './cache.js'
 export type { FinishReason, GenerateResult, Prompt, StreamPart } from './generate.js'
 export type { GenerateOptions } from './options.js'
-export { pipeline, TextGenerationPipeline, type PipelineInput } from './pipeline.js'
 export { StopStrings, TextStream } from './text.js'
 export { AutoTokenizer, Tokenizer, type ChatMessage, type ChatTemplateOptions } from './tokenizer.js'

@@ -1,6 +1,7 @@
 /** Model folders as transformers lays them out. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
+import type { ConfigReader } from '../checkpoint/config.js'
 import { JsonText } from '../checkpoint/json.js'
 import { makeFolder, replaceFiles } from '../checkpoint/replace.js'
 import {
@@ -15,9 +16,18 @@ import {
 import { HalfbyteError } from '../errors.js'
 import { Linear4bit } from '../nn/linear4bit.js'
 import { Linear8bit } from '../nn/linear8bit.js'
+import type { Module } from '../nn/module.js'
 import type { BitsAndBytesConfig } from '../quantization/config.js'
 import { jsonFloat } from '../quantization/json_float.js'
-import type { CausalLM } from './causal_lm.js'
+import type { Quantizable } from '../quantization/patch.js'
+import type { DType } from '../tensor/dtype.js'
+
+/** A model that knows where it came from, and how it is quantised. */
+interface SavedModel extends Module, Quantizable {
+  readonly config: ConfigReader
+  readonly computeDtype: DType
+  readonly folder: string | undefined
+}
 
 /** What goes along unchanged. */
 const COPIED = [
@@ -34,13 +44,13 @@ const COPIED = [
  * at a time is read, wherever it lies.
  */
 export async function savePretrained(
-  model: CausalLM,
+  model: SavedModel,
   folder: string,
   options: WriteOptions & { maxShardSize?: number | string | undefined },
 ): Promise<void> {
   const maxShardSize = parseSize(options.maxShardSize ?? DEFAULT_SHARD_SIZE)
   await makeFolder(folder)
-  const config = savedConfig(model)
+  const config = presentConfig(model)
   const state = await model.stateEntries()
   await replaceFiles(folder, async (files) => {
     const written = { ...options, maxShardSize, totalParameters: model.numParameters() }
@@ -55,7 +65,7 @@ export async function savePretrained(
 }
 
 /** How the model's layers are quantised, if they are: one way for all, or a config.json cannot say it. */
-function quantizationOf(model: CausalLM): BitsAndBytesConfig | undefined {
+function quantizationOf(model: SavedModel): BitsAndBytesConfig | undefined {
   const config = model.quantizationConfig
   let found = false
   for (const [path, module] of model.namedModules()) {
@@ -77,7 +87,7 @@ function quantizationOf(model: CausalLM): BitsAndBytesConfig | undefined {
  * config.json of the model as it is now: its dtype, and how it is quantised; sorted, and every other field written as it
  * was read.
  */
-export function savedConfig(model: CausalLM): Record<string, unknown> {
+function presentConfig(model: SavedModel): Record<string, unknown> {
   const { torch_dtype: _older, quantization_config: _before, ...rest } = model.config.texts()
   const saved: [string, unknown][] = Object.entries({ ...rest, dtype: model.computeDtype })
   const config = quantizationOf(model)

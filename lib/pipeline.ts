@@ -1,10 +1,10 @@
 /** pipeline('text-generation', folder): tokenizer and model in one call. */
-import { HalfbyteError } from '../errors.js'
-import { AutoModelForCausalLM, type FromPretrainedOptions } from '../models/auto.js'
-import type { CausalLM } from '../models/causal_lm.js'
-import type { GenerateResult, StreamPart } from './generate.js'
-import type { GenerateOptions } from './options.js'
-import { Tokenizer, type ChatMessage } from './tokenizer.js'
+import { HalfbyteError } from './errors.js'
+import { AutoModelForCausalLM, type FromPretrainedOptions } from './models/auto.js'
+import type { CausalLM } from './models/causal_lm.js'
+import type { GenerateResult, StreamPart } from './generation/generate.js'
+import type { GenerateOptions } from './generation/options.js'
+import { Tokenizer, type ChatMessage } from './generation/tokenizer.js'
 
 export type PipelineInput = string | readonly ChatMessage[]
 
