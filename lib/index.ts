@@ -29,7 +29,7 @@ export {
   type Placement,
 } from './nn/index.js'
 export * from './quantization/index.js'
-export * as functional from './quantization/functional.js'
+export * from './patch/index.js'
 export * from './checkpoint/index.js'
 export * from './generation/index.js'
 export * from './models/index.js'

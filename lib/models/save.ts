@@ -19,7 +19,7 @@ import { Linear8bit } from '../nn/linear8bit.js'
 import type { Module } from '../nn/module.js'
 import type { BitsAndBytesConfig } from '../quantization/config.js'
 import { jsonFloat } from '../quantization/json_float.js'
-import type { Quantizable } from '../quantization/patch.js'
+import type { Quantizable } from '../patch/replace.js'
 import type { DType } from '../tensor/dtype.js'
 
 /** A model that knows where it came from, and how it is quantised. */

@@ -1,7 +1,7 @@
 /** halfbyte eval: perplexity of a model on a text. */
 import { readFileSync } from 'node:fs'
 import { evaluationIds, perplexity } from '../../models/index.js'
-import { getTrueFootprint } from '../../quantization/footprint.js'
+import { getTrueFootprint } from '../../patch/footprint.js'
 import { usageError, type Command } from '../command.js'
 import { describeWeights, loadModel } from '../load.js'
 import { modelOptions } from '../model_options.js'

@@ -9,7 +9,7 @@ import { Linear8bit } from '../nn/linear8bit.js'
 import type { Module } from '../nn/module.js'
 import { packedBytes, statisticsBytes } from '../nn/weight4_parts.js'
 import type { DType } from '../tensor/dtype.js'
-import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from './config.js'
+import { BitsAndBytesConfig, type BitsAndBytesConfigOptions } from '../quantization/config.js'
 import { keptByStructure, matchesModule, type Kept, type OutputEmbeddings } from './skip.js'
 
 export interface Replacement {
