@@ -1,12 +1,10 @@
 // Products of a mixture of experts: what a device without kernels for them says, and the gated product from
 // two.
-#include "backend.h"
+#include "checks.h"
+#include "workspace.h"
 
 namespace halfbyte {
 namespace {
-
-/// Parts of a workspace start where any access is aligned.
-size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 size_t half_bytes(const View& x, const View& ids, const Experts& experts) {
   return round_up(static_cast<size_t>(ids.size() * experts.n * size_of(x.dtype)));
@@ -39,19 +37,15 @@ size_t Backend::linear_experts_gated_workspace(const View& x, const View& ids, c
 Status Backend::linear_experts_gated(Queue queue, View y, View x, View ids, const Experts& gate,
                                      const Experts& up, Activation act, View workspace) {
   if (y.ndim != 2 || y.cols() != gate.n || y.rows() != ids.size() || y.dtype != x.dtype)
-    return Status::error(Code::shape, "linear_experts_gated: y must be [pairs, N], of x's dtype");
+    return refuse("linear_experts_gated", "y must be [pairs, N], of x's dtype");
   if (y.size() == 0) return {};
   const size_t half = half_bytes(x, ids, gate), rest = linear_experts_workspace(x, ids, gate);
   if (!workspace || static_cast<size_t>(workspace.size()) < 2 * half + rest)
-    return Status::error(Code::shape, "linear_experts_gated: the workspace is too small");
-  View halves[2] = {y, y}, space;
+    return refuse("linear_experts_gated", "the workspace is too small");
+  View halves[2] = {y, y};
   halves[0].data = workspace.data;
   halves[1].data = workspace.as<char>() + half;
-  if (rest) {
-    space = workspace;
-    space.data = workspace.as<char>() + 2 * half;
-    space.shape[0] = static_cast<int64_t>(rest);
-  }
+  const View space = rest ? part_of(workspace, 2 * half, rest) : View{};
   if (Status status = linear_experts(queue, halves[0], x, ids, gate, space); !status.ok()) return status;
   if (Status status = linear_experts(queue, halves[1], x, ids, up, space); !status.ok()) return status;
   return gated_activation(queue, y, halves[0], halves[1], act);

@@ -2,20 +2,11 @@
 // for these operands.
 #include <algorithm>
 
-#include "backend.h"
+#include "checks.h"
+#include "workspace.h"
 
 namespace halfbyte {
 namespace {
-
-/// Parts of a workspace start where any access is aligned.
-size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-View part_of(const View& workspace, size_t from, size_t bytes) {
-  View part = workspace;
-  part.data = workspace.as<char>() + from;
-  part.shape[0] = static_cast<int64_t>(bytes);
-  return part;
-}
 
 size_t half_bytes(const View& x, const Weight4& w) {
   return round_up(static_cast<size_t>(x.rows() * w.n * size_of(x.dtype)));
@@ -48,7 +39,7 @@ Status Backend::linear_4bit_gated(Queue queue, View y, View x, const Weight4* w,
   const size_t first = half_bytes(x, w[0]), second = half_bytes(x, w[1]);
   const size_t used = first + second, rest = linear_4bit_group_workspace(x, w, 2);
   if (!workspace || static_cast<size_t>(workspace.size()) < used + rest)
-    return Status::error(Code::shape, "linear_4bit_gated: the workspace is too small");
+    return refuse("linear_4bit_gated", "the workspace is too small");
   View halves[2] = {y, y};
   halves[0].data = workspace.data;
   halves[1].data = workspace.as<char>() + first;

@@ -1,10 +1,10 @@
-// What every op file of the CPU backend uses: choosing a type by dtype, and refusing operands.
+// What every op file of the CPU backend uses: choosing a type by dtype, and checks of operands.
 #pragma once
 
 #include <string>
 #include <utility>
 
-#include "../backend.h"
+#include "../checks.h"
 
 namespace halfbyte::cpu {
 
@@ -20,13 +20,6 @@ auto with_float_type(DType dtype, const Body& body) {
     default:
       return body(static_cast<float*>(nullptr));
   }
-}
-
-inline Status refuse(const char* op, const std::string& what) {
-  return Status::error(Code::shape, std::string(op) + ": " + what);
-}
-inline Status refuse_dtype(const char* op, const std::string& what) {
-  return Status::error(Code::dtype, std::string(op) + ": " + what);
 }
 
 /// Refuses a 4-bit weight whose parts do not have the sizes that [n, k] needs.

@@ -205,17 +205,7 @@ Status CpuBackend::route_tokens(Queue, View ids, View weights, View scores, View
   const char* const op = "route_tokens";
   const View& by = choice ? choice : scores;
   const int64_t tokens = scores.rows(), experts = scores.cols(), k = ids.cols();
-  if (ids.dtype != DType::i32) return refuse_dtype(op, "ids must be int32");
-  for (const View& v : {weights, scores, by}) {
-    if (v.dtype != DType::f32) return refuse_dtype(op, "weights, scores and choice must be float32");
-  }
-  for (const View& v : {ids, weights, scores, by}) {
-    if (v.ndim != 2 || v.shape[0] != tokens || !v.is_contiguous())
-      return refuse(op, "the operands must be contiguous matrices of a row for each token");
-  }
-  if (weights.cols() != k || by.cols() != experts || k > experts)
-    return refuse(op,
-                  std::to_string(k) + " of " + std::to_string(experts) + " experts, or sizes that differ");
+  if (Status status = check_routes(op, ids, weights, scores, by); !status.ok()) return status;
   const auto exponentials = HALFBYTE_PICK(exponentials);
   parallel_for(tokens, 1 + 8192 / (experts * k + 1), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -254,17 +244,7 @@ size_t CpuBackend::linear_experts_workspace(const View& x, const View& ids, cons
 Status CpuBackend::linear_experts(Queue, View y, View x, View ids, const Experts& w, View workspace) {
   const char* const op = "linear_experts";
   const int64_t pairs = ids.size();
-  if (!is_float(x.dtype) || y.dtype != x.dtype) return refuse_dtype(op, "x and y must be of one float dtype");
-  if (ids.dtype != DType::i32 || ids.ndim != 2 || !ids.is_contiguous())
-    return refuse(op, "ids must be contiguous int32 [T, k]");
-  if (x.ndim != 2 || y.ndim != 2 || !x.is_contiguous() || !y.is_contiguous())
-    return refuse(op, "x and y must be contiguous matrices");
-  if (x.cols() != w.k || (x.rows() != pairs && x.rows() != ids.rows()) || y.rows() != pairs ||
-      y.cols() != w.n)
-    return refuse(op, "x [" + std::to_string(x.rows()) + ", " + std::to_string(x.cols()) + "] and y [" +
-                          std::to_string(y.rows()) + ", " + std::to_string(y.cols()) + "] do not fit " +
-                          std::to_string(pairs) + " pairs and weights [" + std::to_string(w.n) + ", " +
-                          std::to_string(w.k) + "]");
+  if (Status status = check_linear_experts(op, y, x, ids, w); !status.ok()) return status;
   if (pairs == 0 || w.n == 0) return {};
   const Parts parts = parts_of(*this, x, ids, w);
   if (!workspace || static_cast<size_t>(workspace.size()) < parts.end)
@@ -307,15 +287,7 @@ Status CpuBackend::linear_experts(Queue, View y, View x, View ids, const Experts
 Status CpuBackend::weighted_sum(Queue, View y, View x, View weights, View residual) {
   const char* const op = "weighted_sum";
   const int64_t tokens = weights.rows(), k = weights.cols(), n = x.cols();
-  if (!is_float(x.dtype) || y.dtype != x.dtype || (residual && residual.dtype != x.dtype))
-    return refuse_dtype(op, "x, residual and y must be of one float dtype");
-  if (weights.dtype != DType::f32) return refuse_dtype(op, "the weights must be float32");
-  if (weights.ndim != 2 || x.ndim != 2 || y.ndim != 2 || !weights.is_contiguous() || !x.is_contiguous() ||
-      !y.is_contiguous() || (residual && !residual.is_contiguous()))
-    return refuse(op, "the operands must be contiguous matrices");
-  if (x.rows() != tokens * k || y.rows() != tokens || y.cols() != n ||
-      (residual && residual.size() != y.size()))
-    return refuse(op, "x must have a row for each weight, y and the residual one for each token");
+  if (Status status = check_weighted_sum(op, y, x, weights, residual); !status.ok()) return status;
   if (y.size() == 0) return {};
   const auto run = HALFBYTE_PICK(weighted_row);
   const int64_t row = n * size_of(x.dtype);

@@ -44,19 +44,6 @@ struct Ragged {
   static int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 };
 
-inline Status check_ragged(const char* op, const RaggedBatch& b) {
-  for (const View* v : {&b.query_starts, &b.lengths, &b.block_table}) {
-    if (v->dtype != DType::i32)
-      return refuse_dtype(op, "query_starts, lengths and block_table must be int32");
-    if (!v->is_contiguous()) return refuse(op, "query_starts, lengths and block_table must be contiguous");
-  }
-  if (b.query_starts.size() != b.lengths.size() + 1 || b.block_table.ndim != 2 ||
-      b.block_table.shape[0] != b.lengths.size()) {
-    return refuse(op, "query_starts, lengths and block_table do not belong together");
-  }
-  return {};
-}
-
 /// [tokens, heads, dim] whose tokens may lie further apart than their size.
 inline bool is_token_rows(const View& v) {
   if (v.ndim != 3) return false;

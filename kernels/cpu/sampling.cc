@@ -231,14 +231,7 @@ bool is_rows(const View& v) { return v.ndim >= 1 && v.is_contiguous(); }
 }  // namespace
 
 Status CpuBackend::cross_entropy(Queue, View out, View logits, View targets) {
-  if (!is_rows(logits) || logits.ndim != 2 || !out.is_contiguous() || !targets.is_contiguous() ||
-      out.size() != logits.shape[0] || targets.size() != logits.shape[0]) {
-    return refuse("cross_entropy", "logits must be [R, V], targets and the result [R], all contiguous");
-  }
-  if (!is_float(logits.dtype) || out.dtype != DType::f32 ||
-      (targets.dtype != DType::i32 && targets.dtype != DType::i64)) {
-    return refuse_dtype("cross_entropy", "logits must be float, targets int32 or int64, the result float32");
-  }
+  if (Status status = check_cross_entropy("cross_entropy", out, logits, targets); !status.ok()) return status;
   const int64_t n = logits.shape[1], bytes = n * size_of(logits.dtype);
   const auto most = HALFBYTE_PICK(row_max);
   const auto sum_exp = HALFBYTE_PICK(row_sum_exp);

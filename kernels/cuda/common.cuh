@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "../checks.h"
+#include "../workspace.h"
 #include "cuda_backend.h"
 
 namespace halfbyte::cuda {
@@ -111,22 +113,12 @@ inline unsigned blocks_for(int64_t work, int64_t per_block, int64_t most = 1 << 
   return static_cast<unsigned>(blocks < most ? blocks : most);
 }
 
-/// Parts of a workspace start where any access is aligned.
-inline size_t round_up(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 inline bool same_shape(const View& a, const View& b) {
   if (a.ndim != b.ndim) return false;
   for (int i = 0; i < a.ndim; ++i) {
     if (a.shape[i] != b.shape[i]) return false;
   }
   return true;
-}
-
-inline Status refuse(const char* op, const std::string& what) {
-  return Status::error(Code::shape, std::string(op) + ": " + what);
-}
-inline Status refuse_dtype(const char* op, const std::string& what) {
-  return Status::error(Code::dtype, std::string(op) + ": " + what);
 }
 
 }  // namespace halfbyte::cuda

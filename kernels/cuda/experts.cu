@@ -139,17 +139,7 @@ Status CudaBackend::route_tokens(Queue queue, View ids, View weights, View score
   const char* const op = "route_tokens";
   const View& by = choice ? choice : scores;
   const int64_t tokens = scores.rows(), experts = scores.cols(), k = ids.cols();
-  if (ids.dtype != DType::i32) return refuse_dtype(op, "ids must be int32");
-  for (const View& v : {weights, scores, by}) {
-    if (v.dtype != DType::f32) return refuse_dtype(op, "weights, scores and choice must be float32");
-  }
-  for (const View& v : {ids, weights, scores, by}) {
-    if (v.ndim != 2 || v.shape[0] != tokens || !v.is_contiguous())
-      return refuse(op, "the operands must be contiguous matrices of a row for each token");
-  }
-  if (weights.cols() != k || by.cols() != experts || k > experts)
-    return refuse(op,
-                  std::to_string(k) + " of " + std::to_string(experts) + " experts, or sizes that differ");
+  if (Status status = check_routes(op, ids, weights, scores, by); !status.ok()) return status;
   if (experts > kMostThreads || tokens > INT32_MAX)
     return refuse(op, std::to_string(experts) + " experts; at most " + std::to_string(kMostThreads) +
                           " are possible, and 2^31 - 1 tokens");
@@ -174,16 +164,8 @@ Status CudaBackend::route_tokens(Queue queue, View ids, View weights, View score
 
 Status CudaBackend::weighted_sum(Queue queue, View y, View x, View weights, View residual) {
   const char* const op = "weighted_sum";
-  const int64_t tokens = weights.rows(), k = weights.cols(), n = x.cols();
-  if (!is_float(x.dtype) || y.dtype != x.dtype || (residual && residual.dtype != x.dtype))
-    return refuse_dtype(op, "x, residual and y must be of one float dtype");
-  if (weights.dtype != DType::f32) return refuse_dtype(op, "the weights must be float32");
-  if (weights.ndim != 2 || x.ndim != 2 || y.ndim != 2 || !weights.is_contiguous() || !x.is_contiguous() ||
-      !y.is_contiguous() || (residual && !residual.is_contiguous()))
-    return refuse(op, "the operands must be contiguous matrices");
-  if (x.rows() != tokens * k || y.rows() != tokens || y.cols() != n ||
-      (residual && residual.size() != y.size()))
-    return refuse(op, "x must have a row for each weight, y and the residual one for each token");
+  const int64_t k = weights.cols(), n = x.cols();
+  if (Status status = check_weighted_sum(op, y, x, weights, residual); !status.ok()) return status;
   if (y.size() == 0) return {};
   Launch on;
   if (Status status = enter_early(queue, &on, {y}); !status.ok()) return status;
@@ -233,17 +215,7 @@ Status CudaBackend::multiply_experts(const char* op, Queue queue, const View& y,
                                      const View& ids, const Experts& w, const Experts* up, Activation act,
                                      const View& workspace) {
   const int64_t pairs = ids.size();
-  if (!is_float(x.dtype) || y.dtype != x.dtype) return refuse_dtype(op, "x and y must be of one float dtype");
-  if (ids.dtype != DType::i32 || ids.ndim != 2 || !ids.is_contiguous())
-    return refuse(op, "ids must be contiguous int32 [T, k]");
-  if (x.ndim != 2 || y.ndim != 2 || !x.is_contiguous() || !y.is_contiguous())
-    return refuse(op, "x and y must be contiguous matrices");
-  if (x.cols() != w.k || (x.rows() != pairs && x.rows() != ids.rows()) || y.rows() != pairs ||
-      y.cols() != w.n)
-    return refuse(op, "x [" + std::to_string(x.rows()) + ", " + std::to_string(x.cols()) + "] and y [" +
-                          std::to_string(y.rows()) + ", " + std::to_string(y.cols()) + "] do not fit " +
-                          std::to_string(pairs) + " pairs and weights [" + std::to_string(w.n) + ", " +
-                          std::to_string(w.k) + "]");
+  if (Status status = check_linear_experts(op, y, x, ids, w); !status.ok()) return status;
   if (!takes_experts(x.dtype, pairs, w))
     return Status::error(Code::unsupported, std::string(op) + ": " + name() + " has no kernel for this form");
   if (y.size() == 0) return {};

@@ -195,14 +195,7 @@ cudaError_t launch_rows(const Launch& launch, cudaStream_t stream, int64_t rows,
 
 Status CudaBackend::cross_entropy(Queue queue, View out, View logits, View targets) {
   if (Status status = enter(); !status.ok()) return status;
-  if (logits.ndim != 2 || !logits.is_contiguous() || !out.is_contiguous() || !targets.is_contiguous() ||
-      out.size() != logits.shape[0] || targets.size() != logits.shape[0]) {
-    return refuse("cross_entropy", "logits must be [R, V], targets and the result [R], all contiguous");
-  }
-  if (!is_float(logits.dtype) || out.dtype != DType::f32 ||
-      (targets.dtype != DType::i32 && targets.dtype != DType::i64)) {
-    return refuse_dtype("cross_entropy", "logits must be float, targets int32 or int64, the result float32");
-  }
+  if (Status status = check_cross_entropy("cross_entropy", out, logits, targets); !status.ok()) return status;
   if (out.size() == 0) return {};
   const cudaError_t error = with_float_type(logits.dtype, [&](auto* p) {
     using T = std::remove_pointer_t<decltype(p)>;

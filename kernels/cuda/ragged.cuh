@@ -47,16 +47,4 @@ inline Ragged ragged_of(const RaggedBatch& b) {
           static_cast<int>(b.block_table.cols())};
 }
 
-inline Status check_ragged(const char* op, const RaggedBatch& b) {
-  for (const View& v : {b.query_starts, b.lengths, b.block_table}) {
-    if (v.dtype != DType::i32) return refuse_dtype(op, "query_starts, lengths and block_table must be int32");
-    if (!v.is_contiguous()) return refuse(op, "query_starts, lengths and block_table must be contiguous");
-  }
-  if (b.query_starts.size() != b.lengths.size() + 1 || b.block_table.ndim != 2 ||
-      b.block_table.shape[0] != b.lengths.size()) {
-    return refuse(op, "query_starts, lengths and block_table do not belong together");
-  }
-  return {};
-}
-
 }  // namespace halfbyte::cuda
