@@ -3,6 +3,7 @@ import type { Flags, OptionTable } from './command.js'
 import { usageError } from './command.js'
 import type { LoadOptions } from '../checkpoint/load.js'
 import type { DeviceMapOption } from '../checkpoint/placement.js'
+import type { GenerateOptions } from '../generation/options.js'
 import type { BitsAndBytesConfig, BitsAndBytesConfigOptions } from '../quantization/config.js'
 import type { DType } from '../tensor/index.js'
 
@@ -152,16 +153,10 @@ export function modelDType(flags: Flags): DType | undefined {
   return floatDType(flags, 'dtype')
 }
 
-export interface SamplingFields {
-  maxNewTokens: number
-  temperature?: number
-  topK?: number
-  topP?: number
-  minP?: number
-  repetitionPenalty?: number
-  seed?: number
-  stopStrings?: string[]
-}
+type SamplingFields = Pick<
+  GenerateOptions,
+  'temperature' | 'topK' | 'topP' | 'minP' | 'repetitionPenalty' | 'seed' | 'stopStrings'
+> & { maxNewTokens: number }
 
 /** What was asked of sampling; what was not said is left to the model's generation_config.json. */
 export function samplingFields(flags: Flags): SamplingFields {

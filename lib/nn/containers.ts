@@ -4,22 +4,13 @@ import { HalfbyteError } from '../errors.js'
 import { refuseSpreadChildren } from './hooks.js'
 import { Module } from './module.js'
 
-function setItem<M extends Module>(list: Module, items: M[], name: string, module: M): void {
-  refuseSpreadChildren(list, 'setChild')
-  if (!Object.hasOwn(items, name)) {
-    const what = `${list.constructor.name} of ${items.length} has no child '${name}'`
-    throw new HalfbyteError('ERR_HALFBYTE_VALUE', `setChild: ${what}`)
-  }
-  items[Number(name)] = module
-}
+/** Children named '0', '1', ... */
+abstract class Items<M extends Module> extends Module implements Iterable<M> {
+  protected readonly _items: M[]
 
-/** A list of modules: children named '0', '1', ... */
-export class ModuleList<M extends Module = Module> extends Module implements Iterable<M> {
-  readonly #items: M[]
-
-  constructor(items: Iterable<M> = []) {
+  constructor(items: M[]) {
     super()
-    this.#items = [...items]
+    this._items = items
   }
 
   override get dispatch(): 'pipeline' {
@@ -27,35 +18,47 @@ export class ModuleList<M extends Module = Module> extends Module implements Ite
   }
 
   get length(): number {
-    return this.#items.length
+    return this._items.length
   }
 
   /** The module at an index; negative ones count from the end. */
   at(index: number): M | undefined {
-    return this.#items.at(index)
-  }
-
-  push(...modules: M[]): number {
-    refuseSpreadChildren(this, 'push')
-    return this.#items.push(...modules)
+    return this._items.at(index)
   }
 
   [Symbol.iterator](): IterableIterator<M> {
-    return this.#items[Symbol.iterator]()
+    return this._items[Symbol.iterator]()
   }
 
   override *namedChildren(): IterableIterator<[string, Module]> {
-    for (const [i, module] of this.#items.entries()) yield [String(i), module]
+    for (const [i, module] of this._items.entries()) yield [String(i), module]
   }
 
   override childOnPath(path: string): [string, Module] | undefined {
     const [name = ''] = path.split('.', 1)
-    const child = this.#items[Number(name)]
+    const child = this._items[Number(name)]
     return child && String(Number(name)) === name ? [name, child] : undefined
   }
 
   override setChild(name: string, module: Module): void {
-    setItem(this, this.#items, name, module as M)
+    refuseSpreadChildren(this, 'setChild')
+    if (!Object.hasOwn(this._items, name)) {
+      const what = `${this.constructor.name} of ${this.length} has no child '${name}'`
+      throw new HalfbyteError('ERR_HALFBYTE_VALUE', `setChild: ${what}`)
+    }
+    this._items[Number(name)] = module as M
+  }
+}
+
+/** A list of modules. */
+export class ModuleList<M extends Module = Module> extends Items<M> {
+  constructor(items: Iterable<M> = []) {
+    super([...items])
+  }
+
+  push(...modules: M[]): number {
+    refuseSpreadChildren(this, 'push')
+    return this._items.push(...modules)
   }
 
   /** A list computes nothing by itself: loop over it. */
@@ -65,42 +68,15 @@ export class ModuleList<M extends Module = Module> extends Module implements Ite
 }
 
 /** Modules that each take the result of the one before. */
-export class Sequential extends Module implements Iterable<Module> {
-  readonly #items: Module[]
-
+export class Sequential extends Items<Module> {
   constructor(...modules: Module[]) {
-    super()
-    this.#items = modules
-  }
-
-  override get dispatch(): 'pipeline' {
-    return 'pipeline'
-  }
-
-  get length(): number {
-    return this.#items.length
-  }
-
-  at(index: number): Module | undefined {
-    return this.#items.at(index)
-  }
-
-  [Symbol.iterator](): IterableIterator<Module> {
-    return this.#items[Symbol.iterator]()
-  }
-
-  override *namedChildren(): IterableIterator<[string, Module]> {
-    for (const [i, module] of this.#items.entries()) yield [String(i), module]
-  }
-
-  override setChild(name: string, module: Module): void {
-    setItem(this, this.#items, name, module)
+    super(modules)
   }
 
   /** Results in between are freed as soon as the next module has taken them. */
   forward(x: Tensor): Tensor {
     let at = x
-    for (const module of this.#items) {
+    for (const module of this) {
       const next = (module.forward as (x: Tensor) => Tensor).call(module, at)
       if (at !== x && at !== next) at.dispose()
       at = next

@@ -40,19 +40,6 @@ function asBytes(weight: Tensor): Tensor {
   return tidy(() => keep(weight.reshape(-1).bitcast('uint8').reshape(-1, 1)))
 }
 
-/** A state with another absmax, which lies flat, and tables of its own. */
-function withAbsmax(state: QuantState, absmax: Tensor): QuantState {
-  const { code, offset, state2 } = state
-  return new QuantState({
-    ...state,
-    layout: 'flat',
-    absmax,
-    code: code.share(),
-    offset: offset?.share(),
-    state2: state2 && { ...state2, absmax: state2.absmax.share(), code: state2.code.share() },
-  })
-}
-
 export class Weight4 implements QuantizedWeight {
   readonly n: number
   readonly k: number
@@ -298,7 +285,7 @@ export class Weight4 implements QuantizedWeight {
     const state = this.#state!
     this.#read = read
     // all but the absmax is a table, or small
-    this.#kept = withAbsmax(state, Tensor.empty([0], state.absmax.dtype, state.absmax.device))
+    this.#kept = state.withAbsmax(Tensor.empty([0], state.absmax.dtype, state.absmax.device), 'flat')
     const bytes = (weight: Tensor) => {
       const made = asBytes(weight)
       weight.dispose()
@@ -315,7 +302,7 @@ export class Weight4 implements QuantizedWeight {
     const kept = this.#kept
     if (!kept || !this.#read || this.#state) return
     this.codes.bringIn()
-    this.#state = withAbsmax(kept, this.#read('weight.absmax'))
+    this.#state = kept.withAbsmax(this.#read('weight.absmax'), 'flat')
     this.#arrange()
   }
 

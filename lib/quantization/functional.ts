@@ -25,9 +25,10 @@ import {
 } from '../tensor/ops.js'
 import { sizeOf } from '../tensor/shape.js'
 import { Tensor } from '../tensor/tensor.js'
-import { keep, tidy } from '../tensor/tidy.js'
+import { tidy } from '../tensor/tidy.js'
 import { QUANT_STORAGES, type QuantStorage } from './config.js'
-import { codebook, QuantState, type NestedState } from './quant_state.js'
+import { codebook, QuantState } from './quant_state.js'
+import { Statistics, type NestedState } from './statistics.js'
 
 export interface Quantize4bitOptions {
   /** A power of two from 32 to 4096. Default 64. */
@@ -156,43 +157,14 @@ export interface BlockwiseStateParts {
 }
 
 /** What is needed, besides the codes, to read an 8-bit blockwise tensor. Owns its tensors: dispose() it. */
-export class BlockwiseState implements Disposable {
-  /** float32 [ceil(n / blocksize)], or uint8 with state2 and offset. */
-  readonly absmax: Tensor
-  /** float32 [256]. */
-  readonly code: Tensor
+export class BlockwiseState extends Statistics {
   readonly blocksize: number
   readonly dtype: DType
-  /** float32 [1], the mean that was taken off the absmax. */
-  readonly offset: Tensor | undefined
-  /** The statistics of a quantised absmax. */
-  readonly state2: NestedState | undefined
 
   constructor(parts: BlockwiseStateParts) {
-    this.absmax = keep(parts.absmax)
-    this.code = keep(parts.code)
+    super(parts)
     this.blocksize = parts.blocksize
     this.dtype = parts.dtype
-    this.offset = parts.offset && keep(parts.offset)
-    this.state2 = parts.state2
-    if (parts.state2) {
-      keep(parts.state2.absmax)
-      keep(parts.state2.code)
-    }
-  }
-
-  /** Whether the absmax is itself quantised. */
-  get nested(): boolean {
-    return this.state2 !== undefined
-  }
-
-  dispose(): void {
-    for (const tensor of [this.absmax, this.code, this.offset, this.state2?.absmax, this.state2?.code])
-      tensor?.dispose()
-  }
-
-  [Symbol.dispose](): void {
-    this.dispose()
   }
 }
 

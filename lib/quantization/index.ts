@@ -5,4 +5,5 @@ export {
   type QuantStorage,
 } from './config.js'
 export * as functional from './functional.js'
-export { QuantState, type NestedState, type QuantStateParts, type StateValue } from './quant_state.js'
+export { QuantState, type QuantStateParts, type StateValue } from './quant_state.js'
+export type { NestedState } from './statistics.js'

@@ -10,18 +10,8 @@ import { DTYPES, type DType } from '../tensor/dtype.js'
 import { checkPacked, tile4, type Layout4, type Packed4, type QuantType } from '../tensor/ops.js'
 import { sizeOf, type Shape } from '../tensor/shape.js'
 import { Tensor } from '../tensor/tensor.js'
-import { keep } from '../tensor/tidy.js'
 import { jsonFloat } from './json_float.js'
-
-/** The quantised statistics of a double-quantised tensor: absmax = code[codes] * absmax[block of 256] + offset. */
-export interface NestedState {
-  /** float32 [ceil(blocks / 256)]. */
-  absmax: Tensor
-  /** float32 [256], the signed dynamic map. */
-  code: Tensor
-  blocksize: number
-  dtype: 'float32'
-}
+import { Statistics, type NestedState } from './statistics.js'
 
 export interface QuantStateParts {
   /** float32 [blocks], or uint8 [blocks] with state2 and offset. */
@@ -66,42 +56,26 @@ export function codebook(name: 'nf4' | 'fp4' | 'dynamic' | 'dynamic_unsigned', d
 }
 
 /** Owns its tensors: no tidy() frees them, dispose() does. */
-export class QuantState implements Disposable {
-  readonly absmax: Tensor
+export class QuantState extends Statistics {
   readonly shape: Shape
-  readonly code: Tensor
   readonly blocksize: number
   readonly quantType: QuantType
   readonly dtype: DType
-  readonly offset: Tensor | undefined
-  readonly state2: NestedState | undefined
   /** 'flat', as in checkpoints, or the order that the device multiplies with; see withLayout(). */
   readonly layout: Layout4
 
   constructor(parts: QuantStateParts) {
+    super({ ...parts, code: parts.code ?? codebook(parts.quantType, parts.absmax.device) })
     this.shape = [...parts.shape]
     this.blocksize = parts.blocksize
     this.quantType = parts.quantType
     this.dtype = parts.dtype
     this.layout = parts.layout ?? 'flat'
-    this.absmax = keep(parts.absmax)
-    this.code = keep(parts.code ?? codebook(parts.quantType, parts.absmax.device))
-    this.offset = parts.offset && keep(parts.offset)
-    this.state2 = parts.state2
-    if (parts.state2) {
-      keep(parts.state2.absmax)
-      keep(parts.state2.code)
-    }
-  }
-
-  /** Whether the absmax is itself quantised. */
-  get nested(): boolean {
-    return this.state2 !== undefined
   }
 
   /** Bytes of all tensors of the state. */
   get nbytes(): number {
-    return this.#tensors().reduce((sum, tensor) => sum + tensor.nbytes, 0)
+    return this.tensors.reduce((sum, tensor) => sum + tensor.nbytes, 0)
   }
 
   /** With its codes, as the ops take it. Checks that the parts belong together. */
@@ -129,16 +103,20 @@ export class QuantState implements Disposable {
    */
   withLayout(codes: Tensor, layout: Layout4): { codes: Tensor; state: QuantState } {
     const made = tile4(this.packed(codes), layout)
-    const { state2 } = this
-    const state = new QuantState({
+    return { codes: made.codes, state: this.withAbsmax(made.absmax, layout) }
+  }
+
+  /** @internal A state with another absmax, in a layout, and tables of its own: what `table` makes of each. */
+  withAbsmax(absmax: Tensor, layout: Layout4, table = (tensor: Tensor) => tensor.share()): QuantState {
+    const { code, offset, state2 } = this
+    return new QuantState({
       ...this,
       layout,
-      absmax: made.absmax,
-      code: this.code.share(),
-      offset: this.offset?.share(),
-      state2: state2 && { ...state2, absmax: state2.absmax.share(), code: state2.code.share() },
+      absmax,
+      code: table(code),
+      offset: offset && table(offset),
+      state2: state2 && { ...state2, absmax: table(state2.absmax), code: table(state2.code) },
     })
-    return { codes: made.codes, state }
   }
 
   /**
@@ -224,30 +202,7 @@ export class QuantState implements Disposable {
       const moved = tensor.to(device)
       return moved === tensor ? tensor.share() : moved
     }
-    return new QuantState({
-      ...this,
-      absmax: move(this.absmax),
-      code: move(this.code),
-      offset: this.offset && move(this.offset),
-      state2: this.state2 && {
-        ...this.state2,
-        absmax: move(this.state2.absmax),
-        code: move(this.state2.code),
-      },
-    })
-  }
-
-  #tensors(): Tensor[] {
-    const { absmax, code, offset, state2 } = this
-    return [absmax, code, ...(offset ? [offset] : []), ...(state2 ? [state2.absmax, state2.code] : [])]
-  }
-
-  dispose(): void {
-    for (const tensor of this.#tensors()) tensor.dispose()
-  }
-
-  [Symbol.dispose](): void {
-    this.dispose()
+    return this.withAbsmax(move(this.absmax), this.layout, move)
   }
 }
 
