@@ -9,22 +9,19 @@ import {
   type FromPretrainedOptions,
   type LoadProgress,
 } from '../../lib'
-import { temporaryFolder } from '../support/files'
+import { ids, load, logits } from '../support/causal_lm'
+import { temporaryFolder, temporaryFolders } from '../support/files'
 import { goldenSubset } from '../support/golden'
 import { allocatedMemory, baselineMemory } from '../support/memory'
 import { relativeError } from '../support/reference'
 import { readSafetensors, type Stored } from '../support/safetensors'
 import { tinyWeights, writeTinyModel } from '../support/tiny_model'
 
-const root = temporaryFolder()
-let made = 0
-const fresh = () => join(root, String(made++))
-const ids = [3, 1, 4, 1, 5, 9, 2, 6]
+const fresh = temporaryFolders()
 
 async function logitsOf(folder: string, options: FromPretrainedOptions): Promise<Float32Array> {
-  using model = await AutoModelForCausalLM.fromPretrained(folder, options)
-  using logits = model.forward(ids)
-  return await logits.floats()
+  using model = await load(folder, options)
+  return await logits(model)
 }
 
 describe.each(devices())('loading on %s', (device) => {

@@ -21,8 +21,9 @@ import {
 } from '../../lib'
 import { readConfig } from '../../lib/checkpoint/config'
 import { readSpec } from '../../lib/models/families'
+import { ids } from '../support/causal_lm'
 import { rejection } from '../support/errors'
-import { root, temporaryFolder } from '../support/files'
+import { root, temporaryFolder, temporaryFolders } from '../support/files'
 import { goldenPath } from '../support/golden'
 import { goldenModels } from '../support/golden_model'
 import { itCompiled, printed, runScript } from '../support/run'
@@ -30,8 +31,7 @@ import { readSafetensors, type Stored } from '../support/safetensors'
 import { writeTinyModel } from '../support/tiny_model'
 
 const folder = temporaryFolder()
-let made = 0
-const fresh = () => join(folder, String(made++))
+const fresh = temporaryFolders()
 
 /** How many float32 values lie between two of one sign. */
 function ulpsBetween(a: number, b: number): number {
@@ -44,8 +44,6 @@ const plainOf = (name: string) => name.replace(/-bnb-.*/, '')
 const quantisedWithPlain = goldenModels().filter(
   (name) => name !== plainOf(name) && goldenPath(`models/${plainOf(name)}`),
 )
-
-const ids = [3, 1, 4, 1, 5, 9, 2, 6]
 
 describe.each(devices())('writing from %s', (device) => {
   it.each(goldenModels())('gives the bytes that Python wrote: %s', async (name) => {

@@ -1,27 +1,15 @@
 /** The commands that load a model, as a shell runs them, on the model that comes with the repository. */
 import { spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync, mkdtempSync, readdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { existsSync, readdirSync, symlinkSync, writeFileSync } from 'node:fs'
 import { basename, join } from 'node:path'
 import { setTimeout } from 'node:timers/promises'
+import { halfbyte, program } from '../support/cli'
+import { root, temporaryFolder } from '../support/files'
 
-const root = join(__dirname, '../..')
-const program = join(root, 'dist/cli/main.js')
 const model = join(root, 'models/tinypy-2m')
 const text = join(root, 'models/heldout.py.txt')
-let folder: string
-
-beforeAll(() => {
-  folder = mkdtempSync(join(tmpdir(), 'halfbyte-cli-'))
-})
-afterAll(() => {
-  rmSync(folder, { recursive: true, force: true })
-})
-
-function halfbyte(args: readonly string[], input?: string) {
-  return spawnSync(process.execPath, [program, ...args], { encoding: 'utf8', input })
-}
+const folder = temporaryFolder()
 
 function json(args: readonly string[], input?: string): Record<string, unknown> {
   const { stdout, stderr, status } = halfbyte([...args, '--device', 'cpu', '--json'], input)

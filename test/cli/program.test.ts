@@ -1,28 +1,22 @@
-/** The program as a shell runs it: exit status, streams, signals. Needs dist/, which `npm test` makes first. */
+/** The program as a shell runs it: exit status, streams, signals. */
 import { spawn, spawnSync } from 'node:child_process'
-import { join } from 'node:path'
-
-const program = join(__dirname, '../../dist/cli/main.js')
-
-function halfbyte(...args: string[]) {
-  return spawnSync(process.execPath, [program, ...args], { encoding: 'utf8' })
-}
+import { halfbyte, program } from '../support/cli'
 
 test('without a command it shows the overview and exits with 2', () => {
-  const { status, stdout } = halfbyte()
+  const { status, stdout } = halfbyte([])
   expect(status).toBe(2)
   expect(stdout).toContain('halfbyte COMMAND')
 })
 
 test('--version is that of the package', () => {
   const { version } = jest.requireActual<{ version: string }>('../../package.json')
-  expect(halfbyte('--version').stdout).toBe(`${version}\n`)
+  expect(halfbyte(['--version']).stdout).toBe(`${version}\n`)
 })
 
 const commands = ['generate', 'quantize', 'eval', 'inspect', 'doctor', 'bench']
 
 test.each(commands)('%s --help names --json and --device', (command) => {
-  const { status, stdout } = halfbyte(command, '--help')
+  const { status, stdout } = halfbyte([command, '--help'])
   expect(status).toBe(0)
   expect(stdout).toContain('--json')
   expect(stdout).toContain('--device')
@@ -34,14 +28,14 @@ test.each([
   ['an unknown benchmark', ['bench', 'nope']],
   ['too many arguments', ['doctor', 'x']],
 ])('%s is one line on stderr and exit status 2', (_, args) => {
-  const { status, stdout, stderr } = halfbyte(...args)
+  const { status, stdout, stderr } = halfbyte(args)
   expect(status).toBe(2)
   expect(stdout).toBe('')
   expect(stderr).toMatch(/^halfbyte: [^\n]+ \(ERR_HALFBYTE_USAGE\)\n$/)
 })
 
 test('doctor --json tells the binding, the instruction set and the devices', () => {
-  const { status, stdout } = halfbyte('doctor', '--json')
+  const { status, stdout } = halfbyte(['doctor', '--json'])
   expect(status).toBe(0)
   const found = JSON.parse(stdout) as {
     library: { binding: string; devices: string[]; cpu: { isa: string; threads: number } }

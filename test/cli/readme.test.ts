@@ -2,8 +2,7 @@
 import { spawnSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
-
-const root = join(__dirname, '../..')
+import { root } from '../support/files'
 
 test('the example of the README generates text', () => {
   const example = /```js\n([\s\S]*?)```/.exec(readFileSync(join(root, 'README.md'), 'utf8'))![1]!

@@ -1,22 +1,10 @@
 /** LLM.int8() against bitsandbytes' own results: quantised bytes and int32 sums equal, scaled results as rounded. */
 import { devices, ops, Tensor, tidy } from '../../lib/index.js'
-import { readGolden } from '../support/golden.js'
-import { fromFloat16, relativeError } from '../support/reference.js'
-
-interface Int8Case {
-  case: number
-  M: number
-  K: number
-  N: number
-  threshold: number
-  outliers: number
-  bias: boolean
-}
+import { readGolden, type Int8Case } from '../support/golden.js'
+import { fromFloat16, halfValues, relativeError } from '../support/reference.js'
 
 const int8 = readGolden<Int8Case>('int8')
 const training = readGolden<{ threshold: number }>('int8_training')
-
-const halves = (bits: ArrayLike<number>): number[] => Array.from(bits, (b) => fromFloat16(b))
 
 /** Largest difference of float16 results, in units of the last place; below `slack` a difference counts as one. */
 function halfSteps(a: ArrayLike<number>, b: ArrayLike<number>, slack = 0): number {
@@ -65,7 +53,7 @@ describe.each(devices())('int8 golden on %s', (device) => {
       // our own rounding is at least as close to the product with the original weight, but for chance
       const truth = int8.data(name('y_exact')) as Float32Array
       const own = await ops.linear8bit(of('x'), w.codes, w.rowAbsmax, options).floats()
-      expect(relativeError(own, truth)).toBeLessThan(1.005 * relativeError(halves(golden), truth))
+      expect(relativeError(own, truth)).toBeLessThan(1.005 * relativeError(halfValues(golden), truth))
     },
   )
 

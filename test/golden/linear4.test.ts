@@ -1,19 +1,7 @@
 /** 4-bit linear layers as bitsandbytes saved them, against its outputs and against the exact product. */
 import { devices, ops, Tensor, type DType } from '../../lib/index.js'
-import { readGolden } from '../support/golden.js'
+import { readGolden, type Linear4Case } from '../support/golden.js'
 import { fromBfloat16, fromFloat16, relativeError, type FloatDType } from '../support/reference.js'
-
-interface Case {
-  case: number
-  M: number
-  K: number
-  N: number
-  quant_type: 'nf4' | 'fp4'
-  blocksize: number
-  nested: boolean
-  dtype: FloatDType
-  bias: boolean
-}
 
 /**
  * y_exact is the product in doubles: only our rounding of y is between. bitsandbytes rounds the weight and the
@@ -22,7 +10,7 @@ interface Case {
 const TO_EXACT: Record<FloatDType, number> = { float32: 1e-6, float16: 4e-4, bfloat16: 3e-3 }
 const TO_BITSANDBYTES: Record<FloatDType, number> = { float32: 1e-5, float16: 1e-3, bfloat16: 8e-3 }
 
-const golden = readGolden<Case>('linear4')
+const golden = readGolden<Linear4Case>('linear4')
 
 function values(data: ArrayLike<number>, dtype: DType): ArrayLike<number> {
   if (dtype === 'float16') return Array.from(data, fromFloat16)

@@ -3,49 +3,25 @@ import { availableParallelism } from 'node:os'
 import { existsSync, readdirSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import {
-  AutoModelForCausalLM,
   devices,
   getMemoryFootprint,
   getTrueFootprint,
   Linear4bit,
   Tensor,
-  type BitsAndBytesConfigOptions,
   type CausalLM,
   type DecoderLayer,
-  type FromPretrainedOptions,
   type GatedMlp,
 } from '../../lib'
+import { ids, load, logits } from '../support/causal_lm'
 import { rejection, thrown } from '../support/errors'
 import { temporaryFolder } from '../support/files'
 import { allocatedMemory, baselineMemory } from '../support/memory'
+import { allowed, config, forms } from '../support/offload'
 import { relativeError } from '../support/reference'
 import { tinyWeights, writeTinyModel } from '../support/tiny_model'
 
 const root = temporaryFolder()
-const ids = [3, 1, 4, 1, 5, 9, 2, 6]
-const config = {
-  hidden_size: 256,
-  intermediate_size: 512,
-  num_hidden_layers: 5,
-  num_attention_heads: 4,
-  vocab_size: 300,
-}
 const folder = writeTinyModel(join(root, 'plain'), config)
-const load = (path: string, options: FromPretrainedOptions) =>
-  AutoModelForCausalLM.fromPretrained(path, options)
-
-async function logits(model: CausalLM): Promise<Float32Array> {
-  using result = model.forward(ids)
-  return await result.floats()
-}
-
-const allowed = { llmInt8EnableFp32CpuOffload: true }
-const forms: [string, BitsAndBytesConfigOptions | undefined][] = [
-  ['float32', undefined],
-  ['nf4', { loadIn4bit: true, bnb4bitQuantType: 'nf4', ...allowed }],
-  ['nf4 double', { loadIn4bit: true, bnb4bitQuantType: 'nf4', bnb4bitUseDoubleQuant: true, ...allowed }],
-  ['int8', { loadIn8bit: true, ...allowed }],
-]
 
 /** The MLP of a layer of a Llama. */
 const mlpOf = (model: CausalLM, layer: number) =>

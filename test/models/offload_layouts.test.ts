@@ -12,11 +12,11 @@ import {
   type FromPretrainedOptions,
 } from '../../lib'
 import { readSpec } from '../../lib/models/families'
+import { results } from '../support/causal_lm'
 import { temporaryFolder } from '../support/files'
 import { allocatedMemory, baselineMemory } from '../support/memory'
 
 const root = temporaryFolder()
-const ids = [3, 1, 4, 1, 5, 9, 2, 6]
 const layers = 4
 
 const gpt2 = { model_type: 'gpt2', n_embd: 256, n_head: 4, n_layer: layers, n_positions: 64, vocab_size: 300 }
@@ -62,12 +62,6 @@ function folderOf(name: string, config: Record<string, unknown>): Promise<string
   }
   if (!folders.has(name)) folders.set(name, make())
   return folders.get(name)!
-}
-
-async function results(model: CausalLM) {
-  using logits = model.forward(ids)
-  const { tokenIds } = await model.generate(ids, { maxNewTokens: 4, minNewTokens: 4 })
-  return { logits: await logits.floats(), tokenIds }
 }
 
 /** Bytes of a layer as it computes, and of all that is not in layers. */

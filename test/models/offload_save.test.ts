@@ -2,32 +2,17 @@
 import { createHash } from 'node:crypto'
 import { cpSync, readdirSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
-import {
-  AutoModelForCausalLM,
-  devices,
-  type BitsAndBytesConfigOptions,
-  type CausalLM,
-  type FromPretrainedOptions,
-} from '../../lib'
+import { devices } from '../../lib'
+import { load, logits } from '../support/causal_lm'
 import { temporaryFolder } from '../support/files'
 import { baselineMemory } from '../support/memory'
+import { allowed, config, forms as commonForms } from '../support/offload'
 import { readSafetensors } from '../support/safetensors'
 import { writeTinyModel } from '../support/tiny_model'
 
 const root = temporaryFolder()
-const ids = [3, 1, 4, 1, 5, 9, 2, 6]
-const config = {
-  hidden_size: 256,
-  intermediate_size: 512,
-  num_hidden_layers: 5,
-  num_attention_heads: 4,
-  vocab_size: 300,
-}
 const untied = writeTinyModel(join(root, 'untied'), config)
 const tied = writeTinyModel(join(root, 'tied'), { ...config, tie_word_embeddings: true })
-const load = (path: string, options: FromPretrainedOptions) =>
-  AutoModelForCausalLM.fromPretrained(path, options)
-
 /** What is in a folder. */
 const digests = (folder: string) =>
   Object.fromEntries(
@@ -39,21 +24,12 @@ const digests = (folder: string) =>
     ]),
   )
 
-async function logits(model: CausalLM): Promise<Float32Array> {
-  using result = model.forward(ids)
-  return await result.floats()
-}
-
-const allowed = { llmInt8EnableFp32CpuOffload: true }
-const forms: [string, BitsAndBytesConfigOptions | undefined][] = [
-  ['float32', undefined],
-  ['nf4', { loadIn4bit: true, bnb4bitQuantType: 'nf4', ...allowed }],
-  ['nf4 double', { loadIn4bit: true, bnb4bitQuantType: 'nf4', bnb4bitUseDoubleQuant: true, ...allowed }],
+const forms: typeof commonForms = [
+  ...commonForms,
   [
     'fp4 in bfloat16',
     { loadIn4bit: true, bnb4bitQuantStorage: 'bfloat16', bnb4bitUseDoubleQuant: true, ...allowed },
   ],
-  ['int8', { loadIn8bit: true, ...allowed }],
 ]
 
 describe.each(devices())('running on %s', (device) => {

@@ -16,27 +16,19 @@ import {
   RMSNorm,
   saveStateDict,
   type BitsAndBytesConfigOptions,
-  type CausalLM,
 } from '../../lib'
+import { logits } from '../support/causal_lm'
 import { rejection } from '../support/errors'
-import { temporaryFolder } from '../support/files'
+import { temporaryFolders } from '../support/files'
 import { goldenPath } from '../support/golden'
 import { error } from '../support/golden_model'
 import { writeTinyModel } from '../support/tiny_model'
 
-const folder = temporaryFolder()
-let made = 0
-const fresh = () => join(folder, String(made++))
-const ids = [3, 1, 4, 1, 5, 9, 2, 6]
+const fresh = temporaryFolders()
 
 const savedQuantization = (at: string) => {
   const config = JSON.parse(readFileSync(join(at, 'config.json'), 'utf8')) as Record<string, unknown>
   return config['quantization_config'] as Record<string, unknown> | undefined
-}
-
-async function logits(model: CausalLM, tokens = ids): Promise<Float32Array> {
-  using y = model.forward(tokens)
-  return await y.floats()
 }
 
 const kinds: [string, BitsAndBytesConfigOptions, string][] = [

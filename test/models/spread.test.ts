@@ -1,7 +1,6 @@
 /** Models spread over devices by a device map: the same results as on one device. */
 import { join } from 'node:path'
 import {
-  AutoModelForCausalLM,
   Conv1D,
   Decoder,
   dequantize,
@@ -17,10 +16,10 @@ import {
   replaceWithQuantizedLinear,
   Sequential,
   Tensor,
-  type CausalLM,
   type DeviceMapOption,
   type FromPretrainedOptions,
 } from '../../lib'
+import { ids, load, logits } from '../support/causal_lm'
 import { rejection, thrown } from '../support/errors'
 import { temporaryFolder } from '../support/files'
 import { goldenSubset } from '../support/golden'
@@ -29,19 +28,10 @@ import { relativeError } from '../support/reference'
 import { tinyWeights, writeTinyModel } from '../support/tiny_model'
 
 const root = temporaryFolder()
-const ids = [3, 1, 4, 1, 5, 9, 2, 6]
 const config = { num_hidden_layers: 4 }
 const folder = writeTinyModel(join(root, 'plain'), config)
 const tied = writeTinyModel(join(root, 'tied'), { ...config, tie_word_embeddings: true })
 const nf4 = join(goldenSubset, 'models', 'llama-bnb-nf4')
-
-const load = (path: string, options: FromPretrainedOptions) =>
-  AutoModelForCausalLM.fromPretrained(path, options)
-
-async function logits(model: CausalLM): Promise<Float32Array> {
-  using result = model.forward(ids)
-  return await result.floats()
-}
 
 async function expected(path: string, options: FromPretrainedOptions) {
   using model = await load(path, options)

@@ -16,6 +16,7 @@ import {
   type FromPretrainedOptions,
   type HalfbyteError,
 } from '../../lib'
+import { logits } from '../support/causal_lm'
 import { thrown } from '../support/errors'
 import { temporaryFolder } from '../support/files'
 import { allocatedMemory, baselineMemory } from '../support/memory'
@@ -23,14 +24,8 @@ import { relativeError } from '../support/reference'
 import { writeTinyModel } from '../support/tiny_model'
 
 const root = temporaryFolder()
-const ids = [3, 1, 4, 1, 5, 9, 2, 6]
 const config = { hidden_size: 256, intermediate_size: 512, num_hidden_layers: 3, vocab_size: 300 }
 const folder = writeTinyModel(join(root, 'tied'), { ...config, tie_word_embeddings: true })
-
-async function logits(model: CausalLM): Promise<Float32Array> {
-  using result = model.forward(ids)
-  return await result.floats()
-}
 
 const quantizationConfig = { loadIn4bit: true, llmInt8EnableFp32CpuOffload: true } as const
 const layer = 'model.layers.1'
@@ -208,7 +203,7 @@ describe.each(devices())('on %s', (device) => {
   })
 })
 
-it.each([
+it.each<[string, ModuleList | Sequential]>([
   ['a list', new ModuleList([new Linear(2, 2)])],
   ['a sequence', new Sequential(new Linear(2, 2))],
 ])('%s has only the children that it has', (_, list) => {

@@ -1,16 +1,11 @@
 /** Every family on two devices, its parts spread in different ways, and on the disk: the results of one device. */
-import { AutoModelForCausalLM, type CausalLM } from '../../lib'
+import { AutoModelForCausalLM } from '../../lib'
+import { results } from '../support/causal_lm'
 import { temporaryFolder } from '../support/files'
 import { goldenPath } from '../support/golden'
 import { error, goldenModels, readGoldenModel } from '../support/golden_model'
 
 const offloadFolder = temporaryFolder()
-
-async function results(model: CausalLM, ids: number[]) {
-  using logits = model.forward(ids)
-  const { tokenIds } = await model.generate(ids, { maxNewTokens: 4, minNewTokens: 4 })
-  return { logits: await logits.floats(), tokenIds }
-}
 
 describe.each(goldenModels().filter((name) => !name.includes('-bnb-')))('%s', (name) => {
   const { folder, sequences } = readGoldenModel(goldenPath(`models/${name}`)!)

@@ -1,12 +1,5 @@
 import { devices, packedAttention, SelfAttention, Tensor } from '../../lib/index.js'
-import { noise } from '../support/reference.js'
-
-const close = (a: ArrayLike<number>, b: ArrayLike<number>, limit = 1e-5) => {
-  expect(a.length).toBe(b.length)
-  let worst = 0
-  for (let i = 0; i < b.length; i++) worst = Math.max(worst, Math.abs(a[i]! - b[i]!))
-  expect(worst).toBeLessThan(limit)
-}
+import { expectClose, noise } from '../support/reference.js'
 
 describe.each(devices())('attention on %s', (device) => {
   const [heads, shared, dim] = [4, 2, 6]
@@ -52,7 +45,7 @@ describe.each(devices())('attention on %s', (device) => {
       const tensor = (x: Float32Array, n: number) => Tensor.from(x, { shape: [tokens, n, dim], device })
       for (const causal of [true, false]) {
         const y = packedAttention(tensor(q, heads), tensor(k, shared), tensor(v, shared), { lengths, causal })
-        close(await y.floats(), attention(q, k, v, lengths, causal))
+        expectClose(await y.floats(), attention(q, k, v, lengths, causal))
       }
     },
   )
@@ -72,8 +65,8 @@ describe.each(devices())('attention on %s', (device) => {
     const first = await layer.forward(Tensor.from(x.slice(0, 4 * 32), { shape: [4, 32], device })).floats()
     const rest = await layer.forward(Tensor.from(x.slice(4 * 32), { shape: [3, 32], device })).floats()
     const packed = await layer.forward(Tensor.from(x, { shape: [7, 32], device }), [4, 3]).floats()
-    close(whole.subarray(0, 4 * 32), first)
-    close(packed, [...first, ...rest])
+    expectClose(whole.subarray(0, 4 * 32), first)
+    expectClose(packed, [...first, ...rest])
     const difference = Math.max(...rest.map((value, i) => Math.abs(value - whole[4 * 32 + i]!)))
     expect(difference).toBeGreaterThan(1e-3)
   })
@@ -91,7 +84,7 @@ describe.each(devices())('attention on %s', (device) => {
       },
     )
     const [a, b] = [await plain.forward(x).floats(), await rotary.forward(x).floats()]
-    close(a.subarray(0, 32), b.subarray(0, 32))
+    expectClose(a.subarray(0, 32), b.subarray(0, 32))
     expect(Math.max(...a.map((value, i) => Math.abs(value - b[i]!)))).toBeGreaterThan(1e-4)
   })
 })

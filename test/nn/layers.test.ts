@@ -9,14 +9,7 @@ import {
   Sequential,
   Tensor,
 } from '../../lib/index.js'
-import { noise, rounded } from '../support/reference.js'
-
-const close = (a: ArrayLike<number>, b: ArrayLike<number>, limit = 1e-5) => {
-  expect(a.length).toBe(b.length)
-  let worst = 0
-  for (let i = 0; i < b.length; i++) worst = Math.max(worst, Math.abs(a[i]! - b[i]!))
-  expect(worst).toBeLessThan(limit)
-}
+import { expectClose, noise, rounded } from '../support/reference.js'
 
 describe.each(devices())('layers on %s', (device) => {
   const tensor = (values: Float32Array, ...shape: number[]) => Tensor.from(values, { shape, device })
@@ -30,12 +23,12 @@ describe.each(devices())('layers on %s', (device) => {
     await conv.loadParameter('bias', linear.bias!.value.share())
     const x = tensor(noise(18), 3, 6)
     const y = await linear.forward(x).floats()
-    close(await conv.forward(x).floats(), y)
+    expectClose(await conv.forward(x).floats(), y)
     expect(await conv.weight.value.floats()).toEqual(await turned.floats())
     const residual = tensor(noise(12, 9), 3, 4)
     const sum = Float32Array.from(await residual.floats(), (r, i) => r + y[i]!)
-    close(await linear.forward(x, residual).floats(), sum)
-    close(await conv.forward(x, residual).floats(), sum)
+    expectClose(await linear.forward(x, residual).floats(), sum)
+    expectClose(await conv.forward(x, residual).floats(), sum)
     const state = await conv.stateDict()
     expect(state.get('weight')!.shape).toEqual([6, 4])
     await new Conv1D(6, 4, { device }).loadStateDict(state)
@@ -50,11 +43,11 @@ describe.each(devices())('layers on %s', (device) => {
     expect([isLaid(), conv.weight.value.shape, conv.weight.dtype]).toEqual([true, [6, 4], 'bfloat16'])
     conv.to({ dtype: 'float32', device })
     expect(isLaid()).toBe(true)
-    close(await conv.weight.value.floats(), before, 4e-3)
+    expectClose(await conv.weight.value.floats(), before, 4e-3)
     const values = noise(24, 2)
     await conv.to('float16').loadParameter('weight', tensor(values, 6, 4))
     expect([isLaid(), conv.weight.dtype]).toEqual([true, 'float16'])
-    close(await conv.weight.value.floats(), values, 1e-3)
+    expectClose(await conv.weight.value.floats(), values, 1e-3)
   })
 
   it('norms', async () => {
@@ -65,22 +58,22 @@ describe.each(devices())('layers on %s', (device) => {
       const scale = 1 / Math.sqrt(row.reduce((s, v) => s + v * v, 0) / 5 + 1e-3)
       return row.map((v) => v * scale)
     })
-    close(await rms.forward(tensor(x, 4, 5)).floats(), wanted)
+    expectClose(await rms.forward(tensor(x, 4, 5)).floats(), wanted)
     const gemma = new RMSNorm(5, { device, eps: 1e-3, weightOffset: 1 })
     expect(await gemma.weight.value.floats()).toEqual(new Float32Array(5))
-    close(await gemma.forward(tensor(x, 4, 5)).floats(), wanted)
+    expectClose(await gemma.forward(tensor(x, 4, 5)).floats(), wanted)
     const layer = new LayerNorm(5, { device, eps: 1e-3 })
     const normed = rows.flatMap((row) => {
       const mean = row.reduce((s, v) => s + v, 0) / 5
       const scale = 1 / Math.sqrt(row.reduce((s, v) => s + (v - mean) ** 2, 0) / 5 + 1e-3)
       return row.map((v) => (v - mean) * scale)
     })
-    close(await layer.forward(tensor(x, 4, 5)).floats(), normed)
+    expectClose(await layer.forward(tensor(x, 4, 5)).floats(), normed)
     const bare = new LayerNorm(5, { device, eps: 1e-3, elementwiseAffine: false })
     expect(bare.numParameters()).toBe(0)
     const zero = tensor(new Float32Array(20), 4, 5)
     const { y, sum } = bare.forwardSum(zero, tensor(x, 4, 5))
-    close(await y.floats(), normed)
+    expectClose(await y.floats(), normed)
     expect(await sum.floats()).toEqual(x)
   })
 

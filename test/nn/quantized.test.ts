@@ -11,10 +11,11 @@ import {
   LinearNF4,
   ops,
   Tensor,
+  type Device,
   type DType,
   type Module,
 } from '../../lib/index.js'
-import { readGolden } from '../support/golden.js'
+import { readGolden, type Linear4Case } from '../support/golden.js'
 import { allocatedMemory, baselineMemory } from '../support/memory.js'
 import { product } from '../support/product.js'
 import { noise, relativeError } from '../support/reference.js'
@@ -22,26 +23,26 @@ import { noise, relativeError } from '../support/reference.js'
 const LIMIT = { float32: 1e-5, float16: 2e-3, bfloat16: 1e-2 } as const
 type Float = keyof typeof LIMIT
 
-interface Case {
-  case: number
-  M: number
-  K: number
-  N: number
-  quant_type: 'nf4' | 'fp4'
-  blocksize: number
-  nested: boolean
-  dtype: Float
-  bias: boolean
-}
+const golden = readGolden<Linear4Case>('linear4')
 
-const golden = readGolden<Case>('linear4')
+/** Rows of x, inputs and outputs. */
+const SHAPES = [
+  [1, 64, 1],
+  [3, 100, 36],
+  [17, 320, 65],
+  [1, 33, 7],
+] as const
+
+const filler =
+  (device: Device) =>
+  (shape: number[], dtype: DType = 'float32', scale = 1) => {
+    const values = noise(shape.reduce((a, b) => a * b, 1)).map((x) => scale * x)
+    return Tensor.from(values, { shape, device }).to(dtype)
+  }
 
 describe.each(devices())('4-bit layers on %s', (on) => {
   const tensor = (name: string) => golden.tensor(name, on.name)
-  const filled = (shape: number[], dtype: DType = 'float32', scale = 1) => {
-    const values = noise(shape.reduce((a, b) => a * b, 1)).map((x) => scale * x)
-    return Tensor.from(values, { shape, device: on }).to(dtype)
-  }
+  const filled = filler(on)
 
   it("load bitsandbytes' state dicts and give its outputs", async () => {
     for (const c of golden.cases) {
@@ -104,12 +105,7 @@ describe.each(devices())('4-bit layers on %s', (on) => {
       ),
     ),
   )('multiply by the dequantised weight: %o', async ({ dtype, quantType, compressStatistics }) => {
-    for (const [m, k, n] of [
-      [1, 64, 1],
-      [3, 100, 36],
-      [17, 320, 65],
-      [1, 33, 7],
-    ] as const) {
+    for (const [m, k, n] of SHAPES) {
       const dense = new Linear(k, n, { device: on, dtype })
       const layer = Linear4bit.fromLinear(dense, { quantType, compressStatistics })
       const x = filled([m, k], dtype)
@@ -257,18 +253,10 @@ describe.each(devices())('4-bit layers on %s', (on) => {
 })
 
 describe.each(devices())('8-bit layers on %s', (on) => {
-  const filled = (shape: number[], dtype: DType = 'float32', scale = 1) => {
-    const values = noise(shape.reduce((a, b) => a * b, 1)).map((x) => scale * x)
-    return Tensor.from(values, { shape, device: on }).to(dtype)
-  }
+  const filled = filler(on)
 
   it.each(['float32', 'float16', 'bfloat16'] as const)('multiply as LLM.int8() does, %s', async (dtype) => {
-    for (const [m, k, n] of [
-      [1, 64, 1],
-      [3, 100, 36],
-      [17, 320, 65],
-      [1, 33, 7],
-    ] as const) {
+    for (const [m, k, n] of SHAPES) {
       const dense = new Linear(k, n, { device: on, dtype })
       const layer = Linear8bit.fromLinear(dense)
       const x = filled([m, k], dtype)

@@ -4,6 +4,7 @@ import { product } from '../support/product.js'
 import {
   FLOATS,
   fromBfloat16,
+  int8Codes,
   randn,
   relativeError,
   rounded,
@@ -15,11 +16,6 @@ import {
 const { abs, floor, max, min } = Math // looking up globals is slow inside jest
 
 const LIMIT: Partial<Record<DType, number>> = { float32: 1e-5, float16: 2e-3, bfloat16: 1e-2 }
-
-function bytes(n: number, seed: number): Int8Array {
-  const next = uniform(seed)
-  return Int8Array.from({ length: n }, () => floor(next() * 256) - 128)
-}
 
 function tensorOf(values: Float32Array, shape: number[], dtype: DType, device: string): Tensor {
   if (dtype === 'float32') return Tensor.from(values, { shape, device })
@@ -93,8 +89,8 @@ describe.each(devices())('int8 on %s', (device) => {
   const on = device.name
 
   it.each(SHAPES)('the product of [%i, K] and [%i, K], K = %i, is exact for every byte', async (m, n, k) => {
-    const a = bytes(m * k, 1)
-    const b = bytes(n * k, 2).fill(-128, 0, k)
+    const a = int8Codes(m * k, 1)
+    const b = int8Codes(n * k, 2).fill(-128, 0, k)
     if (m > 1) a.fill(-128, k, 2 * k)
     const acc = ops.int8Matmul(
       Tensor.from(a, { shape: [m, k], device: on }),
@@ -121,7 +117,7 @@ describe.each(devices())('int8 on %s', (device) => {
     })
 
     it.each(SHAPES)('layer [%i, K] x [%i, K], K = %i: no, some and only outlier columns', async (m, n, k) => {
-      const codes = bytes(n * k, 4)
+      const codes = int8Codes(n * k, 4)
       const scb = randn(n, 5).map(abs)
       const bias = randn(n, 6)
       const residual = randn(m * n, 7).map((v) => rounded(v, dtype))
@@ -177,7 +173,7 @@ describe.each(devices())('int8 on %s', (device) => {
   ] as const)(
     'layers of many rows, %s [%i, K] x [%i, K], K = %i: a few outliers and more',
     async (dtype, m, n, k) => {
-      const codes = bytes(n * k, 1)
+      const codes = int8Codes(n * k, 1)
       const scb = randn(n, 2).map(abs)
       const weight = Tensor.from(codes, { shape: [n, k], device: on })
       const rows = [0, 1, 63, 128, 150, m - 1].concat(m > 256 ? [255, 256, 1031] : [])
@@ -205,7 +201,7 @@ describe.each(devices())('int8 on %s', (device) => {
 
   it('a weight that does not lie on 16 bytes', async () => {
     const [m, n, k] = [40, 24, 64]
-    const codes = bytes(n * k + 4, 1)
+    const codes = int8Codes(n * k + 4, 1)
     const flat = Tensor.from(codes, { device: on })
     const apart = Tensor.from(codes.subarray(4), { shape: [n, k], device: on })
     const x = Tensor.from(randn(m * k, 2), { shape: [m, k], device: on })
@@ -220,7 +216,7 @@ describe.each(devices())('int8 on %s', (device) => {
     for (const at of [3, 8, 70, 130, 1000]) values[1 + at] = 9.5
     const flat = tensorOf(values, [m * k + 1], 'float16', on)
     const apart = tensorOf(values.subarray(1), [m, k], 'float16', on)
-    const weight = Tensor.from(bytes(n * k, 2), { shape: [n, k], device: on })
+    const weight = Tensor.from(int8Codes(n * k, 2), { shape: [n, k], device: on })
     const scb = Tensor.full([n], 1, 'float32', on)
     const y = ops.linear8bit(flat.slice(0, 1, m * k + 1).reshape(m, k), weight, scb, { threshold: 6 })
     const want = await ops.linear8bit(apart, weight, scb, { threshold: 6 }).floats()
@@ -229,7 +225,7 @@ describe.each(devices())('int8 on %s', (device) => {
 
   it('leading dimensions are rows', async () => {
     const x = randn(2 * 3 * 40, 1)
-    const weight = Tensor.from(bytes(6 * 40, 2), { shape: [6, 40], device: on })
+    const weight = Tensor.from(int8Codes(6 * 40, 2), { shape: [6, 40], device: on })
     const scb = Tensor.full([6], 2, 'float32', on)
     const cube = ops.linear8bit(Tensor.from(x, { shape: [2, 3, 40], device: on }), weight, scb)
     const flat = ops.linear8bit(Tensor.from(x, { shape: [6, 40], device: on }), weight, scb)
@@ -288,7 +284,7 @@ describe.each(devices())('int8 on %s', (device) => {
 
   it('the same in rows of any number', async () => {
     const [k, n] = [64, 3]
-    const weight = Tensor.from(bytes(n * k, 1), { shape: [n, k], device: on })
+    const weight = Tensor.from(int8Codes(n * k, 1), { shape: [n, k], device: on })
     const scb = Tensor.from(Float32Array.of(1, 2, 3), { device: on })
     for (const m of [1, 3, 16, 40]) {
       const x = randn(m * k, 2)
@@ -322,7 +318,7 @@ describe.each(devices())('int8 on %s', (device) => {
     [40, 320],
   ])('a graph of %i rows, K = %i, finds the outliers that are there when it is replayed', async (m, k) => {
     const n = 37
-    const weight = Tensor.from(bytes(n * k, 1), { shape: [n, k], device: on })
+    const weight = Tensor.from(int8Codes(n * k, 1), { shape: [n, k], device: on })
     const scb = Tensor.from(randn(n, 2).map(abs), { device: on })
     using x = Tensor.zeros([m, k], 'float32', on)
     let y!: Tensor

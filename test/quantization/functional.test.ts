@@ -1,20 +1,10 @@
 /** functional: LLM.int8() on tensors against bitsandbytes' results, nested statistics, codes held as other dtypes. */
 import { devices, functional, Tensor, type DType } from '../../lib/index.js'
 import { thrown } from '../support/errors.js'
-import { readGolden } from '../support/golden.js'
+import { readGolden, type Int8Case } from '../support/golden.js'
 import { allocatedMemory, baselineMemory } from '../support/memory.js'
 import { product } from '../support/product.js'
-import { FLOATS, fromFloat16, randn, relativeError, rounded, uniform } from '../support/reference.js'
-
-interface Int8Case {
-  case: number
-  M: number
-  K: number
-  N: number
-  threshold: number
-  outliers: number
-  bias: boolean
-}
+import { FLOATS, halfValues, int8Codes, randn, relativeError, rounded } from '../support/reference.js'
 
 const int8 = readGolden<Int8Case>('int8')
 const {
@@ -31,13 +21,6 @@ const {
   quantize4bit,
   quantizeBlockwise,
 } = functional
-
-function bytes(n: number, seed: number): Int8Array {
-  const next = uniform(seed)
-  return Int8Array.from({ length: n }, () => Math.floor(next() * 256) - 128)
-}
-
-const halves = (data: unknown) => Array.from(data as Uint16Array, (bits) => fromFloat16(bits))
 
 describe.each(devices())('functional on %s', (device) => {
   const from = (values: Float32Array, ...shape: number[]) => Tensor.from(values, { shape, device })
@@ -62,15 +45,15 @@ describe.each(devices())('functional on %s', (device) => {
       const options = { threshold: c.threshold, bias: c.bias ? of('bias') : undefined, bnbExact: true }
       const packed = await matmul(of('x'), { CB: w.codes, SCB: w.rowAbsmax }, options).data()
       expect(await matmul(of('x'), of('w'), options).data()).toEqual(packed)
-      const golden = halves(int8.data(name('y')))
-      expect(relativeError(halves(packed), golden)).toBeLessThan(c.outliers ? 3e-4 : 1e-9)
+      const golden = halfValues(int8.data(name('y')) as Uint16Array)
+      expect(relativeError(halfValues(packed as Uint16Array), golden)).toBeLessThan(c.outliers ? 3e-4 : 1e-9)
     })
 
     it.each(FLOATS)('matmul() is the product with the dequantised weight, from %s', async (dtype) => {
       const [m, n, k] = [5, 21, 70]
       const values = randn(m * k, 1).map((v) => rounded(Math.max(-3, Math.min(3, v)), dtype))
       values[3] = rounded(20.5, dtype)
-      const codes = bytes(n * k, 2)
+      const codes = int8Codes(n * k, 2)
       const scb = randn(n, 3).map(Math.abs)
       const bias = randn(n, 4)
       const CB = Tensor.from(codes, { shape: [n, k], device })
@@ -94,7 +77,7 @@ describe.each(devices())('functional on %s', (device) => {
     })
 
     it('rows, and products of them, of any number of dimensions', async () => {
-      const [a, b] = [bytes(2 * 3 * 19, 5), bytes(4 * 19, 6)]
+      const [a, b] = [int8Codes(2 * 3 * 19, 5), int8Codes(4 * 19, 6)]
       const left = Tensor.from(a, { shape: [2, 3, 19], device })
       const right = Tensor.from(b, { shape: [4, 19], device })
       const acc = int8LinearMatmul(left, right)

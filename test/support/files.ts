@@ -11,3 +11,10 @@ export function temporaryFolder(): string {
   afterAll(() => rmSync(folder, { recursive: true, force: true }))
   return folder
 }
+
+/** Paths in a temporary folder, another one at each call. */
+export function temporaryFolders(): () => string {
+  const folder = temporaryFolder()
+  let made = 0
+  return () => join(folder, String(made++))
+}

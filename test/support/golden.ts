@@ -6,6 +6,7 @@ import { existsSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { Tensor, type DType } from '../../lib/index.js'
 import { root } from './files.js'
+import type { FloatDType } from './reference.js'
 import { readSafetensors, type Data, type Stored } from './safetensors.js'
 
 const DTYPES: Record<string, DType> = {
@@ -73,4 +74,28 @@ export function readGolden<Case>(name: string): Golden<Case> {
   const file = goldenPath(`${name}.safetensors`)
   if (!file) throw new Error(`no golden data ${name}`)
   return new Golden<Case>(file.replace(/\.safetensors$/, ''))
+}
+
+/** A linear layer of int8.json. */
+export interface Int8Case {
+  case: number
+  M: number
+  K: number
+  N: number
+  threshold: number
+  outliers: number
+  bias: boolean
+}
+
+/** A linear layer of linear4.json. */
+export interface Linear4Case {
+  case: number
+  M: number
+  K: number
+  N: number
+  quant_type: 'nf4' | 'fp4'
+  blocksize: number
+  nested: boolean
+  dtype: FloatDType
+  bias: boolean
 }

@@ -32,6 +32,12 @@ export function randn(n: number, seed: number): Float32Array {
   return values
 }
 
+/** int8 codes, the same for the same seed. */
+export function int8Codes(n: number, seed: number): Int8Array {
+  const next = uniform(seed)
+  return Int8Array.from({ length: n }, () => floor(next() * 256) - 128)
+}
+
 /** 2^-5 to 2^24. */
 const POWERS = Float64Array.from({ length: 30 }, (_, i) => 2 ** (i - 5))
 
@@ -84,6 +90,9 @@ export function fromFloat16(b: number): number {
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + mantissa / 1024) : mantissa * 2 ** -24)
 }
 
+/** The values of float16 bits. */
+export const halfValues = (bits: ArrayLike<number>): number[] => Array.from(bits, (b) => fromFloat16(b))
+
 export const FLOATS = ['float32', 'float16', 'bfloat16'] as const
 export type FloatDType = (typeof FLOATS)[number]
 
@@ -104,6 +113,14 @@ export function relativeError(a: ArrayLike<number>, b: ArrayLike<number>): numbe
     size += b[i]! ** 2
   }
   return sqrt(difference / (size || 1))
+}
+
+/** Expects no element to be further from the other than that. */
+export function expectClose(a: ArrayLike<number>, b: ArrayLike<number>, limit = 1e-5): void {
+  expect(a.length).toBe(b.length)
+  let worst = 0
+  for (let i = 0; i < b.length; i++) worst = max(worst, abs(a[i]! - b[i]!))
+  expect(worst).toBeLessThan(limit)
 }
 
 /** What one rounding to a dtype may cost. */
