@@ -10,7 +10,7 @@ import type { RaggedBatch } from '../tensor/ops.js'
 import { Tensor } from '../tensor/tensor.js'
 import { keep } from '../tensor/tidy.js'
 
-export const BLOCK_LENGTH = 32
+const BLOCK_LENGTH = 32
 
 /** Hands out block numbers 0 .. count-1. */
 export class BlockAllocator {

@@ -12,7 +12,7 @@ import { tidy } from '../tensor/tidy.js'
 import type { DecoderSpec } from './spec.js'
 
 /** The tanh form of GELU as transformers' gelu_new computes it: every operation rounds to x's dtype. */
-export function geluInSteps(x: Tensor): Tensor {
+function geluInSteps(x: Tensor): Tensor {
   return tidy(() => {
     // factors are not rounded, only their products
     const times = (t: Tensor, factor: number) => mul(t.to('float32'), factor).to(x.dtype)

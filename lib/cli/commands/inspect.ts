@@ -31,7 +31,7 @@ function dtypeOf(module: Module): string {
 }
 
 /** Modules that hold tensors of their own, in the order of the model. */
-export function moduleRows(model: CausalLM): ModuleRow[] {
+function moduleRows(model: CausalLM): ModuleRow[] {
   const reasons = new Map(model.replacement?.kept.map(({ path, reason }) => [path, reason]))
   const counted = new Set<object>()
   const rows: ModuleRow[] = []
