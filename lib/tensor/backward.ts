@@ -1,7 +1,7 @@
 /** The way back from a result to the leaves, through the nodes that autograd.ts has recorded. */
 import { HalfbyteError } from '../errors.js'
 import { GradNode, noGrad, type Edge, type Part } from './autograd.js'
-import { add } from './ops/layout.js'
+import { add } from './ops/elementwise.js'
 import { Tensor } from './tensor.js'
 import { keep, tidy } from './tidy.js'
 

@@ -1,5 +1,6 @@
 /** Every op once, with its arguments checked. An op queues its work and returns; see Tensor.data(). */
 export * from './ops/attention.js'
+export * from './ops/elementwise.js'
 export * from './ops/experts.js'
 export * from './ops/layout.js'
 export * from './ops/linear.js'

@@ -1,10 +1,9 @@
-/** Device maps by strategy against those of transformers, and explicit ones. No device is needed for most of it. */
+/** Device maps by strategy against those of transformers. No device is needed for most of it. */
 import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import {
   CausalLM,
   cleanDeviceMap,
-  ConfigReader,
   getBalancedMemory,
   getMaxMemory,
   inferAutoDeviceMap,
@@ -13,8 +12,6 @@ import {
   Module,
   onMeta,
   Parameter,
-  replaceWithQuantizedLinear,
-  resolveDeviceMap,
   Sequential,
   type BitsAndBytesConfigOptions,
   type DeviceMap,
@@ -22,10 +19,9 @@ import {
   type MaxMemory,
 } from '../../lib'
 import { placeOf } from '../../lib/checkpoint/placement'
-import { readSpec } from '../../lib/models/families'
+import { unloaded } from '../support/causal_lm'
 import { goldenSubset } from '../support/golden'
 import { thrown } from '../support/errors'
-import { tinyConfig } from '../support/tiny_model'
 
 const SHAPES: Record<string, Record<string, unknown>> = {
   'llama3-8b': {
@@ -69,14 +65,6 @@ const QUANT: Record<string, BitsAndBytesConfigOptions | undefined> = {
   int8: { loadIn8bit: true },
 }
 
-function build(config: Record<string, unknown>, quant?: BitsAndBytesConfigOptions): CausalLM {
-  const reader = new ConfigReader({ ...tinyConfig, ...config }, 'config.json')
-  const model = onMeta(() => new CausalLM(readSpec(reader), reader))
-  model.to('bfloat16')
-  if (quant) replaceWithQuantizedLinear(model, quant)
-  return model
-}
-
 interface GoldenMap {
   model: string
   quant: string
@@ -113,7 +101,7 @@ const built = new Map<string, CausalLM>()
 
 function goldenModel({ model, quant }: GoldenMap): CausalLM {
   const key = `${model} ${quant}`
-  if (!built.has(key)) built.set(key, build(SHAPES[model]!, QUANT[quant]))
+  if (!built.has(key)) built.set(key, unloaded(SHAPES[model]!, QUANT[quant]))
   return built.get(key)!
 }
 
@@ -167,7 +155,7 @@ describe('where ours go further', () => {
   })
 
   it('keeps the fullest part as small as whole layers allow', () => {
-    const model = build({ ...SHAPES['llama3-8b'], tie_word_embeddings: false }, QUANT['nf4'])
+    const model = unloaded({ ...SHAPES['llama3-8b'], tie_word_embeddings: false }, QUANT['nf4'])
     const map = mapByStrategy(model, 'auto', {
       maxMemory: { 0: '24GiB', 1: '24GiB', 2: '24GiB', 3: '24GiB' },
       quantized: true,
@@ -277,165 +265,5 @@ describe('filling', () => {
       c: 'y',
     })
     expect(cleanDeviceMap({ 'a.1': 'x', 'a.10': 'y' })).toEqual({ 'a.1': 'x', 'a.10': 'y' })
-  })
-})
-
-describe('maxMemory', () => {
-  it('reads units, orders places and takes numbers for GPUs', () => {
-    const memory = getMaxMemory({
-      disk: 9,
-      cpu: '1.5 GiB',
-      'cpu:1': '2MB',
-      1: '500MB',
-      'cuda:0': 7,
-      10: '8Gb',
-    })
-    expect(Object.entries(memory)).toEqual([
-      ['cuda:0', 7],
-      ['cuda:1', 500e6],
-      ['cuda:10', 1e9],
-      ['cpu:1', 2e6],
-      ['cpu', 1.5 * 2 ** 30],
-      ['disk', 9],
-    ])
-    const free = getMaxMemory()
-    expect(free['cpu']).toBeGreaterThan(0)
-    expect(Object.keys(free).at(-1)).toBe('cpu')
-  })
-
-  it.each<[string, MaxMemory, RegExp]>([
-    ['a unit that is none', { 0: '10 potatoes' }, /maxMemory\["0"\]: "10 potatoes" is not a size/],
-    ['no unit', { cpu: '10' }, /"10" is not a size/],
-    ['a negative size', { 0: -1 }, /-1 is not a size/],
-    ['half a byte', { 0: 0.5 }, /0.5 is not a size/],
-    ['a place that is none', { gpu: '1GB' }, /"gpu" is not a place/],
-    ['a place twice', { 0: 1, 'cuda:0': 2 }, /names cuda:0 twice/],
-    ['a list', ['1GB'] as never, /must be an object like/],
-  ])('has %s', (_, maxMemory, message) => {
-    const error = thrown(() => getMaxMemory(maxMemory))
-    expect(error.code).toBe('ERR_HALFBYTE_VALUE')
-    expect(error.message).toMatch(message)
-  })
-})
-
-describe('deviceMap', () => {
-  const dense = () => build({})
-  const packed = () => build({}, { loadIn8bit: true })
-
-  it('takes one place, several by path, and the longest path that fits', () => {
-    expect(resolveDeviceMap(dense(), 'cpu')).toEqual({ '': 'cpu' })
-    expect(resolveDeviceMap(dense(), 'cpu:0')).toEqual({ '': 'cpu' })
-    expect(resolveDeviceMap(packed(), 'cpu')).toEqual({ '': 'cpu' })
-    const map = { '': 'cpu:1', 'model.layers.1': 'cpu', 'model.rotary_emb': 'cpu:1' }
-    expect(resolveDeviceMap(dense(), map)).toEqual(map)
-  })
-
-  it.each<[string, () => CausalLM, unknown, Parameters<typeof resolveDeviceMap>[2], string, RegExp]>([
-    ['a device that is not there', dense, 'cuda:99', {}, 'DEVICE', /no device cuda:99/],
-    ['one that is not there in a map', dense, { '': 'cpu', lm_head: 99 }, {}, 'DEVICE', /cuda:99/],
-    ['one in maxMemory', dense, 'auto', { maxMemory: { 99: '1GB' } }, 'DEVICE', /cuda:99/],
-    [
-      'a strategy that is none',
-      dense,
-      'fastest',
-      {},
-      'VALUE',
-      /"fastest" is neither a strategy \(auto, balanced/,
-    ],
-    ['a list', dense, ['cpu'], {}, 'VALUE', /deviceMap is \["cpu"\]/],
-    ['nothing', dense, null, {}, 'VALUE', /deviceMap is null/],
-    [
-      'a key that matches nothing',
-      dense,
-      { '': 'cpu', 'model.layer.0': 'cpu' },
-      {},
-      'VALUE',
-      /has no model.layer.0; its modules begin with model, model.embed_tokens/,
-    ],
-    [
-      'a layer that is not there',
-      dense,
-      { '': 'cpu', 'model.layers.2': 'cpu' },
-      {},
-      'VALUE',
-      /has no model.layers.2/,
-    ],
-    [
-      'a module missed',
-      dense,
-      { 'model.layers': 'cpu', 'model.embed_tokens': 'cpu', 'model.rotary_emb': 'cpu' },
-      {},
-      'VALUE',
-      /2 tensors of the model are on no place: .*lm_head.weight/,
-    ],
-    ['a place that is none', dense, { '': 'gpu' }, {}, 'VALUE', /"gpu" is not a place/],
-    ['an object for a place', dense, { '': {} }, {}, 'VALUE', /"" is on {}, which is not a place/],
-    [
-      'limits without a strategy',
-      dense,
-      'cpu',
-      { maxMemory: { cpu: '1GB' } },
-      'VALUE',
-      /maxMemory is for the strategies/,
-    ],
-    [
-      'no room anywhere',
-      dense,
-      'auto',
-      { maxMemory: { cpu: 10, disk: 10 } },
-      'OUT_OF_MEMORY',
-      /no place is left/,
-    ],
-    [
-      'quantised layers beside their accelerator',
-      packed,
-      { '': 'cpu:1', 'model.layers.1.mlp': 'cpu' },
-      {},
-      'CONFIG',
-      /3 quantised modules would not be on an accelerator: model.layers.1.mlp.gate_proj \(cpu\).*llmInt8EnableFp32CpuOffload: true/,
-    ],
-    [
-      'quantised layers on the disk',
-      packed,
-      { '': 'cpu', 'model.layers.1.mlp.up_proj': 'disk' },
-      {},
-      'CONFIG',
-      /1 quantised module would.*up_proj \(disk\)/,
-    ],
-    [
-      'quantised layers for which the accelerator is too small',
-      packed,
-      'auto',
-      { maxMemory: { 'cpu:1': 1000, cpu: '1GB' } },
-      'CONFIG',
-      /14 quantised modules/,
-    ],
-  ])('has %s', (_, model, map, options, code, message) => {
-    const error = thrown(() => resolveDeviceMap(model(), map as never, options))
-    expect(error.code).toBe(`ERR_HALFBYTE_${code}`)
-    expect(error.message).toMatch(message)
-  })
-
-  it('lets what is not quantised, or was allowed, lie beside the accelerator', () => {
-    expect(resolveDeviceMap(packed(), { '': 'cpu:1', 'model.embed_tokens': 'cpu' })).toEqual({
-      '': 'cpu:1',
-      'model.embed_tokens': 'cpu',
-    })
-    const offloadQuantized = true
-    const map = { '': 'cpu:1', 'model.layers.1': 'disk' }
-    expect(resolveDeviceMap(packed(), map, { offloadQuantized })).toEqual(map)
-    const auto = resolveDeviceMap(packed(), 'auto', {
-      offloadQuantized,
-      maxMemory: { 'cpu:1': 1000, cpu: '1GB' },
-    })
-    expect(auto).toEqual({ '': 'cpu' })
-  })
-
-  it('spreads a model over the devices that are named', () => {
-    const map = resolveDeviceMap(dense(), 'balanced', { maxMemory: { 'cpu:1': '1GB', 'cpu:2': '1GB' } })
-    expect(new Set(Object.values(map))).toEqual(new Set(['cpu:1', 'cpu:2']))
-    expect(
-      resolveDeviceMap(dense(), 'sequential', { maxMemory: { 'cpu:1': '1GB', 'cpu:2': '1GB' } }),
-    ).toEqual({ '': 'cpu:1' })
   })
 })

@@ -1,11 +1,9 @@
-import { readFileSync } from 'node:fs'
 import {
   BitsAndBytesConfig,
   Conv1D,
   dequantize,
   devices,
   Embedding,
-  getMemoryFootprint,
   getTrueFootprint,
   HalfbyteError,
   LayerNorm,
@@ -14,8 +12,6 @@ import {
   Linear8bit,
   Module,
   ModuleList,
-  nn,
-  onMeta,
   Parameter,
   replaceWithQuantizedLinear,
   RMSNorm,
@@ -24,23 +20,13 @@ import {
   type Shape,
 } from '../../lib/index.js'
 import { thrown } from '../support/errors.js'
-import { goldenPath, itWithGolden } from '../support/golden.js'
 import { relativeError } from '../support/reference.js'
+import { replacedPaths, Tree } from '../support/tree'
 
 const nf4 = new BitsAndBytesConfig({ loadIn4bit: true, bnb4bitQuantType: 'nf4' })
 const int8 = new BitsAndBytesConfig({ loadIn8bit: true })
 const meta = { device: 'meta', bias: false } as const
 
-/** A module with the given children. */
-class Tree extends Module {
-  constructor(children: Record<string, unknown>) {
-    super()
-    Object.assign(this, children)
-  }
-  forward(x: Tensor): Tensor {
-    return x
-  }
-}
 const linear = (k = 4, n = 4) => new Linear(k, n, meta)
 /** The module at a path, which must be of a class. */
 function at<M extends Module>(model: Module, path: string, kind: abstract new (...args: never[]) => M): M {
@@ -48,7 +34,6 @@ function at<M extends Module>(model: Module, path: string, kind: abstract new (.
   if (module instanceof kind) return module
   throw new Error(`${path} is a ${module.constructor.name}`)
 }
-const paths = (report: { replaced: { path: string }[] }) => report.replaced.map(({ path }) => path)
 const kinds = (model: Module) =>
   Object.fromEntries([...model.namedModules()].map(([path, module]) => [path, module.constructor.name]))
 
@@ -62,11 +47,11 @@ describe.each([
   const doubleNested = () => new Tree({ x: nested(), y: nested(), z: two() })
 
   it('replaces linear layers at every depth but the heads', () => {
-    expect(paths(replaceWithQuantizedLinear(one(), config))).toEqual(['fc'])
-    expect(paths(replaceWithQuantizedLinear(two(), config))).toEqual(['a', 'b'])
+    expect(replacedPaths(replaceWithQuantizedLinear(one(), config))).toEqual(['fc'])
+    expect(replacedPaths(replaceWithQuantizedLinear(two(), config))).toEqual(['a', 'b'])
     const model = nested()
     const report = replaceWithQuantizedLinear(model, config)
-    expect(paths(report)).toEqual(['first.a', 'first.b', 'rest.0.a', 'rest.0.b', 'rest.1'])
+    expect(replacedPaths(report)).toEqual(['first.a', 'first.b', 'rest.0.a', 'rest.0.b', 'rest.1'])
     expect(report.kept).toEqual([{ path: 'lm_head', reason: 'output head (by its name)' }])
     expect(kinds(model)).toMatchObject({
       lm_head: 'Linear',
@@ -102,7 +87,7 @@ describe.each([
     }
     const model = new Model({ a: linear(), b: linear() })
     const report = replaceWithQuantizedLinear(model, config)
-    expect(paths(report).sort()).toEqual(['a', 'b'])
+    expect(replacedPaths(report).sort()).toEqual(['a', 'b'])
     expect(report.kept).toEqual([{ path: 'out', reason: 'output head' }])
   })
 
@@ -112,13 +97,13 @@ describe.each([
     out.weight = embed.weight
     const model = new Tree({ embed, fc: linear(), out })
     const report = replaceWithQuantizedLinear(model, config)
-    expect(paths(report)).toEqual(['fc'])
+    expect(replacedPaths(report)).toEqual(['fc'])
     expect(report.kept).toEqual([{ path: 'out', reason: 'its weight is tied to embed' }])
     expect(out.weight).toBe(embed.weight)
 
     const [a, b] = [linear(), linear()]
     b.weight = a.weight
-    expect(paths(replaceWithQuantizedLinear(new Tree({ a, b, c: linear() }), config))).toEqual(['c'])
+    expect(replacedPaths(replaceWithQuantizedLinear(new Tree({ a, b, c: linear() }), config))).toEqual(['c'])
   })
 
   it('keeps a last layer that scores the rows of an embedding table', () => {
@@ -128,13 +113,13 @@ describe.each([
       out: linear(4, 9),
     })
     const report = replaceWithQuantizedLinear(model, config)
-    expect(paths(report)).toEqual(['fc'])
+    expect(replacedPaths(report)).toEqual(['fc'])
     expect(report.kept[0]!.reason).toBe('output head (one score for each row of table)')
   })
 
   it('keeps task heads, with what is below them', () => {
     const model = new Tree({ fc: linear(), score: linear(), classifier: new Tree({ out_proj: linear() }) })
-    expect(paths(replaceWithQuantizedLinear(model, config))).toEqual(['fc'])
+    expect(replacedPaths(replaceWithQuantizedLinear(model, config))).toEqual(['fc'])
   })
 
   it('keeps routers, and no gate that is none', () => {
@@ -144,7 +129,7 @@ describe.each([
       other: new Tree({ router: linear(4, 2) }),
     })
     const report = replaceWithQuantizedLinear(model, config)
-    expect(paths(report)).toEqual(['moe.experts.0', 'moe.experts.1', 'mlp.gate', 'mlp.gate_proj'])
+    expect(replacedPaths(report)).toEqual(['moe.experts.0', 'moe.experts.1', 'mlp.gate', 'mlp.gate_proj'])
     expect(report.kept.map(({ reason }) => reason)).toEqual(['router', 'router'])
   })
 
@@ -161,7 +146,7 @@ describe.each([
     expect(kept.get('layers.1.kv_proj')).toBe("named by 'layers.1'")
     expect(kept.get('layers.10.v_proj')).toBe("named by 'v_proj'")
     expect(kept.get('layers.3.kv_proj')).toBe("named by 'layers.3.*'")
-    expect(paths(report)).toContain('layers.10.kv_proj')
+    expect(replacedPaths(report)).toContain('layers.10.kv_proj')
     expect(report.replaced.length).toBe(9)
     expect(report.unmatched).toEqual(['vproj'])
   })
@@ -171,7 +156,7 @@ describe.each([
     const shared = linear()
     const model = new Tree({ a: shared, b: shared, c: new Scaled(4, 4, meta) })
     const report = replaceWithQuantizedLinear(model, config)
-    expect(paths(report)).toEqual(['a'])
+    expect(replacedPaths(report)).toEqual(['a'])
     expect(report.kept).toEqual([{ path: 'c', reason: 'Scaled is a class of its own' }])
     expect(model.getSubmodule('b')).toBe(model.getSubmodule('a'))
     expect(model.getSubmodule('a').constructor.name).toBe(kind)
@@ -237,87 +222,6 @@ describe('settings of the replaced layers', () => {
   })
 })
 
-/** The tensors of a Llama model, without its computations. */
-function llama(config: Record<string, unknown>): Module {
-  const c = config as Record<
-    | 'hidden_size'
-    | 'intermediate_size'
-    | 'vocab_size'
-    | 'num_hidden_layers'
-    | 'head_dim'
-    | 'num_attention_heads'
-    | 'num_key_value_heads',
-    number
-  >
-  const attention = { bias: config['attention_bias'] === true }
-  const mlp = { bias: config['mlp_bias'] === true }
-  const table = new Embedding(c.vocab_size, c.hidden_size)
-  const head = new Linear(c.hidden_size, c.vocab_size, { bias: false })
-  if (config['tie_word_embeddings']) head.weight = table.weight
-  const heads = c.num_attention_heads * c.head_dim
-  const shared = c.num_key_value_heads * c.head_dim
-  const layer = () =>
-    new Tree({
-      self_attn: new Tree({
-        q_proj: new Linear(c.hidden_size, heads, attention),
-        k_proj: new Linear(c.hidden_size, shared, attention),
-        v_proj: new Linear(c.hidden_size, shared, attention),
-        o_proj: new Linear(heads, c.hidden_size, attention),
-      }),
-      mlp: new Tree({
-        gate_proj: new Linear(c.hidden_size, c.intermediate_size, mlp),
-        up_proj: new Linear(c.hidden_size, c.intermediate_size, mlp),
-        down_proj: new Linear(c.intermediate_size, c.hidden_size, mlp),
-      }),
-      input_layernorm: new RMSNorm(c.hidden_size),
-      post_attention_layernorm: new RMSNorm(c.hidden_size),
-    })
-  const frequencies = () => new nn.Buffer([c.head_dim / 2], { dtype: 'float32', persistent: false })
-  return new Tree({
-    model: new Tree({
-      embed_tokens: table,
-      layers: new ModuleList(Array.from({ length: c.num_hidden_layers }, layer)),
-      norm: new RMSNorm(c.hidden_size),
-      rotary_emb: new Tree({ inv_freq: frequencies(), original_inv_freq: frequencies() }),
-    }),
-    lm_head: head,
-  })
-}
-
-describe('footprints', () => {
-  itWithGolden(
-    'models/summary.json',
-    'and converted modules are those of transformers and bitsandbytes',
-    (path) => {
-      const summary = JSON.parse(readFileSync(path, 'utf8')) as {
-        footprint: Record<string, number | string[]>
-      }
-      for (const [name, dtype] of [
-        ['llama', 'float32'],
-        ['llama-tied', 'float32'],
-        ['mistral', 'float32'],
-        ['llama-bnb-nf4', 'float32'],
-        ['llama-bnb-fp4', 'float32'],
-        ['llama-bnb-int8', 'float16'],
-      ] as const) {
-        const file = goldenPath(`models/${name}/config.json`)
-        if (!file) continue // not all of them are in the fixtures
-        const config = JSON.parse(readFileSync(file, 'utf8')) as Record<string, unknown>
-        const model = onMeta(() => llama(config), { dtype })
-        const numbers = model.numParameters()
-        if (config['quantization_config']) {
-          const quantization = BitsAndBytesConfig.fromJSON(config['quantization_config'])
-          const report = replaceWithQuantizedLinear(model, quantization)
-          expect(paths(report).sort()).toEqual(summary.footprint[`${name}.converted`])
-        }
-        expect([name, getMemoryFootprint(model)]).toEqual([name, summary.footprint[name]])
-        expect(model.numParameters()).toBe(numbers)
-        expect(getMemoryFootprint(model) - getMemoryFootprint(model, { returnBuffers: false })).toBe(128)
-      }
-    },
-  )
-})
-
 describe('replaceWithQuantizedLinear, only', () => {
   class Own extends Linear {}
   const model = () =>
@@ -327,7 +231,7 @@ describe('replaceWithQuantizedLinear, only', () => {
     const some = model()
     const config = new BitsAndBytesConfig({ loadIn4bit: true, llmInt8SkipModules: ['lm_head'] })
     const report = replaceWithQuantizedLinear(some, config, { only: ['lm_head', 'layers.0', '1', 'gone'] })
-    expect(paths(report)).toEqual(['layers.0', 'lm_head'])
+    expect(replacedPaths(report)).toEqual(['layers.0', 'lm_head'])
     expect(report.kept).toEqual([
       { path: 'up', reason: 'not asked for' },
       { path: 'layers.1', reason: 'not asked for' },
@@ -345,7 +249,7 @@ describe('replaceWithQuantizedLinear, only', () => {
     head.weight.dispose()
     head.weight = table.weight
     const tied = new Tree({ table, head })
-    expect(paths(replaceWithQuantizedLinear(tied, nf4, { only: ['head'] }))).toEqual(['head'])
+    expect(replacedPaths(replaceWithQuantizedLinear(tied, nf4, { only: ['head'] }))).toEqual(['head'])
     expect(at(tied, 'head', Linear4bit).weight.isLoaded).toBe(true)
     expect((await table.weight.value.floats()).length).toBe(512)
     tied.dispose()

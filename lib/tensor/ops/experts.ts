@@ -15,7 +15,7 @@ import {
   show,
   withContiguous,
 } from './call.js'
-import { ACTIVATIONS, type Activation } from './layout.js'
+import { ACTIVATIONS, type Activation } from './elementwise.js'
 import { packedOperands, type Packed4 } from './quantize.js'
 
 /** One of many weights [n, k] with its bias [n]: float, packed in 4 bits, or int8 rows as linear8bit() takes them. */

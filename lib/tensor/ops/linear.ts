@@ -13,7 +13,7 @@ import {
   show,
   withContiguous,
 } from './call.js'
-import { ACTIVATIONS, type Activation } from './layout.js'
+import { ACTIVATIONS, type Activation } from './elementwise.js'
 import {
   checkThreshold,
   dequantizeBlocks4,

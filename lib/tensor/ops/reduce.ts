@@ -3,7 +3,8 @@ import { sizeOf, type Shape } from '../shape.js'
 import { Tensor } from '../tensor.js'
 import { tidy } from '../tidy.js'
 import { call, checkDTypes, checkFloat, sameShape, withContiguous } from './call.js'
-import { concat, div } from './layout.js'
+import { div } from './elementwise.js'
+import { concat } from './layout.js'
 import { linear } from './linear.js'
 
 /** Mean of all elements of a float32 tensor, as a float32 [1]; summed in double. */
