@@ -1,7 +1,7 @@
 /**
  * Reverse-mode differentiation. An op on tensors that require a gradient makes a node: for each such input, how its
- * gradient follows from the result's, and from which tensors. backward() walks the nodes from a result to the leaves
- * and adds to their `grad`.
+ * gradient follows from the result's, and from which tensors. backward() (backward.ts) walks the nodes from a result to the
+ * leaves and adds to their `grad`.
  *
  * Memory   a node shares the tensors that it needs, so results in between may be disposed as ever (tidy() does). It lets
  *          them go with backward(), or when its result is disposed and no later node needs it.
