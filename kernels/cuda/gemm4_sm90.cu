@@ -272,10 +272,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const int row_tile = place.rows * (kRows / kTileRows);
         for (int i = 0; i < work.steps; ++i) {
           const int kt = work.first_tile + i;
-          wait_barrier(empty + stage * 8, parity);
-          if (early > 0) {
+          if (early > 0) {  // without a look at `empty`, which consumers may have brought to its next phase
             --early;
           } else {
+            wait_barrier(empty + stage * 8, parity);
             fetch_weight(stage, row_tile, kt);
             fetch_x(stage, place.tokens * kTokens, kt);
           }
