@@ -2,8 +2,8 @@
 // weight is the A operand of wgmma, decoded on the way from shared memory into registers; x is B. 256 tokens
 // at a time are bound by the tensor cores, 128 by shared memory.
 //
-// A block makes 128 rows of the weight times 128 or 256 tokens, or 192 rows times 128: a producer warp and a
-// consumer warpgroup for every 64 rows. One step is 64 k:
+// A block makes 128 rows of the weight times 256 tokens, or 64, 128 or 192 rows times 128: a producer warp
+// and a consumer warpgroup for every 64 rows. One step is 64 k:
 //
 //   producer  a box of x [tokens][64 k], swizzled, codes and absmax of the row tiles, by the copy engine
 //             into a ring
@@ -15,8 +15,8 @@
 //             results go through a place of their own
 //
 // Blocks stay and take items in turn, in bands of token tiles, so that what runs at once shares x and weights
-// in L2. Items that do not fill the last round go to a cluster each, whose blocks divide K and exchange sums
-// through shared memory, in a fixed order.
+// in L2. Items that do not fill the last round go to a cluster each, whose blocks divide K and send each
+// other sums, which are added in a fixed order.
 #include <algorithm>
 
 #include "launch.cuh"
@@ -40,7 +40,8 @@ struct Shape {
       ((227 << 10) - kTable4Bytes - kGroups * kStaging - 256) / (kX + kCodes + kAbsmax);
   static constexpr int kCodesAt = kTable4Bytes + kStages * kX, kAbsmaxAt = kCodesAt + kStages * kCodes;
   static constexpr int kStagingAt = kAbsmaxAt + kStages * kAbsmax;
-  static constexpr int kBarriersAt = kStagingAt + kGroups * kStaging, kBytes = kBarriersAt + kStages * 16;
+  static constexpr int kBarriersAt = kStagingAt + kGroups * kStaging, kArrivedAt = kBarriersAt + kStages * 16;
+  static constexpr int kBytes = kArrivedAt + 8;
   static_assert(kStages >= kGroups + 2 && kBytes <= 227 << 10);
 
   /// Where the ring was when an item is divided: what other blocks send, then results.
@@ -200,7 +201,7 @@ __device__ __forceinline__ void finish_divided(const Gemm4<T>& p, const CUtensor
     constexpr int kShare = S::kTokens / kSplits;
     char* const ring = table + kTable4Bytes;
     float total[kShare / 2];
-    exchange_sums<kSplits, S::kConsumers>(total, acc, ring);
+    exchange_sums<kSplits, S::kConsumers>(total, acc, ring, shared_address(table) + S::kArrivedAt);
     first_token += cluster_rank() * kShare;
     if (!p.engine || p.out.residual) {
       write_sums<kShare>(p.out, p.m, p.whole_lines, total, table + S::kStagingAt + group * kStaging, group,
@@ -237,6 +238,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       init_barrier(full + i * 8, 1);
       init_barrier(empty + i * 8, kConsumers / 32);
     }
+    init_barrier(shared + S::kArrivedAt, 1);
+    arrive_expecting(shared + S::kArrivedAt, S::received(p.splits));
     publish_barriers();
   }
   // the producer's part of a step; the weight needs nothing of the kernels before
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __syncthreads();
 
   if (!consumes) {
-    give_registers<S::kGroups == 2 ? 40 : 32>();
+    if constexpr (S::kGroups > 1) give_registers<S::kGroups == 2 ? 40 : 32>();
     if (threadIdx.x == kConsumers) {
       int stage = 0;
       uint32_t parity = 1;
@@ -296,12 +299,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       }
     }
     __syncwarp();
-    if (Work work; p.splits > 1 && find_work(p, p.rounds, &work)) {
-      cluster_meet();
-      cluster_barrier();
-    }
+    if (Work work; p.splits > 1 && find_work(p, p.rounds, &work)) cluster_meet();
   } else {
-    take_registers<S::kGroups == 2 ? 232 : 160>();
+    if constexpr (S::kGroups > 1) take_registers<S::kGroups == 2 ? 232 : 160>();
     const int group = warp / 4;
     const float offset = kNested ? *p.w.absmax.offset : 0.0f;
     const char* const my_codes = table + S::kCodesAt + warp * 512 + lane * 16;
@@ -469,13 +469,13 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, Cut cut) {
 }
 
 /// Clocks of a step, and of the end of an item, as measured: the product of 256 tokens is bound by the tensor
-/// cores, those of 128 by shared memory.
+/// cores, those of 128 by shared memory, and a warpgroup alone waits for itself.
 struct Cost {
   int tokens, groups;
   double step, end;
 };
-constexpr Cost kCosts[] = {{256, 2, 1033, 1100}, {128, 3, 866, 900}, {128, 2, 622, 900}};
-constexpr double kExchange = 3000;
+constexpr Cost kCosts[] = {{256, 2, 1033, 1100}, {128, 3, 866, 900}, {128, 2, 622, 900}, {128, 1, 425, 900}};
+constexpr double kSent = 11.0;  // bytes a clock between blocks of a cluster
 
 /// The cut that should end first.
 Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
@@ -490,7 +490,10 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
       if (splits > 1 && rounds.divided == 0) continue;
       const int64_t whole = (rounds.whole + rounds.blocks - 1) / rounds.blocks;
       double clocks = whole * (steps * cost.step + cost.end);
-      if (rounds.divided > 0) clocks += (steps + splits - 1) / splits * cost.step + cost.end + kExchange;
+      if (rounds.divided > 0) {
+        const int sent = (splits - 1) * (cost.tokens / splits) * cost.groups * 64 * 4;
+        clocks += (steps + splits - 1) / splits * cost.step + cost.end + sent / kSent;
+      }
       if (least != 0.0 && clocks >= least) continue;
       least = clocks;
       best = cut;
@@ -508,7 +511,8 @@ template <typename T>
 cudaError_t launch(const Launch& on, const Product4<T>& product, const Cut& cut) {
   if (cut.tokens == 256) return launch<T, Shape<256, 2>>(on, product, cut);
   if (cut.groups == 3) return launch<T, Shape<128, 3>>(on, product, cut);
-  return launch<T, Shape<128, 2>>(on, product, cut);
+  if (cut.groups == 2) return launch<T, Shape<128, 2>>(on, product, cut);
+  return launch<T, Shape<128, 1>>(on, product, cut);
 }
 
 }  // namespace

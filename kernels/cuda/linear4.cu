@@ -19,7 +19,7 @@ constexpr int64_t kStreamed = 16;  // rows of x up to which streaming beats dequ
 constexpr int64_t kGemv = 4, kManyWeights = 16 << 20;
 constexpr int64_t kGemvLarge = 2, kLargeWeight = 64 << 20, kLongK = 8192;
 // Rows of x up to which skinny4_sm90 beats gemm4_sm90: by how many rows the weight has.
-constexpr int64_t kSkinny = 64, kSkinnyFew = 128, kFewRows = 6144;
+constexpr int64_t kSkinny = 64, kSkinnyFew = 80, kFewRows = 6144;
 // Rows of x up to which gemm4_sm80 beats dequantising: where cuBLASLt has wgmma or better, and where mma.sync
 // is all that it has, too, which is reckoned, not measured.
 constexpr int64_t kMostGemm80 = 256, kMostGemm80Alone = 512;

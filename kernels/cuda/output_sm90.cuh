@@ -57,9 +57,10 @@ __device__ __forceinline__ void store_at(uint4* own, int rank, uint4 v) {
 /// Between blocks of a cluster that have each made a part of the same sums (fp32 or int32): a block gets a
 /// share of the tokens, and of their sums what the others have made, added in a fixed order. `received` is
 /// shared memory that no block of the cluster uses any more, (kSplits - 1) / kSplits of the size of all sums.
-template <int kSplits, int kThreads, int kShare, typename V>
+/// `way_to` gives what takes 16 bytes to places in another block, `wait` is until all that comes is there.
+template <int kSplits, int kThreads, int kShare, typename V, typename WayTo, typename Wait>
 __device__ __forceinline__ void exchange_sums(V (&total)[kShare], const V (&acc)[kShare * kSplits],
-                                              char* received) {
+                                              char* received, const WayTo& way_to, const Wait& wait) {
   constexpr int kFours = kShare / 4;
   const int rank = cluster_rank();
   uint4* const slots = reinterpret_cast<uint4*>(received) + threadIdx.x;  // [kSplits - 1][kFours][kThreads]
@@ -71,15 +72,16 @@ __device__ __forceinline__ void exchange_sums(V (&total)[kShare], const V (&acc)
 #pragma unroll
       for (int i = 0; i < kShare; ++i) own[i] = acc[to * kShare + i];
     } else {
+      const auto send = way_to(slots + slot(rank, to), to);
 #pragma unroll
       for (int i = 0; i < kFours; ++i) {
         uint4 four;
         memcpy(&four, acc + to * kShare + i * 4, 16);
-        store_at(slots + slot(rank, to) + i * kThreads, to, four);
+        send(i * kThreads, four);
       }
     }
   }
-  cluster_barrier();
+  wait();
 #pragma unroll
   for (int i = 0; i < kShare; ++i) total[i] = V{};
 #pragma unroll
@@ -97,6 +99,28 @@ __device__ __forceinline__ void exchange_sums(V (&total)[kShare], const V (&acc)
       }
     }
   }
+}
+/// The same with a barrier of the cluster between.
+template <int kSplits, int kThreads, int kShare, typename V>
+__device__ __forceinline__ void exchange_sums(V (&total)[kShare], const V (&acc)[kShare * kSplits],
+                                              char* received) {
+  exchange_sums<kSplits, kThreads>(
+      total, acc, received,
+      [](uint4* own, int rank) { return [=](int at, uint4 v) { store_at(own + at, rank, v); }; },
+      [] { cluster_barrier(); });
+}
+/// The same where what is sent counts on the barrier `arrived` of each block, which has been told how many
+/// bytes come and completes its first phase with them: a block waits for what it gets, not for what it sends.
+template <int kSplits, int kThreads, int kShare, typename V>
+__device__ __forceinline__ void exchange_sums(V (&total)[kShare], const V (&acc)[kShare * kSplits],
+                                              char* received, uint32_t arrived) {
+  exchange_sums<kSplits, kThreads>(
+      total, acc, received,
+      [&](uint4* own, int rank) {
+        const uint32_t there = place_in(shared_address(own), rank), barrier = place_in(arrived, rank);
+        return [=](int at, uint4 v) { store_counted(there + at * 16, v, barrier); };
+      },
+      [&] { wait_barrier(arrived, 0); });
 }
 
 /// Writes a warpgroup's sums of kTokens tokens from `first_token` and 64 rows of the weight from `first_row`:

@@ -98,6 +98,20 @@ __device__ __forceinline__ void wait_stores() {
 __device__ __forceinline__ void publish_shared() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
+/// What this block has at `own` in shared memory, in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t place_in(uint32_t own, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(rank));
+  return there;
+}
+/// 16 bytes to another block of the cluster; they count on a barrier there. Both as place_in() says.
+__device__ __forceinline__ void store_counted(uint32_t there, uint4 v, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];\n" ::
+          "r"(there),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+      : "memory");
+}
 /// At the barrier at this place in block `rank` of the cluster.
 __device__ __forceinline__ void arrive_at(uint32_t barrier, int rank) {
   asm volatile(
