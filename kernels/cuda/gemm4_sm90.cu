@@ -6,7 +6,9 @@
 // and a consumer warpgroup for every 64 rows. One step is 64 k:
 //
 //   producer  a box of x [tokens][64 k], swizzled, codes and absmax of the row tiles, by the copy engine
-//             into a ring
+//             into a ring. Boxes of the last tile hold no more tokens than there are, as the engine takes
+//             three times as long for one that is not there; what lies in their place makes sums that
+//             nobody stores
 //   decode    a byte permute makes an address, a look-up makes two weights (table4.cuh), one product scales
 //             them by absmax rounded to their type; done while the product of the step before runs
 //   end       after the steps of an item each warpgroup is lent a stage of the ring: the residual comes into
@@ -53,7 +55,7 @@ struct Shape {
   }
 };
 struct Maps {
-  CUtensorMap x, codes, absmax, y, residual;
+  CUtensorMap x, last_x, codes, absmax, y, residual;  // last_x: of the last tile of tokens
 };
 
 /// How the product is cut: tokens and warpgroups of a block, blocks that divide K of the last items.
@@ -68,6 +70,7 @@ struct Gemm4 {
   Book4 book;
   int m, tiles;
   int row_groups, token_tiles, band;
+  int last_bytes;    // of x in a step of the last tile of tokens
   int whole, items;  // items of one block each; all of them
   int rounds;        // of whole items before the divided ones
   int splits, part;  // blocks that divide K of an item, and their k tiles
@@ -243,22 +246,24 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     publish_barriers();
   }
   // the producer's part of a step; the weight needs nothing of the kernels before
-  const auto fetch_weight = [&](int stage, int row_tile, int kt) {
-    arrive_expecting(full + stage * 8, S::kX + S::kCodes + kAbsmaxBytes);
+  const auto fetch_weight = [&](int stage, const Place& place, int kt) {
+    const int row_tile = place.rows * (kRows / kTileRows);
+    const int x_bytes = place.tokens == p.token_tiles - 1 ? p.last_bytes : S::kX;
+    arrive_expecting(full + stage * 8, x_bytes + S::kCodes + kAbsmaxBytes);
     fetch_tile(shared + S::kCodesAt + stage * S::kCodes, maps.codes, row_tile, kt * 128, full + stage * 8);
     fetch_tile(shared + S::kAbsmaxAt + stage * S::kAbsmax, maps.absmax, row_tile, kt * (kNested ? 4 : 16),
                full + stage * 8);
   };
-  const auto fetch_x = [&](int stage, int token, int kt) {
-    fetch_tile(ring + stage * S::kX, maps.x, token, kt * kTileK, full + stage * 8);
+  const auto fetch_x = [&](int stage, const Place& place, int kt) {
+    fetch_tile(ring + stage * S::kX, place.tokens == p.token_tiles - 1 ? maps.last_x : maps.x,
+               place.tokens * kTokens, kt * kTileK, full + stage * 8);
   };
   int early = 0;  // steps that are asked for before the table is there
   if (Work work; threadIdx.x == kConsumers && find_work(p, 0, &work)) {
     const Place place = place_of(p, work.item);
-    const int row_tile = place.rows * (kRows / kTileRows);
-    for (; early < min(kStages, work.steps); ++early) fetch_weight(early, row_tile, work.first_tile + early);
+    for (; early < min(kStages, work.steps); ++early) fetch_weight(early, place, work.first_tile + early);
     wait_for_results();
-    for (int i = 0; i < early; ++i) fetch_x(i, place.tokens * kTokens, work.first_tile + i);
+    for (int i = 0; i < early; ++i) fetch_x(i, place, work.first_tile + i);
   }
   if (consumes) fill_table<kConsumers>(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
   wait_for_results();
@@ -272,15 +277,14 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       Work work;
       for (int n = 0; find_work(p, n, &work); ++n) {
         const Place place = place_of(p, work.item);
-        const int row_tile = place.rows * (kRows / kTileRows);
         for (int i = 0; i < work.steps; ++i) {
           const int kt = work.first_tile + i;
           if (early > 0) {  // without a look at `empty`, which consumers may have brought to its next phase
             --early;
           } else {
             wait_barrier(empty + stage * 8, parity);
-            fetch_weight(stage, row_tile, kt);
-            fetch_x(stage, place.tokens * kTokens, kt);
+            fetch_weight(stage, place, kt);
+            fetch_x(stage, place, kt);
           }
           if (++stage == kStages) stage = 0, parity ^= 1;
         }
@@ -434,6 +438,8 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, Cut cut) {
   p.row_groups = static_cast<int>((product.w.n + S::kRows - 1) / S::kRows);
   p.token_tiles = (p.m + S::kTokens - 1) / S::kTokens;
   p.band = std::min(p.token_tiles, 1024 / S::kTokens);
+  const int last_tokens = (p.m - (p.token_tiles - 1) * S::kTokens + 7) / 8 * 8;
+  p.last_bytes = last_tokens * 128;
   const Rounds rounds = rounds_of(on, product.m, product.w.n, cut);
   if (rounds.divided == 0) cut.splits = 1;
   p.whole = static_cast<int>(rounds.whole);
@@ -450,6 +456,8 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, Cut cut) {
   constexpr int kTileWords = kNested ? 4 : 16, kRowTiles = S::kRows / kTileRows;
   const int64_t row_tiles = p.w.n / kTileRows;
   cudaError_t error = describe_tiles(&maps.x, dtype, product.x, product.m, product.w.k, S::kTokens);
+  if (error == cudaSuccess)
+    error = describe_tiles(&maps.last_x, dtype, product.x, product.m, product.w.k, last_tokens);
   if (error == cudaSuccess)
     error = describe_words(&maps.codes, p.w.codes, row_tiles, p.tiles * int64_t{128}, kRowTiles, 128);
   if (error == cudaSuccess)

@@ -18,8 +18,7 @@ constexpr int64_t kStreamed = 16;  // rows of x up to which streaming beats dequ
 // elements or as long a K: skinny4_sm90 beats gemv4.
 constexpr int64_t kGemv = 4, kManyWeights = 16 << 20;
 constexpr int64_t kGemvLarge = 2, kLargeWeight = 64 << 20, kLongK = 8192;
-// Rows of x up to which skinny4_sm90 beats gemm4_sm90: by how many rows the weight has.
-constexpr int64_t kSkinny = 64, kSkinnyFew = 80, kFewRows = 6144;
+constexpr int64_t kSkinny = 64;  // rows of x up to which skinny4_sm90 beats gemm4_sm90
 // Rows of x up to which gemm4_sm80 beats dequantising: where cuBLASLt has wgmma or better, and where mma.sync
 // is all that it has, too, which is reckoned, not measured.
 constexpr int64_t kMostGemm80 = 256, kMostGemm80Alone = 512;
@@ -113,7 +112,7 @@ Route route_of(const Launch& on, const View& x, const Weight4& w) {
     const bool skinny = on.wgmma && ((rows > kGemv && weights >= kManyWeights) ||
                                      (rows > kGemvLarge && (weights >= kLargeWeight || w.k >= kLongK)));
     if (gemv4_takes(on.arch, rows, w.k) && !skinny) return Route::gemv;
-    if (on.wgmma) return rows <= (w.n < kFewRows ? kSkinnyFew : kSkinny) ? Route::skinny : Route::gemm;
+    if (on.wgmma) return rows <= kSkinny ? Route::skinny : Route::gemm;
     const int64_t most = on.code < 90 || on.code >= 120 ? kMostGemm80Alone : kMostGemm80;
     if (on.arch >= 80 && rows <= most) return takes_skinny80(on, rows, w.n) ? Route::skinny : Route::gemm;
   }
