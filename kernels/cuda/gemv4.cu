@@ -6,16 +6,18 @@
 // w + warps, ... of every row tile, so a block reads one contiguous stream, and x, whose part a warp meets
 // again and again, stays in its registers from beginning to end:
 //
-//   codes   4 x 16 bytes a lane and unit, straight into registers, a unit or two ahead
+//   codes   4 x 16 bytes a lane and unit, straight into registers, one unit or two ahead
 //   decode  a byte permute makes an address, a look-up makes two weights (table4.cuh): the A fragment
 //   mma     m16n8k16. Its 8 columns are kTokens rows of x for each of 8 / kTokens tiles: column c holds x of
 //           the group's tile c / kTokens, so of the products with tile q only those columns count, and each
-//           lane keeps x of one tile only. The lane that accumulates a column also scales it.
+//           lane keeps x of one tile only. The lane that accumulates a column also scales it. One row of x:
+//           the 8 tiles are those of two units.
 //   scale   sums of a tile's 64 k times absmax, in fp32
 //   reduce  over the columns' tiles by shuffles; over warps, and over the blocks of a cluster where K is
 //           divided among them, through shared memory after several row tiles at once; in a fixed order
 //
-// Fast where K / 256 divides among 8 to 16 warps without a rest and there are 132 row tiles or more.
+// Fast where K / 256 divides among 8 to 16 warps without a rest and there are 132 row tiles or more. K beyond
+// 16384 (8192 where there are more than 2 rows of x) is divided among blocks.
 #include <algorithm>
 #include <utility>
 
@@ -34,8 +36,8 @@ template <typename T>
 struct Gemv {
   Tiled4 w[kMaxGroup];
   Output<T> out[kMaxGroup];
-  int64_t before[kMaxGroup + 1];  // row tiles of the weights before
-  int64_t each, rest;  // row tiles (pairs, when gated) of a cluster; the first `rest` have one more
+  int before[kMaxGroup + 1];  // row tiles of the weights before
+  int each, rest;             // row tiles (pairs, when gated) of a cluster; the first `rest` have one more
   Book4 book;
   int count;
   bool gated;  // two weights whose row tiles alternate
@@ -47,11 +49,10 @@ struct Gemv {
 };
 
 template <typename T>
-__device__ __forceinline__ RowTile locate(const Gemv<T>& p, int64_t row_tile, bool nested) {
-  int part = 0;
-  int64_t local = row_tile;
+__device__ __forceinline__ RowTile locate(const Gemv<T>& p, int row_tile, bool nested) {
+  int part = 0, local = row_tile;
   if (p.gated) {
-    part = static_cast<int>(row_tile % 2);
+    part = row_tile % 2;
     local = row_tile / 2;
   } else {
     while (part + 1 < p.count && row_tile >= p.before[part + 1]) ++part;
@@ -59,22 +60,26 @@ __device__ __forceinline__ RowTile locate(const Gemv<T>& p, int64_t row_tile, bo
   }
   const Absmax& absmax = p.w[part].absmax;
   const void* const scales = nested ? static_cast<const void*>(absmax.codes) : absmax.plain;
-  return row_tile_of(p.w[part].codes, scales, absmax.nested, nested, local * p.tiles, part);
+  return row_tile_of(p.w[part].codes, scales, absmax.nested, nested, int64_t{local} * p.tiles, part);
 }
 
-/// Words of 32 k that lanes of a quad hold four each, in order, to those that each needs: lane t gets t,
-/// 4 + t, ...
-__device__ __forceinline__ void transpose_quad(uint32_t (&r)[4], int t) {
+/// Words of 32 k, of each half of a tile, that lanes of a quad hold four each, in order, to those that each
+/// needs: lane t gets t, 4 + t, ...
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[8], int t) {
   const bool odd = t & 1, high = t & 2;
 #pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? r[i] : r[i + 1], 1);
-    (odd ? r[i] : r[i + 1]) = other;
-  }
+  for (int half = 0; half < 8; half += 4) {
+    uint32_t* const r = x + half;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, high ? r[i] : r[i + 2], 2);
-    (high ? r[i] : r[i + 2]) = other;
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? r[i] : r[i + 1], 1);
+      (odd ? r[i] : r[i + 1]) = other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, high ? r[i] : r[i + 2], 2);
+      (high ? r[i] : r[i + 2]) = other;
+    }
   }
 }
 
@@ -85,10 +90,13 @@ __device__ __forceinline__ void for_each(std::integer_sequence<int, i...>, const
   (body(std::integral_constant<int, i>{}), ...);
 }
 
-/// kTokens rows of x in the columns of a product, kUnits units of a warp in every row tile.
+/// kTokens rows of x in the columns of a product, kUnits units of a warp in every row tile, an even number
+/// where kTokens is 1.
 template <typename T, int kTokens, int kUnits, bool kNested>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_constant__ Gemv<T> p) {
-  constexpr int kGroup = 8 / kTokens, kPasses = kUnit / kGroup;  // tiles in the columns; groups of a unit
+  constexpr int kGroup = 8 / kTokens;                           // tiles in the columns
+  constexpr int kPasses = kGroup < kUnit ? kUnit / kGroup : 1;  // groups of a unit
+  constexpr int kJoined = kGroup > kUnit ? kGroup / kUnit : 1;  // units of a group
   extern __shared__ __align__(1024) char table[];
   float* const partial = reinterpret_cast<float*>(table + kTable4Bytes);  // [chunk][warps][16][kTokens]
   let_next_start();
@@ -102,121 +110,178 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
   const int last_tiles = p.tiles - kUnit;  // a unit that would reach beyond the end begins here
   const auto first_tile = [&](int i) { return min((first_unit + i * warps) * kUnit, last_tiles); };
 
-  const int64_t cluster = blockIdx.x / splits, step = p.gated ? 2 : 1;
-  const int64_t begin = (cluster * p.each + min(cluster, p.rest)) * step;
-  const int64_t end = begin + (p.each + (cluster < p.rest ? 1 : 0)) * step;
-  const auto place = [&](int64_t row_tile) { return locate(p, min(row_tile, end - 1), kNested); };
-
-  // of two buffers each is filled again as soon as it is decoded; an odd number of units moves one into the
-  // other
-  constexpr bool kEven = kUnits % 2 == 0;
-  Unit<kNested> buffers[2];
-  RowTile here = place(begin);
-  buffers[0].fetch(here, first_tile(0), p.tiles, lane);
-  if (kEven) buffers[1].fetch(here, first_tile(1), p.tiles, lane);
+  const int cluster = blockIdx.x / splits, step = p.gated ? 2 : 1;
+  const int begin = (cluster * p.each + min(cluster, p.rest)) * step;
+  const int end = begin + (p.each + (cluster < p.rest ? 1 : 0)) * step;
+  const auto place = [&](int row_tile) { return locate(p, min(row_tile, end - 1), kNested); };
+  // Two units are under way: of two buffers each is filled again as soon as it is decoded; an odd number of
+  // units moves one into the other. Where x takes the registers there is one buffer, and each of its tiles is
+  // filled again as soon as it is decoded.
+  constexpr bool kInPlace = kTokens <= 2 && kUnits > 2, kEven = !kInPlace && kUnits % 2 == 0;
+  constexpr int kAhead = kEven ? 2 : 1;
+  Unit<kNested> buffers[2];  // in place: of the second one only the absmax
+  const auto own_unit = [&](const RowTile& at, int i) {
+    // for the compiler a number of each row tile's own: else it keeps the places of all units in registers
+    asm("" : "+r"(i) : "l"(at.codes));
+    return i;
+  };
+  // of a group of two units lane t has the absmax of tiles 2 t and 2 t + 1, which come with the first
+  const auto fetch_scale = [&](const RowTile& at, int i, int buffer) __attribute__((always_inline)) {
+    if (kJoined == 1) {
+      buffers[buffer].fetch_scale(at, first_tile(i) + t, p.tiles, lane);
+    } else {
+      const int tile = first_tile(i + t / 2) + t % 2 * 2;
+      buffers[0].fetch_scale(at, tile, p.tiles, lane);
+      buffers[1].fetch_scale(at, tile + 1, p.tiles, lane);
+    }
+  };
+  const auto fetch = [&](const RowTile& at, int i, int buffer) __attribute__((always_inline)) {
+    const int unit = own_unit(at, i);
+    buffers[buffer].fetch_codes(at, first_tile(unit), lane);
+    if (kJoined == 1 || buffer == 0) fetch_scale(at, unit, buffer);
+  };
+  RowTile from = place(begin);  // the one whose units are fetched
+  int part = from.part;         // of the one whose units are multiplied
+  fetch(from, 0, 0);
+  if (kEven) fetch(from, 1, 1);
   fill_table4(table, p.book, kNested ? p.w[0].absmax.nested_code : nullptr);
   float offset[kMaxGroup] = {};
   bool same_map = true;  // the maps of all weights are that in the table
   if (kNested) {
 #pragma unroll
-    for (int part = 0; part < kMaxGroup; ++part) {
-      if (part >= p.count) break;
-      offset[part] = *p.w[part].absmax.offset;
-      if (part == 0) continue;
-      for (int i = threadIdx.x; i < 256; i += blockDim.x)
-        same_map &= p.w[part].absmax.nested_code[i] == p.w[0].absmax.nested_code[i];
+    for (int i = 0; i < kMaxGroup; ++i) {
+      if (i >= p.count) break;
+      offset[i] = *p.w[i].absmax.offset;
+      if (i == 0) continue;
+      for (int j = threadIdx.x; j < 256; j += blockDim.x)
+        same_map &= p.w[i].absmax.nested_code[j] == p.w[0].absmax.nested_code[j];
     }
   }
-  same_map = __syncthreads_and(same_map);
 
   wait_for_results();
-  uint32_t x[kUnits][kPasses][8];
+  constexpr int kGroups = kUnits / kJoined * kPasses;
+  uint32_t x[kGroups][8];
   for_each(
-      std::make_integer_sequence<int, kUnits>{}, [&](auto index) __attribute__((always_inline)) {
-        constexpr int i = decltype(index)::value;
-        const int unit = first_unit + i * warps, token = g % kTokens;
+      std::make_integer_sequence<int, kGroups>{}, [&](auto index) __attribute__((always_inline)) {
+        constexpr int i = decltype(index)::value, kPass = i % kPasses;
+        const int token = g % kTokens, column_tile = g / kTokens;
+        const int of_warp = i / kPasses * kJoined + column_tile / kUnit, unit = first_unit + of_warp * warps;
+        const int tile = first_tile(of_warp) + kPass * kGroup + column_tile % kUnit;
+        const bool there = token < p.m && tile >= unit * kUnit && unit < (rank + 1) * p.units;
+        const T* at = p.x + (static_cast<int64_t>(token) * p.tiles + tile) * kTileK + t * 8;
 #pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-          const int tile = first_tile(i) + pass * kGroup + g / kTokens;
-          const bool there = token < p.m && tile >= unit * kUnit && unit < (rank + 1) * p.units;
-          const T* from = p.x + (static_cast<int64_t>(token) * p.tiles + tile) * kTileK + t * 8;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            uint4 piece = make_uint4(0, 0, 0, 0);
-            if (there) piece = *reinterpret_cast<const uint4*>(from + half * 32);
-            uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-            transpose_quad(words, t);
-#pragma unroll
-            for (int w = 0; w < 4; ++w) x[i][pass][half * 4 + w] = words[w];
-          }
+        for (int half = 0; half < 2; ++half) {
+          uint4 piece = make_uint4(0, 0, 0, 0);
+          if (there) piece = *reinterpret_cast<const uint4*>(at + half * 32);
+          x[i][half * 4] = piece.x;
+          x[i][half * 4 + 1] = piece.y;
+          x[i][half * 4 + 2] = piece.z;
+          x[i][half * 4 + 3] = piece.w;
         }
       });
+  same_map = __syncthreads_and(same_map);
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) transpose_quad(x[i], t);
 
   int slot = 0;
-  for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
-    const RowTile next = place(row_tile + 1);
+  for (int row_tile = begin; row_tile < end; ++row_tile) {
     float acc[4] = {};
+    float2 scales[kJoined];
     for_each(
         std::make_integer_sequence<int, kUnits>{}, [&](auto index) __attribute__((always_inline)) {
-          constexpr int i = decltype(index)::value;
-          Unit<kNested>& unit = buffers[kEven ? i % 2 : 0];
-          if (!kEven)
-            buffers[1].fetch(i + 1 < kUnits ? here : next, first_tile((i + 1) % kUnits), p.tiles, lane);
-          float2 scales = unit.scale;
-          if (kNested) {
-            const uint32_t low = unit.code & 255, high = unit.code >> 8;
-            const float* map = p.w[here.part].absmax.nested_code;
-            const float a = same_map ? map_value(table, low, lane4) : map[low];
-            const float b = same_map ? map_value(table, high, lane4) : map[high];
-            const float mean = here.part == 0 ? offset[0] : here.part == 1 ? offset[1] : offset[2];
-            scales = make_float2(nested_value(a, scales.x, mean), nested_value(b, scales.y, mean));
+          constexpr int i = decltype(index)::value, kBuffer = kEven ? i % 2 : 0;
+          constexpr int kNext = (i + kAhead) % kUnits;  // the unit that is fetched
+          Unit<kNested>& unit = buffers[kBuffer];
+          if (i + kAhead == kUnits) from = place(row_tile + 1);
+          if (kAhead == 1 && !kInPlace) fetch(from, kNext, 1);
+#pragma unroll
+          for (int j = 0; j < kJoined; ++j) {
+            if (i % kJoined != 0) break;
+            const Unit<kNested>& coded = kJoined == 1 ? unit : buffers[j];
+            scales[j] = coded.scale;
+            if (kNested) {
+              const uint32_t low = coded.code & 255, high = coded.code >> 8;
+              const float* values = p.w[part].absmax.nested_code;
+              const float a = same_map ? map_value(table, low, lane4) : values[low];
+              const float b = same_map ? map_value(table, high, lane4) : values[high];
+              const float mean = part == 0 ? offset[0] : part == 1 ? offset[1] : offset[2];
+              scales[j] =
+                  make_float2(nested_value(a, coded.scale.x, mean), nested_value(b, coded.scale.y, mean));
+            }
           }
+          const int next_unit = own_unit(from, kNext);
+          const uint4* const next = unit_codes(from, first_tile(next_unit), lane);
+          const auto multiply_tile = [&](float(&sums)[4], int tile, const uint32_t(&x)[8])
+              __attribute__((always_inline)) {
+            const uint4 c = unit.codes[tile];
+            const uint32_t words[4] = {c.x, c.y, c.z, c.w};
 #pragma unroll
-          for (int pass = 0; pass < kPasses; ++pass) {
-            float sums[kGroup][4];
+            for (int j = 0; j < 4; ++j) {
+              uint32_t a[4];
+              look_up(a, table, words[j], lane4);
+              if (j == 0)
+                multiply_first(sums, a, x[0], x[1], T{});
+              else
+                multiply(sums, a, x[2 * j], x[2 * j + 1], T{});
+            }
+            if (kInPlace) unit.codes[tile] = load_once(next + tile * 32);
+          };
+          if constexpr (kJoined == 2) {
 #pragma unroll
-            for (int q = 0; q < kGroup; ++q) {
-              const uint4 c = unit.codes[pass * kGroup + q];
-              const uint32_t words[4] = {c.x, c.y, c.z, c.w};
-#pragma unroll
-              for (int j = 0; j < 4; ++j) {
-                uint32_t a[4];
-                look_up(a, table, words[j], lane4);
-                if (j == 0)
-                  multiply_first(sums[q], a, x[i][pass][0], x[i][pass][1], T{});
-                else
-                  multiply(sums[q], a, x[i][pass][2 * j], x[i][pass][2 * j + 1], T{});
+            for (int pair = 0; pair < 2; ++pair) {
+              float sums[2][4];
+              multiply_tile(sums[0], 2 * pair, x[i / 2]);
+              multiply_tile(sums[1], 2 * pair + 1, x[i / 2]);
+              if (t == i % 2 * 2 + pair) {  // columns 2 t and 2 t + 1 are of one sum
+                acc[0] = fmaf(sums[0][0], scales[0].x, fmaf(sums[1][1], scales[1].x, acc[0]));
+                acc[2] = fmaf(sums[0][2], scales[0].y, fmaf(sums[1][3], scales[1].y, acc[2]));
               }
             }
-            float2 scale = scales;
-            if (kPasses > 1) {  // lane t has the absmax of tile t
-              scale.x = __shfl_sync(0xffffffffu, scales.x, pass * kGroup + own, 4);
-              scale.y = __shfl_sync(0xffffffffu, scales.y, pass * kGroup + own, 4);
-            }
+          } else {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              float sum = sums[0][e];
+            for (int pass = 0; pass < kPasses; ++pass) {
+              float sums[kGroup][4];
 #pragma unroll
-              for (int q = 1; q < kGroup; ++q) sum = own == q ? sums[q][e] : sum;
-              acc[e] = fmaf(sum, e < 2 ? scale.x : scale.y, acc[e]);
+              for (int q = 0; q < kGroup; ++q)
+                multiply_tile(sums[q], pass * kGroup + q, x[i * kPasses + pass]);
+              float2 scale = scales[0];
+              if (kPasses > 1) {  // lane t has the absmax of tile t
+                scale.x = __shfl_sync(0xffffffffu, scale.x, pass * kGroup + own, 4);
+                scale.y = __shfl_sync(0xffffffffu, scale.y, pass * kGroup + own, 4);
+              }
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                float sum = sums[0][e];
+#pragma unroll
+                for (int q = 1; q < kGroup; ++q) sum = own == q ? sums[q][e] : sum;
+                acc[e] = fmaf(sum, e < 2 ? scale.x : scale.y, acc[e]);
+              }
             }
           }
-          if (kEven)
-            unit.fetch(i + 2 < kUnits ? here : next, first_tile((i + 2) % kUnits), p.tiles, lane);
-          else
+          if (kInPlace) {
+            if (i % kJoined == kJoined - 1) fetch_scale(from, next_unit, 0);
+          } else if (kEven) {
+            fetch(from, kNext, kBuffer);
+          } else {
             unit = buffers[1];
+          }
         });
-    here = next;
+    part = from.part;
 
     // rows g and g + 8, tokens 2 t % kTokens and the next
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
+    for (int e = 0; e < 4; e += kTokens == 1 ? 2 : 1) {
 #pragma unroll
-      for (int between = 2; between >= kTokens / 2; between /= 2)
+      for (int between = 2; between >= (kTokens + 1) / 2; between /= 2)
         acc[e] += __shfl_xor_sync(0xffffffffu, acc[e], between);
     }
-    if (t < kTokens / 2) {
-      float* to = partial + ((slot * warps + warp) * kTileRows + g) * kTokens + 2 * t;
+    float* const to = partial + ((slot * warps + warp) * kTileRows + g) * kTokens + 2 * t;
+    if constexpr (kTokens == 1) {
+      if (t == 0) {
+        to[0] = acc[0];
+        to[8] = acc[2];
+      }
+    } else if (t < kTokens / 2) {
       *reinterpret_cast<float2*>(to) = make_float2(acc[0], acc[1]);
       *reinterpret_cast<float2*>(to + 8 * kTokens) = make_float2(acc[2], acc[3]);
     }
@@ -241,14 +306,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
       for (int r = 0; r < splits; ++r) sum += cluster_value(partial + slot * warps * kSums + at, r);
       return sum;
     };
-    const int64_t first = row_tile + 1 - slot;
-    const int results = slot / static_cast<int>(step) * kSums;
+    const int first = row_tile + 1 - slot;
+    const int results = slot / step * kSums;
     for (int i = threadIdx.x + rank * blockDim.x; i < results; i += splits * blockDim.x) {
-      const int at = i / kSums * static_cast<int>(step), row = i % kTileRows, token = i % kSums / kTileRows;
+      const int at = i / kSums * step, row = i % kTileRows, token = i % kSums / kTileRows;
       if (token >= p.m) continue;
       const float total = total_of(at, row * kTokens + token);
       if (p.gated) {
-        const int64_t column = (first + at) / 2 * kTileRows + row;
+        const int64_t column = int64_t{(first + at) / 2} * kTileRows + row;
         float gate = total, up = total_of(at + 1, row * kTokens + token);
         if (p.out[0].bias) gate += p.out[0].bias_at(column);
         if (p.out[1].bias) up += p.out[1].bias_at(column);
@@ -256,7 +321,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
       } else {
         int part = 0;
         while (part + 1 < p.count && first + at >= p.before[part + 1]) ++part;
-        p.out[part].store(token, (first + at - p.before[part]) * kTileRows + row, total);
+        p.out[part].store(token, int64_t{first + at - p.before[part]} * kTileRows + row, total);
       }
     }
     slot = 0;
@@ -274,11 +339,14 @@ struct Plan {
 /// How K is divided; tokens = 0 where this kernel cannot. `row_tiles`: of a multiprocessor.
 Plan plan_for(int arch, int64_t m, int64_t tiles, int64_t row_tiles) {
   Plan plan = {m <= 2 ? 2 : m <= 4 ? 4 : 8, 0, 0, 1, 1};
-  // units whose x a warp has registers for; where K can be divided among blocks, those that leave room to
-  // fetch ahead
-  const int most = plan.tokens == 8 || arch >= 90 ? 2 : 4;
   const int64_t units = (tiles + kUnit - 1) / kUnit;
   if (m > 8 || tiles < kUnit) return {};
+  // one row of x: where a warp has two units, or more
+  if (m == 1 && (units > kMaxWarps || row_tiles >= 8)) plan.tokens = 1;
+  // units whose x a warp has registers for; where K is divided among blocks, as many as leave room for two
+  // that are under way
+  int most = plan.tokens <= 2 || (plan.tokens == 4 && arch < 90) ? 4 : 2;
+  if (units > most * kMaxWarps) most = 2;
   while ((units + plan.splits - 1) / plan.splits > most * kMaxWarps) plan.splits *= 2;
   if (plan.splits > (arch >= 90 ? 8 : 1)) return {};
   // few idle places and many warps on a multiprocessor; of equals the one with fewer units a warp, but two
@@ -286,6 +354,7 @@ Plan plan_for(int arch, int64_t m, int64_t tiles, int64_t row_tiles) {
   const int share = static_cast<int>((units + plan.splits - 1) / plan.splits);
   double best = 0.0;
   for (int candidate = 1; candidate <= most; ++candidate) {
+    if (plan.tokens == 1 && candidate % 2 != 0) continue;
     const int warps = (share + candidate - 1) / candidate;
     if (warps > kMaxWarps) continue;
     const int blocks = plan.splits == 1 ? std::min(kMaxWarps / warps, 2) : 1;
@@ -303,7 +372,7 @@ Plan plan_for(int arch, int64_t m, int64_t tiles, int64_t row_tiles) {
 
 template <typename T, bool kNested, int kTokens, int kUnits>
 cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
-  const int64_t step = gemv.gated ? 2 : 1, all = gemv.before[gemv.count] / step;
+  const int step = gemv.gated ? 2 : 1, all = gemv.before[gemv.count] / step;
   const int slot_bytes = plan.warps * kTileRows * kTokens * 4;
   const auto room_of = [&](int blocks) { return on.shared / blocks - 1024 - kTable4Bytes; };
   const int blocks = room_of(plan.blocks_per_sm) >= step * slot_bytes ? plan.blocks_per_sm : 1;
@@ -324,6 +393,10 @@ cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
 template <typename T, bool kNested>
 cudaError_t launch(const Launch& on, const Plan& plan, Gemv<T>& gemv) {
   switch (plan.tokens * 10 + plan.units) {
+    case 12:
+      return launch<T, kNested, 1, 2>(on, plan, gemv);
+    case 14:
+      return launch<T, kNested, 1, 4>(on, plan, gemv);
     case 21:
       return launch<T, kNested, 2, 1>(on, plan, gemv);
     case 22:

@@ -36,14 +36,21 @@ Book4 book_of(QuantType type) {
 /// Fills the table in dynamic shared memory; the block synchronises afterwards. `map` is the nested code or
 /// null. Of a byte the high half is the even k, in the low half of the register.
 __device__ __forceinline__ void fill_table4(char* table, const Book4& book, const float* map) {
-  for (int i = threadIdx.x; i < 256 * 8; i += blockDim.x) {
-    const int byte = i / 8;
-    const uint32_t pair = book.bits[byte >> 4] | static_cast<uint32_t>(book.bits[byte & 15]) << 16;
-    *reinterpret_cast<uint4*>(table + byte * 256 + i % 8 * 16) = make_uint4(pair, pair, pair, pair);
+  constexpr int kPieces = 256 * 8, kOnce = 8;  // kOnce: reads of the map of a thread, under way together
+  for (int first = threadIdx.x; first < kPieces; first += kOnce * blockDim.x) {
+    float values[kOnce] = {};
     if (map) {
-      const float value = map[byte];
-      *reinterpret_cast<float4*>(table + byte * 256 + 128 + i % 8 * 16) =
-          make_float4(value, value, value, value);
+#pragma unroll
+      for (int j = 0; j < kOnce; ++j) values[j] = map[min(first + j * blockDim.x, kPieces - 1u) / 8];
+    }
+#pragma unroll
+    for (int j = 0; j < kOnce; ++j) {
+      const int i = first + j * blockDim.x, byte = i / 8;
+      if (i >= kPieces) break;
+      char* const to = table + byte * 256 + i % 8 * 16;
+      const uint32_t pair = book.bits[byte >> 4] | static_cast<uint32_t>(book.bits[byte & 15]) << 16;
+      *reinterpret_cast<uint4*>(to) = make_uint4(pair, pair, pair, pair);
+      if (map) *reinterpret_cast<float4*>(to + 128) = make_float4(values[j], values[j], values[j], values[j]);
     }
   }
 }
