@@ -11,7 +11,8 @@
 //           weights are asked for before what ran before has ended; more would stand in the way of x.
 //   decode  a dot product of bytes makes an address, a look-up makes two weights
 //   scale   up to 16 tokens absmax times the sums of a tile, in fp32; more: times the weights, a rounding
-//           more, which lets the product of a tile run while the next one is decoded
+//           more, which lets the product of a tile run while the next one is decoded. There nested absmax
+//           would keep every product waiting: warps of their own decode it when a stage has come
 //   reduce  warpgroups through shared memory, blocks through memory, both in a fixed order: all but the last
 //           block of an item put their part down, the last one waits for them
 //
@@ -44,7 +45,10 @@ struct Shape {
   static constexpr int kAbsmaxBytes = kNested ? 16 : 64;  // of a tile
   static constexpr int kX = kTiles * kTokens * 128, kCodes = kRowTiles * kTiles * 512;
   static constexpr int kAbsmax = kRowTiles * kTiles * kAbsmaxBytes;
-  static constexpr int kStage = kX + kCodes + (kAbsmax + 1023) / 1024 * 1024;
+  // nested and more than 16 tokens: decoded by other warps, each a pair of equal 16-bit values
+  static constexpr bool kPairs = kNested && kTokens > 16;
+  static constexpr int kPairsAt = kX + kCodes + (kAbsmax + 127) / 128 * 128;  // in a stage
+  static constexpr int kStage = (kPairsAt + (kPairs ? kRowTiles * kTiles * 64 : 0) + 1023) / 1024 * 1024;
   static constexpr int kSumsAt = kTable + kMap + kBarriers;
   static constexpr int kRingAt = kSumsAt + (kDepth - 1) * kTokens / 4 * kConsumers * 4;
 };
@@ -64,7 +68,10 @@ struct Skinny {
 
 #if HALFBYTE_WGMMA
 
-constexpr int kMostEarly = 4;              // stages that are asked for before the wait, of a multiprocessor
+constexpr int kDecoders = 96;  // threads that decode nested absmax
+// Stages that are asked for before the wait, of a multiprocessor; the same of a block of at most kFewSteps,
+// whose x, from 32 tokens on, comes late behind more.
+constexpr int kMostEarly = 4, kFewSteps = 16, kFewEarly = 3;
 constexpr uint32_t kAbsent = 0xffffffffu;  // in place of a part: a NaN that no sum is
 
 /// Steps of a block that are of one item.
@@ -81,12 +88,13 @@ __device__ __forceinline__ Span span_of(const Skinny<T>& p, int first_step, int 
 /// Fills the table: entry e of lane l at 128 e + 4 l, then the nested map.
 template <int kThreads>
 __device__ __forceinline__ void fill_table(char* table, const Book4& book, const float* map) {
+  const float value = map && threadIdx.x < 256 ? map[threadIdx.x] : 0.0f;  // under way meanwhile
   for (int i = threadIdx.x; i < 256 * 8; i += kThreads) {
     const int byte = i / 8;
     const uint32_t pair = book.bits[byte >> 4] | static_cast<uint32_t>(book.bits[byte & 15]) << 16;
     *reinterpret_cast<uint4*>(table + i * 16) = make_uint4(pair, pair, pair, pair);
   }
-  if (map && threadIdx.x < 256) reinterpret_cast<float*>(table + kTable)[threadIdx.x] = map[threadIdx.x];
+  if (map && threadIdx.x < 256) reinterpret_cast<float*>(table + kTable)[threadIdx.x] = value;
 }
 /// The A fragment that a word of a tile stands for: a byte times 128 + 4 * lane is an address.
 __device__ __forceinline__ void decode(uint32_t (&a)[4], const char* table, uint32_t word, uint32_t lane4) {
@@ -106,6 +114,64 @@ __device__ __forceinline__ void copy_absmax(const Tiled4& w, char* to, int row_t
     const char* const from = w.absmax.plain ? reinterpret_cast<const char*>(w.absmax.plain)
                                             : reinterpret_cast<const char*>(w.absmax.codes);
     to[i] = from[at * S::kAbsmaxBytes + i % S::kAbsmaxBytes];
+  }
+}
+
+/// Nested absmax of all steps of a block, as they come, by the warps beside the one that asks.
+template <typename T, typename S>
+__device__ __forceinline__ void decode_absmax(const Skinny<T>& p, char* table, uint32_t full,
+                                              uint32_t decoded, int stages, int first_step, int mine) {
+  constexpr int kWords = kRowTiles * S::kTiles * 4;  // of codes: 4 are rows 2 j, 2 j + 8, 2 j + 1, 2 j + 9
+  constexpr int kOwn = (kWords + kDecoders - 1) / kDecoders;
+  const int thread = threadIdx.x - S::kConsumers - 32;
+  const float* const map = reinterpret_cast<const float*>(table + kTable);
+  const float offset = *p.w.absmax.offset;
+  const int last_row = static_cast<int>(p.w.n - 1);
+  int stage = 0;
+  uint32_t parity = 0;
+  for (int rest = mine, steps; rest > 0; rest -= steps) {
+    const Span span = span_of(p, first_step, rest);
+    steps = span.steps;
+    const int64_t first = int64_t{span.item / p.token_blocks} * kRows * p.tiles;  // number of an absmax
+    const float* const nested = p.w.absmax.nested + first / kNestedBlocksize;
+    const int nested_rest = static_cast<int>(first % kNestedBlocksize);
+    const int rows = last_row - span.item / p.token_blocks * kRows;  // number of the last one here
+    for (int i = 0; i < steps; ++i) {
+      float scale[kOwn][4];
+#pragma unroll
+      for (int o = 0; o < kOwn; ++o) {
+        const int word = min(thread + o * kDecoders, kWords - 1);
+        const int tile = min((span.begin + i) * S::kTiles + word / 4 % S::kTiles, p.tiles - 1);
+        const int row = word / (4 * S::kTiles) * 16 + word % 4 * 2;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int at = min(row + e / 2 + e % 2 * 8, rows);
+          scale[o][e] = nested[(nested_rest + at * p.tiles + tile) / static_cast<int>(kNestedBlocksize)];
+        }
+      }
+      wait_barrier(full + stage * 8, parity);
+      char* const here = table + S::kRingAt + stage * S::kStage;
+#pragma unroll
+      for (int o = 0; o < kOwn; ++o) {
+        const int word = thread + o * kDecoders;
+        if (word >= kWords) break;
+        const uint32_t codes = *reinterpret_cast<const uint32_t*>(here + S::kX + S::kCodes + word * 4);
+        uint32_t pairs[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float value = nested_value(map[codes >> (8 * e) & 255], scale[o][e], offset);
+          pairs[e] = pair_of<T>(value, value);
+        }
+        *reinterpret_cast<uint4*>(here + S::kPairsAt + word * 16) =
+            make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      }
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) arrive(decoded + stage * 8);
+      if (++stage == stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
   }
 }
 
@@ -157,8 +223,9 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const int stages = p.stages;
   const uint32_t ring = shared_address(table) + S::kRingAt;
-  // of each stage: all is there; all warps that read it have done so
+  // of each stage: all is there; all warps that read it have done so; absmax is decoded, too
   const uint32_t full = shared_address(table) + kTable + kMap, empty = full + kMostStages * 8;
+  const uint32_t decoded = empty + kMostStages * 8;
   let_next_start();
   const int first_step = blockIdx.x * p.share, mine = min(p.share, p.total - first_step);
 
@@ -166,6 +233,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
     give_registers<kDepth == 2 ? 56 : 48>();
     if (warp > S::kConsumers / 32) {
       __syncthreads();
+      if constexpr (S::kPairs) decode_absmax<T, S>(p, table, full, decoded, stages, first_step, mine);
       wait_for_results();
       return;
     }
@@ -226,11 +294,13 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
       for (int i = 0; i < stages; ++i) {
         init_barrier(full + i * 8, 1);
         init_barrier(empty + i * 8, S::kConsumers / 32);
+        if (S::kPairs) init_barrier(decoded + i * 8, kDecoders / 32);
       }
       publish_barriers();
     }
     __syncwarp();
-    const int early = min(min(stages, kMostEarly * S::kBlocks), (mine + 1) / 2);
+    const int most_early = kTokens >= 32 && mine <= kFewSteps ? kFewEarly : kMostEarly * S::kBlocks;
+    const int early = min(min(stages, most_early), (mine + 1) / 2);
     for (int i = 0; i < early; ++i) fetch_weights(i);
     __syncthreads();
     wait_for_results();
@@ -252,7 +322,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
   const int depth = kDepth == 1 ? 0 : warp / kRowTiles, row_warp = warp % kRowTiles;
   const uint32_t lane4 = lane * 4;
   fill_table<S::kConsumers>(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
-  const float offset = kNested ? *p.w.absmax.offset : 0.0f;
+  const float offset = kNested && !S::kPairs ? *p.w.absmax.offset : 0.0f;
   __syncthreads();
   wait_for_results();
 
@@ -277,7 +347,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
       const int tile = min((begin + i) * S::kTiles + depth * 2 + t % 2, p.tiles - 1);
       return nested_row[(nested_rest + tile) / static_cast<int>(kNestedBlocksize)];
     };
-    float nested = kNested ? nested_of(0) : 0.0f;
+    float nested = kNested && !S::kPairs ? nested_of(0) : 0.0f;
     float acc[kSums], part[2][kExact ? kSums : 1];
     uint32_t a[2][4][4] = {};
     float2 scale[2] = {};
@@ -299,12 +369,19 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
     float2 absmax[2] = {};
     float own = 0.0f;  // nested: the absmax that this lane has decoded
     const auto load_step = [&](int i) __attribute__((always_inline)) {
+      wait_barrier(full + stage * 8, parity);
+      if (S::kPairs) wait_barrier(decoded + stage * 8, parity);
       const char* const here = table + S::kRingAt + stage * S::kStage + S::kX;
       const char* const words = here + depth * (S::kCodes / kDepth) + row_warp * 1024 + lane * 16;
 #pragma unroll
       for (int q = 0; q < 2; ++q) codes[q] = *reinterpret_cast<const uint4*>(words + q * 512);
-      const char* const scales = here + S::kCodes + (row_warp * S::kTiles + depth * 2) * S::kAbsmaxBytes;
-      if (kNested) {
+      const int first_tile = row_warp * S::kTiles + depth * 2;
+      const char* const scales = here + S::kCodes + first_tile * S::kAbsmaxBytes;
+      if (S::kPairs) {
+        const char* const pairs = here - S::kX + S::kPairsAt + first_tile * 64 + g * 8;
+#pragma unroll
+        for (int q = 0; q < 2; ++q) absmax[q] = *reinterpret_cast<const float2*>(pairs + q * 64);
+      } else if (kNested) {
         const uint32_t code = *reinterpret_cast<const uint8_t*>(scales + t % 2 * 16 + 2 * g + t / 2);
         own = nested_value(reinterpret_cast<const float*>(table + kTable)[code], nested, offset);
         if (i + 1 < steps) nested = nested_of(i + 1);
@@ -315,14 +392,15 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
     };
     const auto multiply_tile = [&](uint32_t x, auto tile) __attribute__((always_inline)) {
       constexpr int q = decltype(tile)::value;
-      scale[q] =
-          kNested ? make_float2(__shfl_sync(0xffffffffu, own, q, 4), __shfl_sync(0xffffffffu, own, q + 2, 4))
-                  : absmax[q];
+      scale[q] = absmax[q];
+      if (kNested && !S::kPairs)
+        scale[q] = make_float2(__shfl_sync(0xffffffffu, own, q, 4), __shfl_sync(0xffffffffu, own, q + 2, 4));
       const uint32_t words[4] = {codes[q].x, codes[q].y, codes[q].z, codes[q].w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) decode(a[q][j], table, words[j], lane4);
       if (!kExact) {
-        const uint32_t low = pair_of<T>(scale[q].x, scale[q].x), high = pair_of<T>(scale[q].y, scale[q].y);
+        const uint32_t low = S::kPairs ? __float_as_uint(scale[q].x) : pair_of<T>(scale[q].x, scale[q].x);
+        const uint32_t high = S::kPairs ? __float_as_uint(scale[q].y) : pair_of<T>(scale[q].y, scale[q].y);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -341,7 +419,6 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
       }
       commit_group();
     };
-    wait_barrier(full + stage * 8, parity);
     load_step(0);
     int last = -1;  // place of the step before, whose second product is under way
     for (int i = 0; i < steps; ++i) {
@@ -358,10 +435,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
         stage = 0;
         parity ^= 1;
       }
-      if (i + 1 < steps) {
-        wait_barrier(full + stage * 8, parity);
-        load_step(i + 1);
-      }
+      if (i + 1 < steps) load_step(i + 1);
       wait_group<1>();
       finish(std::integral_constant<int, 0>{});
       if constexpr (kExact) {  // sums of their own must not be under way at the end of a step
