@@ -11,9 +11,10 @@
 //   scale     sums become fp32, times the token's scale
 //   outliers  64 columns in 16 bits at a time, of what the codes of x leave of x, and codes of b, which are
 //             exact. More warps find the columns among the marks and pick b's from the ring while the product
-//             runs, into the memory of the end. Few tokens they read from x, of many gather_rest() has made
-//             rows. Where blocks divide K each has the columns of its part. Columns beyond 64 come in further
-//             rounds, from memory
+//             runs, into the memory of the end. x's they read there too; with 256 tokens a block, which leave
+//             room for one warp, those of all blocks make rows of them first, which the copy engine fetches
+//             into the ring. Where blocks divide K each has the columns of its part. Columns beyond 64 come
+//             in further rounds, from memory
 //   end       times the row's scale, + bias + residual, rounded once and turned round; without a residual the
 //             copy engine writes it between the first products of the next item (int8_output_sm90.cuh)
 //
@@ -102,10 +103,12 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
   char* const outlier_rows = space + S::kStagingAt;
   int* const outlier_slots =
       reinterpret_cast<int*>(space + S::kSlotsAt);  // of this round; + kMore: not the last
+  int* const columns_gathered = outlier_slots + 1;  // and those beyond
   // a round is there; it is multiplied and another comes; an item has begun, those before have left;
-  // the reader may fill a stage
+  // the reader may fill a stage; what all tokens have in outlier columns is gathered
   const uint32_t outliers_full = empty + kStages * 8, outliers_empty = outliers_full + 8,
-                 outliers_free = outliers_full + 16, outliers_asked = outliers_full + 24;
+                 outliers_free = outliers_full + 16, outliers_asked = outliers_full + 24,
+                 outliers_gathered = outliers_full + 32;
   constexpr int kMore = 1 << 16;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
@@ -113,6 +116,7 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
   let_next_start();
 
   if (threadIdx.x == kConsumers) {
+    prefetch_map(maps.a);
     for (int i = 0; i < kStages; ++i) {
       init_barrier(full + i * 8, 1);
       init_barrier(empty + i * 8, kBlocks * kConsumers / 32 + (outliers ? 1 : 0));
@@ -122,6 +126,7 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
       init_barrier(outliers_empty, kConsumers / 32);
       init_barrier(outliers_free, 2);
       init_barrier(outliers_asked, 1);
+      init_barrier(outliers_gathered, 1);
     }
     publish_barriers();
   }
@@ -151,8 +156,7 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
   if (warp >= kConsumers / 32) {
     give_registers<(kTokens > 128 ? 56 : 88)>();
     if (threadIdx.x == kConsumers) {
-      const int columns = kInRing && outliers ? *p.rest_count : 0;
-      int stage = 0;
+      int stage = 0, columns = 0;
       uint32_t parity = 1;
       const auto next = [&] {
         if (++stage == kStages) stage = 0, parity ^= 1;
@@ -169,6 +173,11 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
           else
             fetch_rows(stage, maps.b, row, column);
           fetch_tokens(stage, maps.a, token, column);
+        }
+        if (kInRing && outliers && n == 0) {
+          wait_barrier(outliers_gathered, 0);
+          publish_memory();
+          columns = *columns_gathered;
         }
         for (int round = 0; kInRing && round * kRoundColumns<T> < columns; ++round, next()) {
           wait_barrier(empty + stage * 8, parity);
@@ -187,6 +196,18 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
       Gatherer<kTokens, T> gatherer{p, outlier_rows,
                                     reinterpret_cast<int*>(space + S::kColumnsAt) + own * kRoundSlots, 0};
       constexpr int kColumns = kRoundColumns<T>;
+      const bool gathers = kInRing || (p.rest && p.rounds != 0);  // there are whole items
+      if (gathers && reader >= 0) {
+        const int columns = gatherer.gather_all(reader);
+        if (reader == 0 && columns > 0) {
+          wait_for_count(p.gathered, kReaders * gridDim.x);
+          __syncwarp();
+        }
+        if (kInRing && lane == 0) {
+          *columns_gathered = columns;
+          arrive(outliers_gathered);
+        }
+      }
       int stage = 0, all = 0, more_rounds = 0, asked = 0;
       uint32_t parity = 0;
       const auto next = [&] {
@@ -266,7 +287,7 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
               }
               next();
             }
-          } else if (p.rest_count && n != p.rounds && from < kRestRounds * kColumns && here > 0) {
+          } else if (gathers && n != p.rounds && from < kRestRounds * kColumns && here > 0) {
             // of a part of K the columns do not lie together there
             if (lane == 0 && reader == 0)
               fetch_tile(shared_address(outlier_rows) + kRowBytes, maps.rest, static_cast<int>(first_token),
@@ -286,18 +307,14 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
           from += kColumns;
         } while (from < all);
       }
-      // nobody needs the marks any more when the last warp of the last block is here
-      bool last = false;
-      if (lane == 0) last = count_arrival(&p.marks->done, gridDim.x * (kPickers + kReaders));
-      if (__any_sync(0xffffffffu, last)) {
-        for (int64_t w = lane; w < (p.k + 31) / 32; w += 32) p.marks->bits[w] = 0;
-      }
     }
     __syncwarp();
     if (Work work; !kPair && p.splits > 1 && find_work<kPair>(p, p.rounds, &work)) {
       cluster_meet();
       cluster_barrier();
     }
+    if (outliers && warp == kConsumers / 32 + kPickers + kReaders)
+      p.marks->clear_other(blockIdx.x * 32 + lane, gridDim.x * 32);
   } else {
     take_registers<(kTokens > 128 ? 224 : 168)>();
     const int group = warp / 4;
@@ -545,7 +562,8 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
   p.x = product.x;
   p.marks = product.marks;
   p.threshold = product.threshold;
-  p.rest_count = product.rest_count;
+  p.rest = product.marks && kTokens >= 128 ? product.rest : nullptr;
+  p.gathered = product.gathered;
   p.k = product.k;
   p.m = static_cast<int>(product.m);
   p.steps = static_cast<int>(steps_of(product.k));
@@ -570,7 +588,7 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
     const DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
     if (p.engine && error == cudaSuccess)
       error = describe_tiles(&maps.y, dtype, p.out.y, product.m, n, std::min(kTokens, kStaged));
-    if (p.rest_count && error == cudaSuccess) {
+    if (p.rest && error == cudaSuccess) {
       const DType half = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
       error = describe_tiles(&maps.rest, half, product.rest, product.m, kRestRounds * kRoundSlots, kTokens);
     }
@@ -632,10 +650,6 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
 }
 
 }  // namespace
-
-bool int8_gemm_needs_rest(const Launch& on, int64_t m, int64_t n, int64_t k) {
-  return cut_of(on, m, n, k).tokens > 128 || m > 128;
-}
 
 template <typename T>
 cudaError_t int8_gemm_sm90(const Launch& on, const Product8<T>& product) {

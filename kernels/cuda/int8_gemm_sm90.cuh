@@ -25,7 +25,7 @@ constexpr int64_t steps_of(int64_t k) { return std::max<int64_t>((k + kStep - 1)
 /// from the ring and some that read x.
 template <int kTokens>
 struct Warps {
-  static constexpr int kPickers = 2, kReaders = kTokens > 128 ? 1 : 5;
+  static constexpr int kPickers = kTokens > 128 ? 2 : 4, kReaders = kTokens > 128 ? 1 : 3;
   static constexpr int kThreads = (9 + kPickers + kReaders) * 32;
 };
 
@@ -37,7 +37,7 @@ struct Space {
   static constexpr int kStagingAt = kStages * kStage;
   static constexpr int kScalesAt = kStagingAt + 4 * kStaging;
   static constexpr int kBarriersAt = kScalesAt + 2 * kTokens * 4;
-  static constexpr int kSlotsAt = kBarriersAt + kStages * 16 + 32, kColumnsAt = kSlotsAt + 16;
+  static constexpr int kSlotsAt = kBarriersAt + kStages * 16 + 48, kColumnsAt = kSlotsAt + 16;
   static constexpr int kBytes =
       kColumnsAt + (Warps<kTokens>::kPickers + Warps<kTokens>::kReaders) * kRoundSlots * 4;
   static_assert(kBytes <= 227 << 10);
@@ -63,7 +63,8 @@ struct Gemm8 {
   const T* x;
   ColumnMarks* marks;  // null without a threshold
   float threshold;
-  const int32_t* rest_count;  // or null: x is read by the product
+  typename OutlierType<T>::type* rest;  // see Product8
+  uint32_t* gathered;                   // warps that have made their share of it
   int64_t k;
   int m, steps;
   int row_groups, token_tiles, band;  // groups of the rows of a block, or of a pair
@@ -108,11 +109,28 @@ __device__ __forceinline__ Place place_of(const Gemm8<T>& p, int item) {
   return {in_band / width, band * p.band + in_band % width};
 }
 
+/// After a thread has written memory that the copy engine reads, and before it is asked to.
+__device__ __forceinline__ void publish_memory() { asm volatile("fence.proxy.async;\n" ::: "memory"); }
+
 /// 16 bytes of a row of a stage: 8 slots.
 __device__ __forceinline__ char* piece_at(char* stage, int row, int piece) {
   return stage + row * kStep + ((piece ^ (row & 7)) * 16);
 }
 
+/// By a warp: what it has written is there for who reads the count, and for the copy engine.
+__device__ __forceinline__ void count_warp(uint32_t* count) {
+  publish_memory();
+  __syncwarp();
+  if (threadIdx.x % 32 != 0) return;
+  __threadfence();
+  atomicAdd(count, 1u);
+}
+/// By a thread, until that many have counted. All blocks run at once.
+__device__ __forceinline__ void wait_for_count(const uint32_t* count, uint32_t most) {
+  while (*static_cast<const volatile uint32_t*>(count) != most) __nanosleep(40);
+  __threadfence();
+  publish_memory();
+}
 /// A barrier of the consumers.
 __device__ __forceinline__ void consumer_barrier() {
   asm volatile("bar.sync %0, %1;\n" ::"n"(3), "n"(kConsumers) : "memory");
@@ -159,6 +177,36 @@ struct Gatherer {
     for (int unit = units + reader; unit < filled_slots(slots) / 8 * kGroups; unit += kReaders)
       *reinterpret_cast<uint4*>(piece_at(tokens, unit % kGroups * 32 + lane, unit / kGroups)) =
           make_uint4(0, 0, 0, 0);
+  }
+  /// What all columns hold of x, as far as there is room in p.rest, by the readers of all blocks: each takes
+  /// a share. Returns how many columns there are.
+  __device__ __forceinline__ int gather_all(int reader) {
+    constexpr int kColumns = kRoundColumns<T>;
+    const int lane = threadIdx.x % 32, groups = (p.m + 31) / 32;
+    const int end = static_cast<int>((p.k + kStep - 1) / kStep) * kStep;
+    int all = 0, from = 0;
+#pragma unroll 1
+    do {
+      all = list_columns(p.marks, 0, end, from, kColumns, columns);
+      here = min(all - from, kColumns);
+      const int parts = filled_slots(here * kPieces) / 8;
+#pragma unroll 1
+      for (int unit = reader * gridDim.x + blockIdx.x; unit < parts * groups; unit += kReaders * gridDim.x) {
+        const int64_t token = unit / parts * 32 + lane;
+        if (token >= p.m) continue;
+        const int first = unit % parts * 8;
+        const float most = p.row_absmax[token];
+        EightSlots<T> eight;
+        eight.fetch(p.x + token * p.k, columns, here, first);
+        *reinterpret_cast<Vec<Half, 8>*>(p.rest + token * (kRestRounds * kRoundSlots) +
+                                         from / kColumns * kRoundSlots + first) =
+            eight.rest(Rest<T>(most, p.threshold), here, first);
+      }
+      __syncwarp();
+      from += kColumns;
+    } while (from < min(all, kRestRounds * kColumns));
+    if (all > 0) count_warp(p.gathered);
+    return all;
   }
   /// Of the rows of picker `picker`: what the columns leave of the slots.
   __device__ __forceinline__ void clear_rest(int picker) const {

@@ -51,21 +51,25 @@ __host__ __device__ constexpr int filled_slots(int slots) {
 /// up to `most` of them. Returns how many there are, whatever skip and most.
 __device__ __forceinline__ int list_columns(const ColumnMarks* marks, int begin, int end, int skip, int most,
                                             int* columns) {
-  constexpr int kTogether = 4, kEach = 128;  // loads under way; columns of one
+  constexpr int kTogether = 2, kEach = 128;  // loads of a set under way; columns of one
   const int lane = threadIdx.x % 32;
+  const bool second = marks->marked != 0;  // known when both sets are there
   int count = 0;
 #pragma unroll 1
   for (int base = begin / kEach + lane; base - lane < end / kEach; base += kTogether * 32) {
-    uint4 bits[kTogether];
+    uint4 bits[2][kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int at = base + i * 32;
-      bits[i] = at < end / kEach ? __ldcg(reinterpret_cast<const uint4*>(marks->bits) + at)
-                                 : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int set = 0; set < 2; ++set)
+        bits[set][i] =
+            at < end / kEach ? reinterpret_cast<const uint4*>(marks->bits[set])[at] : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const uint32_t words[4] = {bits[i].x, bits[i].y, bits[i].z, bits[i].w};
+      const uint4 of = second ? bits[1][i] : bits[0][i];
+      const uint32_t words[4] = {of.x, of.y, of.z, of.w};
       const int own = __popc(words[0]) + __popc(words[1]) + __popc(words[2]) + __popc(words[3]);
       if (!__any_sync(0xffffffffu, own != 0)) continue;
       int through = own;

@@ -25,16 +25,13 @@ struct Product8 {
   const int32_t* list;  // sm_80: count, then ascending columns, whose codes in a are 0; null: there are none
   ColumnMarks* marks;   // sm_90: of outlier columns, whose codes in a are as they were quantised; or null. It
   float threshold;      // leaves them all zero
-  typename OutlierType<T>::type* rest;  // of x in outlier columns, [M, kRestRounds, kRoundSlots], or null,
-  int32_t* rest_count;                  // and how many columns there are, also beyond kRestRounds
+  typename OutlierType<T>::type* rest;  // with marks: room for x in outlier columns, [M, kRestRounds,
+                                        // kRoundSlots]
+  uint32_t* gathered;                   // beside it, a zero
 };
 
 /// Rounds of columns for which there is room in `rest`.
 constexpr int kRestRounds = 4;
-/// Whether int8_gemm_sm90 needs `rest` and `rest_count`, which gather_rest() fills. int8_outliers.cu
-bool int8_gemm_needs_rest(const Launch& on, int64_t m, int64_t n, int64_t k);
-template <typename T>
-cudaError_t gather_rest(const Launch& on, const Product8<T>& product);
 
 /// Any M and N, made for 9 rows and more; K a multiple of 16, a and b on 16 bytes; only where Launch::wgmma.
 /// int8_gemm_sm90.cu

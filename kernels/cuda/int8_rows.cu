@@ -4,11 +4,10 @@
 // from registers where the row fits (kKept pieces a thread), else read again from cache. A block has as many
 // groups as fit 512 threads, and there are as many blocks as run at once.
 //
-// With a threshold an element at or above it has code 0 and marks its column: in the bits of the block first,
-// in those of all blocks when it is new there, so that few blocks meet at one word of memory. Who wants to
+// With a threshold an element at or above it has code 0 and marks its column: in the bits of the block, which
+// go to those of all blocks together. Who wants to
 // know which they are launches a second kernel, which reads the bits: its last block makes the list of
-// columns, the others zero the columns' codes in all rows; where there are none it ends at once. Who comes
-// last leaves all bits zero.
+// columns, the others zero the columns' codes in all rows; where there are none it ends at once.
 //
 // Rules to the letter (bitsandbytes): codes = rint(x * (127 / absmax)); an all-zero row gives zeros; a NaN
 // gives 0.
@@ -46,12 +45,21 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
     __syncthreads();
   }
   wait_for_results();
+  if (p.zero && blockIdx.x == 0 && threadIdx.x == 0) *p.zero = 0;
+  uint32_t set = 0, words[2] = {};  // used at the end
+  if (kThreshold) {
+    set = p.marks->next;
+    if (blockIdx.x == 0 && threadIdx.x == 0) words[0] = p.marks->words[0], words[1] = p.marks->words[1];
+  }
 
   const Threshold<W> threshold(p.threshold);
   const int64_t step = static_cast<int64_t>(threads) * N, first = int64_t{at} * N;
-  const int mine = static_cast<int>(first < p.cols ? (p.cols - first + step - 1) / step : 0);  // pieces
+  const int pieces = static_cast<int>(first < p.cols ? (p.cols - first + step - 1) / step : 0);
+  const int64_t stride = gridDim.x * int64_t{groups};
   int turn = 0;
-  for (int64_t row = blockIdx.x * int64_t{groups} + group; row < p.rows; row += gridDim.x * int64_t{groups}) {
+  for (int64_t base = blockIdx.x * int64_t{groups}; base < p.rows; base += stride) {
+    const int64_t row = base + group;
+    const int mine = row < p.rows ? pieces : 0;
     const T* const in = static_cast<const T*>(p.x) + row * p.cols + first;
     int8_t* const to = p.codes + row * p.cols + first;
     const auto fetch = [&](int i) {
@@ -64,13 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
     const auto mark = [&](int i, unsigned outliers) {
       // a piece is in one word
       const int64_t column = first + i * step, word = column / 32;
-      const uint32_t marks = outliers << (column % 32);
-      if (!own) {
-        atomicOr(p.marks->bits + word, marks);
-      } else if (marks & ~*static_cast<volatile uint32_t*>(own_bits + word)) {
-        const uint32_t known = atomicOr(own_bits + word, marks);
-        if (marks & ~known) atomicOr(p.marks->bits + word, marks & ~known);
-      }
+      atomicOr((own ? own_bits : p.marks->bits[set]) + word, outliers << (column % 32));
     };
     Part kept[kKept];
     float most = 0.0f;
@@ -115,7 +117,13 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
       group_barrier(group, threads);
       for (int w = 0; w < warps; ++w) most = fmaxf(most, shared[w]);
     }
-    if (at == 0) p.absmax[row] = most;
+    if (at == 0 && row < p.rows) p.absmax[row] = most;
+    if (kThreshold && own && base + stride >= p.rows) {  // the block has seen its last row
+      __syncthreads();
+      for (int w = threadIdx.x; w < (p.cols + 31) / 32; w += blockDim.x) {
+        if (const uint32_t bits = own_bits[w]) atomicOr(p.marks->bits[set] + w, bits);
+      }
+    }
 
     const RowScale scale(most);
     const auto finish = [&](int i, Part& part) {
@@ -138,6 +146,10 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
       if (kThreshold) part.take_outliers(threshold);
       finish(i, part);
     }
+  }
+  if (kThreshold && blockIdx.x == 0 && threadIdx.x == 0) {
+    p.marks->marked = set;
+    p.marks->words[set] = max(set ? words[1] : words[0], static_cast<uint32_t>((p.cols + 31) / 32));
   }
 }
 
@@ -176,17 +188,16 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const __grid_constant
   wait_for_results();
   const int64_t words = (p.cols + 31) / 32;
   const bool own = p.cols <= kBlockColumns;
-  const uint32_t* const bits = own ? own_bits : p.marks->bits;
+  const uint32_t* const marked = p.marks->bits[p.marks->marked];
+  const uint32_t* const bits = own ? own_bits : marked;
   uint32_t mine = 0;
   for (int64_t w = threadIdx.x; w < words; w += blockDim.x) {
-    const uint32_t word = __ldcg(p.marks->bits + w);
+    const uint32_t word = marked[w];
     if (own) own_bits[w] = word;
     mine |= word;
   }
   const bool any = __syncthreads_or(mine != 0);
-  __shared__ bool last;
-  // with bits of its own a block is done with those of all
-  if (any && own && threadIdx.x == 0) last = atomicAdd(&p.marks->done, 1u) == gridDim.x - 1;
+  p.marks->clear_other(blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
   if (blockIdx.x == gridDim.x - 1) {
     if (any || p.mask)
       write_columns(p, bits);
@@ -202,20 +213,15 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(const __grid_constant
       }
     }
   }
-  if (!any) return;
-  __syncthreads();
-  if (!own && threadIdx.x == 0) last = atomicAdd(&p.marks->done, 1u) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  for (int64_t w = threadIdx.x; w < words; w += blockDim.x) p.marks->bits[w] = 0;
-  if (threadIdx.x == 0) p.marks->done = 0;
 }
 
 template <typename T, int N, bool kHalf>
 cudaError_t launch(const Launch& on, const Int8Rows& p) {
   const int64_t pieces = (p.cols + N - 1) / N;
-  // as many pieces a thread as it can keep; fewer where there are not enough rows for all multiprocessors
-  const int64_t each = p.rows >= 2 * on.multiprocessors ? kKept : 2;
+  // as few pieces a thread as let all rows be taken at once
+  int64_t each = 2;
+  while (each < kKept && p.rows * ((pieces + each - 1) / each) > on.multiprocessors * int64_t{2 * kThreads})
+    each *= 2;
   const int64_t wanted = ((pieces + each - 1) / each + 31) / 32 * 32;
   const int threads = static_cast<int>(std::max<int64_t>(std::min<int64_t>(wanted, kThreads), 32));
   const int64_t share = (p.rows + on.multiprocessors - 1) / on.multiprocessors;
@@ -304,7 +310,8 @@ Status CudaBackend::int8_quantize_rows(Queue queue, View codes, View row_absmax,
                       threshold,
                       marks(queue),
                       nullptr,
-                      threshold > 0.0f ? outlier_mask.as<uint8_t>() : nullptr};
+                      threshold > 0.0f ? outlier_mask.as<uint8_t>() : nullptr,
+                      nullptr};
   return check(int8_rows(on, work), "int8_quantize_rows");
 }
 

@@ -171,12 +171,22 @@ struct Piece {
   }
 };
 
-/// Marks of outlier columns on their way from one launch to the next: all zero before and after both. One set
-/// for each stream.
+/// Marks of outlier columns on their way from the launch that quantises to the one that reads them, of one
+/// stream. There are two sets: while one is read the other one is cleared, so that nobody has to wait until
+/// all have read.
 struct alignas(16) ColumnMarks {
   static constexpr int64_t kMostColumns = int64_t{1} << 20;
-  uint32_t bits[kMostColumns / 32];
-  uint32_t done;  // how many have read them
+  uint32_t bits[2][kMostColumns / 32];
+  uint32_t next;      // set to be marked
+  uint32_t marked;    // set that was marked last
+  uint32_t words[2];  // of a set that may have marks
+
+  /// By `threads` threads of the launch that reads.
+  __device__ __forceinline__ void clear_other(int thread, int threads) {
+    const uint32_t other = marked ^ 1;
+    for (uint32_t w = thread; w < words[other]; w += threads) bits[other][w] = 0;
+    if (thread == 0) next = other;
+  }
 };
 
 /// x float [rows, cols] to codes int8 [rows, cols] and absmax float32 [rows].
@@ -192,6 +202,7 @@ struct Int8Rows {
   ColumnMarks* marks;  // of this stream; up to kMostColumns columns
   int32_t* list;       // [0] = number of such columns, [1 ...] = their indices, ascending; may be null
   uint8_t* mask;       // [cols], 1 for such columns; may be null
+  uint32_t* zero;      // becomes 0, for who comes next; may be null
 };
 
 /// One launch; with a threshold a second one, which lists outlier columns and sets their codes to 0. Without

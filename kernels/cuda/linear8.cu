@@ -6,7 +6,7 @@
 //   quantise  int8_rows.cu: codes, absmax, and a list of the outlier columns, whose codes are 0; or marks of
 //             them alone, where the product multiplies what their codes leave of x
 //   multiply  from kFewest rows on, where K and alignment suit the tensor cores: all the rest in one kernel,
-//             int8_gemm_sm90.cu, which takes marks (of many rows after gather_rest()), or int8_gemm_sm80.cu
+//             int8_gemm_sm90.cu, which takes marks, or int8_gemm_sm80.cu
 //   else      int32 sums, some rows at a time, and finish_kernel, which scales them and adds the outlier
 //             columns: 64 columns x 16 rows of y a block, outlier columns through shared memory 32 at a time.
 //             It can round as bitsandbytes does
@@ -53,7 +53,7 @@ int64_t sum_rows(int64_t m, int64_t n) {
 
 /// Where the parts of the workspace start. Outlier columns and sums are never needed together.
 struct Parts {
-  size_t codes, row_absmax, list, rest, sums, product, total;
+  size_t codes, row_absmax, list, gathered, rest, sums, product, total;
 };
 
 Parts parts_of(int64_t m, int64_t n, int64_t k, bool threshold) {
@@ -67,6 +67,7 @@ Parts parts_of(int64_t m, int64_t n, int64_t k, bool threshold) {
   p.codes = take(m * k);
   p.row_absmax = take(m * 4);
   p.list = take(threshold ? (k + 1) * 4 : 0);
+  p.gathered = take(threshold ? 4 : 0);
   const size_t behind = at;
   p.rest = take(threshold ? m * kRestRounds * kRoundSlots * 2 : 0);
   p.total = at;
@@ -155,6 +156,7 @@ struct Layer {
   View codes, row_absmax;
   const int32_t* list;  // null without a threshold, and where there are
   ColumnMarks* marks;   // marks instead
+  uint32_t* gathered;   // see Product8
   float threshold;
   int64_t m, n, k;
   bool bnb_exact;
@@ -175,11 +177,8 @@ cudaError_t multiply(const Launch& on, const Layer& layer, const Parts& parts, c
   product.marks = layer.marks;
   product.threshold = layer.threshold;
   if (!on.wgmma) return int8_gemm_sm80(on, product);
-  if (layer.marks && int8_gemm_needs_rest(on, layer.m, layer.n, layer.k)) {
-    product.rest = reinterpret_cast<typename OutlierType<T>::type*>(workspace.as<char>() + parts.rest);
-    product.rest_count = reinterpret_cast<int32_t*>(workspace.as<char>() + parts.list);
-    if (const cudaError_t error = gather_rest(on, product); error != cudaSuccess) return error;
-  }
+  product.gathered = layer.gathered;
+  product.rest = reinterpret_cast<typename OutlierType<T>::type*>(workspace.as<char>() + parts.rest);
   return int8_gemm_sm90(on, product);
 }
 
@@ -249,14 +248,17 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
   if (Status status = enter_early(queue, &on, {y}, {weight}); !status.ok()) return status;
 
   const bool gemm = takes_gemm(on, x, k, weight.data, threshold > 0.0f, bnb_exact);
-  Layer layer = {y, x, weight, scb, epilogue, {}, {}, nullptr, nullptr, threshold, m, n, k, bnb_exact};
+  Layer layer = {y,       x,       weight,    scb, epilogue, {}, {},       nullptr,
+                 nullptr, nullptr, threshold, m,   n,        k,  bnb_exact};
   layer.codes = part(workspace, parts.codes, DType::i8, m * k);
   layer.row_absmax = part(workspace, parts.row_absmax, DType::f32, m);
   int32_t* list = nullptr;
-  if (threshold > 0.0f && gemm && on.wgmma)
+  if (threshold > 0.0f && gemm && on.wgmma) {
     layer.marks = marks(queue);
-  else if (threshold > 0.0f)
+    layer.gathered = reinterpret_cast<uint32_t*>(workspace.as<char>() + parts.gathered);
+  } else if (threshold > 0.0f) {
     layer.list = list = part(workspace, parts.list, DType::i32, k + 1).as<int32_t>();
+  }
   const Int8Rows rows{x.data,
                       x.dtype,
                       m,
@@ -267,7 +269,8 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
                       threshold,
                       marks(queue),
                       list,
-                      nullptr};
+                      nullptr,
+                      layer.gathered};
   if (Status status = check(int8_rows(on, rows), "linear_8bit"); !status.ok()) return status;
   on.early = on.arch >= 90;  // what the weight is was settled before the first step
   return check(with_float_type(x.dtype,
