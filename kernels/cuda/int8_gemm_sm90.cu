@@ -142,13 +142,18 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
     else
       fetch_tile(to, map, token, column, full + stage * 8);
   };
-  int early = 0;  // steps whose part of b was fetched before
+  // first steps of the first item: b's before the wait, a's at once behind it, where no other block gets them
+  int early = 0, early_token = 0, early_column = 0;
   if (Work work; threadIdx.x == kConsumers && find_work<kPair>(p, 0, &work)) {
-    const int row = (place_of(p, work.item).rows * kBlocks + rank) * kRows;
+    const Place place = place_of(p, work.item);
+    const int row = (place.rows * kBlocks + rank) * kRows;
+    early_token = place.tokens * kTokens;
+    early_column = work.first_step * kStep;
     for (; early < min(kStages, work.steps); ++early)
-      fetch_rows(early, maps.b, row, (work.first_step + early) * kStep);
+      fetch_rows(early, maps.b, row, early_column + early * kStep);
   }
   wait_for_results();
+  for (int i = 0; !kPair && i < early; ++i) fetch_tokens(i, maps.a, early_token, early_column + i * kStep);
   if (kPair)
     cluster_barrier();
   else
@@ -168,11 +173,9 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
         for (int i = 0; i < work.steps; ++i, next()) {
           const int column = (work.first_step + i) * kStep;
           wait_barrier(empty + stage * 8, parity);
-          if (early > 0)
-            --early;
-          else
-            fetch_rows(stage, maps.b, row, column);
-          fetch_tokens(stage, maps.a, token, column);
+          if (early == 0) fetch_rows(stage, maps.b, row, column);
+          if (kPair || early == 0) fetch_tokens(stage, maps.a, token, column);
+          if (early > 0) --early;
         }
         if (kInRing && outliers && n == 0) {
           wait_barrier(outliers_gathered, 0);
@@ -627,10 +630,9 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
     if (tokens > 32 && m <= tokens / 2) continue;
     const double step = tokens == 256   ? 1.0
                         : tokens == 128 ? (m > 512 ? 0.64 : 0.53)
-                        : tokens == 64  ? 0.35
+                        : tokens == 64  ? (m > 256 ? 0.5 : 0.35)
                                         : 0.3;
     const double end = tokens == 256 ? 4.4 : tokens == 128 ? 3.2 : tokens / 128.0;
-    const double exchange = tokens >= 128 ? 3.0 : 6.0;
     for (const int splits : {1, 2, 4, 8}) {
       if (splits > 1 && steps < kFewestSteps * splits) continue;
       if (on.clusters_of(splits) == 0 || tokens / splits < 16 || (tokens == 256 && splits > 1)) continue;
@@ -640,7 +642,11 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
       cut.pair = tokens == 256 && rounds.whole > 2 * rounds.blocks && 2 * on.clusters_of(2) == rounds.blocks;
       const int64_t whole = (rounds.whole + rounds.blocks - 1) / rounds.blocks;
       double cost = whole * (steps * step + end);
-      if (rounds.divided > 0) cost += (steps + splits - 1) / splits * step + end + exchange;
+      if (rounds.divided > 0) {
+        const bool few = 2 * rounds.blocks <= on.multiprocessors;
+        const double exchange = tokens >= 128 ? (whole > 0 ? 5.0 : 3.0) : tokens == 32 && few ? 4.5 : 6.0;
+        cost += (steps + splits - 1) / splits * step + end + exchange;
+      }
       if (least != 0.0 && cost >= least) continue;
       least = cost;
       best = cut;

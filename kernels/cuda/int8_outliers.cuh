@@ -53,7 +53,8 @@ __device__ __forceinline__ int list_columns(const ColumnMarks* marks, int begin,
                                             int* columns) {
   constexpr int kTogether = 2, kEach = 128;  // loads of a set under way; columns of one
   const int lane = threadIdx.x % 32;
-  const bool second = marks->marked != 0;  // known when both sets are there
+  uint32_t second = 0;  // known when both sets are there; of lane 0, or all would wait for it first
+  if (lane == 0) second = marks->marked;
   int count = 0;
 #pragma unroll 1
   for (int base = begin / kEach + lane; base - lane < end / kEach; base += kTogether * 32) {
@@ -66,6 +67,7 @@ __device__ __forceinline__ int list_columns(const ColumnMarks* marks, int begin,
         bits[set][i] =
             at < end / kEach ? reinterpret_cast<const uint4*>(marks->bits[set])[at] : make_uint4(0, 0, 0, 0);
     }
+    second = __shfl_sync(0xffffffffu, second, 0);
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const uint4 of = second ? bits[1][i] : bits[0][i];

@@ -36,9 +36,14 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
   using Part = Piece<W, N>;
   extern __shared__ uint32_t own_bits[];
   __shared__ float most_of[2][kThreads / 32];
+  __shared__ uint32_t marked_set;
   let_next_start();
-  const int group = threadIdx.x / threads, at = threadIdx.x % threads;
-  const int groups = blockDim.x / threads, first_warp = group * threads / 32, warps = threads / 32;
+  int group = threadIdx.x / threads, at = threadIdx.x % threads;
+  int groups = blockDim.x / threads;
+  const int first_warp = group * threads / 32, warps = threads / 32;
+  const int64_t step = static_cast<int64_t>(threads) * N, first = int64_t{at} * N;
+  int pieces = static_cast<int>(first < p.cols ? (p.cols - first + step - 1) / step : 0);
+  asm volatile("" : "+r"(group), "+r"(at), "+r"(groups), "+r"(pieces));  // divided before the wait
   const bool own = p.cols <= kBlockColumns;
   if (kThreshold && own) {
     for (int i = threadIdx.x; i < (p.cols + 31) / 32; i += blockDim.x) own_bits[i] = 0;
@@ -46,15 +51,13 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
   }
   wait_for_results();
   if (p.zero && blockIdx.x == 0 && threadIdx.x == 0) *p.zero = 0;
-  uint32_t set = 0, words[2] = {};  // used at the end
-  if (kThreshold) {
+  uint32_t set = 0, words[2] = {};  // of thread 0, which needs them late: nobody waits for them here
+  if (kThreshold && threadIdx.x == 0) {
     set = p.marks->next;
-    if (blockIdx.x == 0 && threadIdx.x == 0) words[0] = p.marks->words[0], words[1] = p.marks->words[1];
+    if (blockIdx.x == 0) words[0] = p.marks->words[0], words[1] = p.marks->words[1];
   }
 
   const Threshold<W> threshold(p.threshold);
-  const int64_t step = static_cast<int64_t>(threads) * N, first = int64_t{at} * N;
-  const int pieces = static_cast<int>(first < p.cols ? (p.cols - first + step - 1) / step : 0);
   const int64_t stride = gridDim.x * int64_t{groups};
   int turn = 0;
   for (int64_t base = blockIdx.x * int64_t{groups}; base < p.rows; base += stride) {
@@ -72,7 +75,11 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
     const auto mark = [&](int i, unsigned outliers) {
       // a piece is in one word
       const int64_t column = first + i * step, word = column / 32;
-      atomicOr((own ? own_bits : p.marks->bits[set]) + word, outliers << (column % 32));
+      const uint32_t marks = outliers << (column % 32);
+      if (own)
+        atomicOr(own_bits + word, marks);
+      else
+        atomicOr(p.marks->bits[p.marks->next] + word, marks);
     };
     Part kept[kKept];
     float most = 0.0f;
@@ -119,9 +126,10 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
     }
     if (at == 0 && row < p.rows) p.absmax[row] = most;
     if (kThreshold && own && base + stride >= p.rows) {  // the block has seen its last row
+      if (threadIdx.x == 0) marked_set = set;
       __syncthreads();
       for (int w = threadIdx.x; w < (p.cols + 31) / 32; w += blockDim.x) {
-        if (const uint32_t bits = own_bits[w]) atomicOr(p.marks->bits[set] + w, bits);
+        if (const uint32_t bits = own_bits[w]) atomicOr(p.marks->bits[marked_set] + w, bits);
       }
     }
 
