@@ -11,10 +11,10 @@
 //   scale     sums become fp32, times the token's scale
 //   outliers  64 columns in 16 bits at a time, of what the codes of x leave of x, and codes of b, which are
 //             exact. More warps find the columns among the marks and pick b's from the ring while the product
-//             runs, into the memory of the end. x's they read there too; with 256 tokens a block, which leave
-//             room for one warp, those of all blocks make rows of them first, which the copy engine fetches
-//             into the ring. Where blocks divide K each has the columns of its part. Columns beyond 64 come
-//             in further rounds, from memory
+//             runs, into the memory of the end. Other ones read x's there; or, with 128 tokens and more,
+//             those of all blocks make rows of them while the first items are multiplied, which the copy
+//             engine fetches, with 256 tokens into the ring. Where blocks divide K each has the columns of
+//             its part. Columns beyond 64 come in further rounds, from memory
 //   end       times the row's scale, + bias + residual, rounded once and turned round; without a residual the
 //             copy engine writes it between the first products of the next item (int8_output_sm90.cuh)
 //

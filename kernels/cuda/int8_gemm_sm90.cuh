@@ -1,7 +1,7 @@
 // What the int8 product on sm_90a (int8_gemm_sm90.cu) is made of beside its loop: how blocks, shared memory
 // and items are laid out, and how warps bring the outlier columns of an item into shared memory: those of x
-// from memory, [tokens][64 slots] of 16 bits, swizzled, those of b from the stages of the ring while they
-// pass.
+// from memory, [tokens][64 slots] of 16 bits, swizzled, at once or by way of rows of them that all blocks
+// make, those of b from the stages of the ring while they pass.
 #pragma once
 
 #include <algorithm>
@@ -109,7 +109,7 @@ __device__ __forceinline__ Place place_of(const Gemm8<T>& p, int item) {
   return {in_band / width, band * p.band + in_band % width};
 }
 
-/// After a thread has written memory that the copy engine reads, and before it is asked to.
+/// After a thread has written memory that the copy engine reads, and before a thread asks it to.
 __device__ __forceinline__ void publish_memory() { asm volatile("fence.proxy.async;\n" ::: "memory"); }
 
 /// 16 bytes of a row of a stage: 8 slots.
@@ -125,12 +125,14 @@ __device__ __forceinline__ void count_warp(uint32_t* count) {
   __threadfence();
   atomicAdd(count, 1u);
 }
-/// By a thread, until that many have counted. All blocks run at once.
+/// By a thread, until that many have counted. All blocks run at once: there are no more than fit, and the
+/// next launch begins when all of these have.
 __device__ __forceinline__ void wait_for_count(const uint32_t* count, uint32_t most) {
   while (*static_cast<const volatile uint32_t*>(count) != most) __nanosleep(40);
   __threadfence();
   publish_memory();
 }
+
 /// A barrier of the consumers.
 __device__ __forceinline__ void consumer_barrier() {
   asm volatile("bar.sync %0, %1;\n" ::"n"(3), "n"(kConsumers) : "memory");

@@ -4,10 +4,10 @@
 // from registers where the row fits (kKept pieces a thread), else read again from cache. A block has as many
 // groups as fit 512 threads, and there are as many blocks as run at once.
 //
-// With a threshold an element at or above it has code 0 and marks its column: in the bits of the block, which
-// go to those of all blocks together. Who wants to
-// know which they are launches a second kernel, which reads the bits: its last block makes the list of
-// columns, the others zero the columns' codes in all rows; where there are none it ends at once.
+// With a threshold an element at or above it has code 0 and marks its column: in the bits of the block, and
+// when it has seen its last row it adds them to those of all. Who wants to know which they are launches a
+// second kernel, which reads the bits: its last block makes the list of columns, the others zero the columns'
+// codes in all rows; where there are none it ends at once.
 //
 // Rules to the letter (bitsandbytes): codes = rint(x * (127 / absmax)); an all-zero row gives zeros; a NaN
 // gives 0.
