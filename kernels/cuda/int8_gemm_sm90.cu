@@ -172,8 +172,11 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
         const int row = (place.rows * kBlocks + rank) * kRows, token = place.tokens * kTokens;
         for (int i = 0; i < work.steps; ++i, next()) {
           const int column = (work.first_step + i) * kStep;
-          wait_barrier(empty + stage * 8, parity);
-          if (early == 0) fetch_rows(stage, maps.b, row, column);
+          // a stage that was fetched early may have been left already, and its barrier be a phase further on
+          if (early == 0) {
+            wait_barrier(empty + stage * 8, parity);
+            fetch_rows(stage, maps.b, row, column);
+          }
           if (kPair || early == 0) fetch_tokens(stage, maps.a, token, column);
           if (early > 0) --early;
         }
