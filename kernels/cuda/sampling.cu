@@ -8,9 +8,12 @@
 //
 // Nothing is sorted but a short list. For top-k, for min-p and for what is peaked, the tokens that can be
 // kept are few: those above a cut that the threads' own maxima give are looked up in their groups, and one
-// block ranks, filters and draws. For top-p of what is flat, a sample of the row gives bounds of the cut
-// before the row is read: what lies between is remembered, what lies above is summed, and the search goes
-// over what is remembered. Where a bound or the room fails, the search goes over the row, read again.
+// block ranks, filters and draws. For top-p a sample of the row gives bounds of the cut before the row is
+// read: what lies between is remembered, what lies above is summed, and the search goes over what is
+// remembered. Where a bound or the room fails, the row is read once more, between better bounds, as its sum
+// is known then; and where those fail, the search goes over the row, read for every step of it.
+//
+// The code after a pass starts from nothing but what shared memory has, so that the pass has the registers.
 #include "../random.h"
 #include "sampling_bounds.cuh"
 #include "sampling_filter.cuh"
@@ -19,48 +22,50 @@ namespace halfbyte::cuda {
 namespace sampling {
 namespace {
 
-/// No token yet: choose_slowly() is to find it.
+/// No token yet: it is to be found by passes over the row.
 constexpr int64_t kSlowly = -2;
+/// Nor yet: it is to be found by one more pass, between better bounds.
+constexpr int64_t kAgain = -3;
 
 /// A block's part in choosing a row's token.
-template <typename T, bool kSeen>
+template <int kThreads, typename T, bool kSeen>
 struct Sampler {
-  static constexpr int N = 16 / sizeof(T);
-  using Item = typename Store<T, kSeen>::Item;
+  static constexpr int N = 16 / sizeof(T), kWarps = kThreads / 32;
+  using Item = ItemOf<T, kSeen>;
 
   const Problem<T>& p;
-  Row<T, kSeen> row;
-  Cluster cluster;
   Shared& s;
-  char* area;
-  Temperature temperature;
-  float most = -INFINITY;  // largest logit of the row
-  float floor = -kLargest, min_p = 0.0f;
+  Cluster<kThreads> cluster;
+  using Store = Area<kThreads, T, kSeen>;
 
-  __device__ __forceinline__ Sampler(const Problem<T>& problem, Shared& shared, char* dynamic,
-                                     const float* params)
-      : p(problem),
-        row(p, static_cast<int>(blockIdx.x) & (p.blocks - 1)),
-        cluster(shared, p.blocks),
-        s(shared),
-        area(dynamic),
-        temperature(params[kTemperature]) {}
+  __device__ __forceinline__ explicit Sampler(int round = 0)
+      : p(problem<T>()), s(shared()), cluster(p.blocks, round) {}
 
-  __device__ __forceinline__ float* groups() const { return reinterpret_cast<float*>(area); }
-  __device__ __forceinline__ Ranked& ranked() const { return *reinterpret_cast<Ranked*>(area); }
-  __device__ __forceinline__ char* beyond() const { return area + sizeof(float) * kSlots * kThreads; }
-  __device__ __forceinline__ List& listed() const { return *reinterpret_cast<List*>(beyond()); }
-  __device__ __forceinline__ Item* items() const { return reinterpret_cast<Item*>(beyond()); }
+  /// What of a row is kept.
+  struct Kept {
+    float most;   // the largest logit
+    float floor;  // the smallest that is kept
+    float min_p;  // in units of 2^-40; 0 keeps all
 
-  /// What threshold() searches.
-  struct Whole {
-    const Row<T, kSeen>& row;
-    const Temperature& temperature;
-    template <typename Body>
-    __device__ __forceinline__ void each(const Body& body) const {
-      row.each([&](float value) { body(temperature.warm(value)); });
+    /// The weight of a token that is kept, 0 of another.
+    __device__ __forceinline__ Weight weight(float l, float reference) const {
+      if (!(l >= floor)) return 0;
+      if (min_p > 0.0f && l < most && scaled_exp(l - most) < min_p) return 0;
+      return weight_of(l, reference);
     }
   };
+  __device__ __forceinline__ Temperature temperature() const { return Temperature(s.divisor); }
+
+  /// The slots of this warp's run, and the sum of what each of them has.
+  __device__ __forceinline__ int slots() const {
+    const Row<T, kSeen> row;
+    return (row.end - row.begin + p.slot() - 1) / p.slot();
+  }
+  __device__ __forceinline__ double of_slots(const double (&sums)[kMostWarps][kSlots]) const {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+    return warp_total(lane < slots() ? sums[threadIdx.x / 32][lane] : 0.0);
+  }
 
   /// A value that at least `wanted` of the block's threads have one from, the upper bits of the last one's
   /// key.
@@ -79,13 +84,16 @@ struct Sampler {
   struct Listed {
     Weight count, weight;
   };
-  __device__ __forceinline__ Listed list(float cut) {
+  __device__ __forceinline__ Listed list(float cut, float most) {
+    const Row<T, kSeen> row;
+    const Temperature warmth = temperature();
+    const float* const groups = Store::groups();
     const int steps = (row.end - row.begin + kStep - 1) / kStep;
     const int slots = (steps + (1 << p.fold) - 1) >> p.fold;
 #pragma unroll 1
     for (int slot = 0; slot < slots; ++slot) {
       const int group = slot * kThreads + static_cast<int>(threadIdx.x);
-      if (groups()[group] >= cut) {
+      if (groups[group] >= cut) {
         const int at = atomicAdd(&s.queued, 1);
         if (at < kListed) s.queue[at] = group;
       }
@@ -96,7 +104,7 @@ struct Sampler {
     Weight weight = 0;
     int count = 0;
     if (queued <= kListed) {
-      List* const to = cluster_place(&listed(), 0);
+      List* const to = cluster_place(&Store::listed(), 0);
       int* const counter = cluster_place(&s.listed, 0);
 #pragma unroll 1
       for (int i = threadIdx.x; i < queued * fours; i += kThreads) {
@@ -117,7 +125,7 @@ struct Sampler {
           const int j = __ffs(static_cast<int>(hits)) - 1;
           hits &= hits - 1;
           const float low = j % 2 == 0 ? values[0] : values[1], high = j % 2 == 0 ? values[2] : values[3];
-          const float l = temperature.warm(j < 2 ? low : high);
+          const float l = warmth.warm(j < 2 ? low : high);
           const int at = atomicAdd(counter, 1);
           if (at < kListed) {
             to->l[at] = l;
@@ -131,7 +139,7 @@ struct Sampler {
       count = kListed + 1;
     }
     if (count > 0) atomicAdd(&s.counted, count);
-    const Prefix of_block = block_prefix(s, weight);
+    const Prefix of_block = block_prefix<kThreads>(s, weight);
     cluster.tell(static_cast<Weight>(s.counted), of_block.total);
     Listed all{0, 0};
 #pragma unroll 1
@@ -142,22 +150,27 @@ struct Sampler {
     return all;
   }
 
-  /// The weight of a token that is kept, 0 of another; min_p is in units of 2^-40, and 0 keeps all.
-  __device__ __forceinline__ Weight kept_weight(float l, float reference) const {
-    if (!(l >= floor)) return 0;
-    if (min_p > 0.0f && l < most && scaled_exp(l - most) < min_p) return 0;
-    return weight_of(l, reference);
-  }
-  /// What the kept tokens of this warp weigh, from the row.
-  __device__ __forceinline__ double weigh() const {
-    Weight sum = 0;
-    row.each([&](float value) { sum += kept_weight(temperature.warm(value), most); });
-    return static_cast<double>(warp_total(sum));
+  /// By the first block, from the list of tokens from `cut` up, when it has all that are kept: the token in
+  /// one thread of the cluster, -1 in the others; kSlowly in all when it has not. `total` is what the row
+  /// weighs where top-p is of the whole row; 0: what the list weighs. The blocks have met once after it.
+  __device__ __forceinline__ int64_t draw_from(float cut, float most, Weight count, float top_p,
+                                               Weight total) {
+    const Listed all = list(cut, most);
+    if (all.count > kListed) return kSlowly;
+    if (total == 0) {
+      total = all.weight;
+    } else if (all.weight < top_p_target(top_p, total)) {
+      return kSlowly;
+    }
+    if (cluster.rank != 0) return -1;
+    return draw_listed<kThreads>(s, Store::listed(), Store::ranked(), static_cast<int>(all.count), most,
+                                 count, top_p, total, s.min_p);
   }
 
   /// The drawn token in the one thread that finds it, -1 in the others; kSlowly in all when there is no sum.
   /// `of_warp`: what the warp's kept tokens weigh.
-  __device__ __forceinline__ int64_t draw(double of_warp) {
+  __device__ __forceinline__ int64_t draw(double of_warp, const Kept& kept) {
+    const Temperature warmth = temperature();
     const int warp = threadIdx.x / 32;
     if (threadIdx.x % 32 == 0) s.runs[0][warp] = of_warp;
     __syncthreads();
@@ -165,7 +178,7 @@ struct Sampler {
 #pragma unroll 4
     for (int w = 0; w < kWarps; ++w) of_block += s.runs[0][w];
     cluster.tell(of_block, 0.0, 0.0);
-    const double target = s.uniform * cluster.sum(0);
+    double target = s.uniform * cluster.sum(0);
     if (!isfinite(target)) return kSlowly;
     // the part that the target falls into, the last that weighs anything when roundings put it beyond them
     double sum = 0.0, before = 0.0, weight = 1.0;
@@ -186,16 +199,31 @@ struct Sampler {
     passed = false;
 #pragma unroll 1
     for (int w = 0; w < kWarps; ++w) see(s.runs[0][w], w);
-    const double part = fmin(1.0, fmax(0.0, (target - before) / weight));
+    const int warp_found = found;
+    const auto part_of_found = [&]() { return fmin(1.0, fmax(0.0, (target - before) / weight)); };
+    const Row<T, kSeen> row;
+    const int run = row.run_begin(warp_found), run_end = row.run_end(warp_found);
+    const int slots = (run_end - run + p.slot() - 1) / p.slot();
+    double of_slots = 0.0;
+#pragma unroll 1
+    for (int slot = 0; slot < slots; ++slot) of_slots += s.sums_of[warp_found][slot];
+    target = part_of_found() * of_slots;
+    sum = 0.0;
+    passed = false;
+#pragma unroll 1
+    for (int slot = 0; slot < slots; ++slot) see(s.sums_of[warp_found][slot], slot);
+    const double part = part_of_found();
 
-    // that warp's run once more, a piece for every thread, in integers of the largest there
-    const int begin = row.run_begin(found), end = row.run_end(found);
+    // that slot once more, a piece for every thread, in integers of the largest there
+    const int begin = run + found * p.slot(), end = min(run_end, begin + p.slot());
     const int piece = (end - begin + kThreads - 1) / kThreads;
     const int from = min(end, begin + piece * static_cast<int>(threadIdx.x)), stop = min(end, from + piece);
-    const float reference = temperature.warm(row.clean(s.warp_most[found]));
+    const float largest =
+        warp_max(Store::groups()[found * kThreads + warp_found * 32 + static_cast<int>(threadIdx.x % 32)]);
+    const float reference = warmth.warm(row.clean(largest));
     const auto weigh_vector = [&](int v, Weight(&weights)[N]) {
       row.values(row.read(v), v,
-                 [&](float value, int j) { weights[j] = kept_weight(temperature.warm(value), reference); });
+                 [&](float value, int j) { weights[j] = kept.weight(warmth.warm(value), reference); });
       Weight sum = 0;
 #pragma unroll
       for (int j = 0; j < N; ++j) sum += weights[j];
@@ -204,7 +232,7 @@ struct Sampler {
     Weight weights[N], own = 0;
 #pragma unroll 1
     for (int v = from; v < stop; ++v) own += weigh_vector(v, weights);
-    const Prefix prefix = block_prefix(s, own);
+    const Prefix prefix = block_prefix<kThreads>(s, own);
     const Weight exact = draw_target(part, prefix.total);
     if (exact < prefix.before || exact >= prefix.before + own) return -1;
     Weight upto = prefix.before;
@@ -226,184 +254,37 @@ struct Sampler {
     return -1;
   }
 
-  /// The token, in one thread of the cluster; -1 in all others. kSlowly in all: with `floor`, `count` and
-  /// `top_p` what is still to be done.
-  __device__ __forceinline__ int64_t choose(const float* params, const int64_t* rng, Weight& count,
-                                            float& top_p) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // the first step is under way before it is known what for
-    Step<T, kSeen> next;
-    row.read_step(next.vectors, row.begin, row.end);
-    const float k = params[kTopK], scale = temperature.d == 1.0f ? kLog2E : kLog2E / temperature.d;
-    top_p = params[kTopP];
-    min_p = params[kMinP] > 0.0f ? fminf(params[kMinP], 1.0f) * 0x1p40f : 0.0f;
-    const bool greedy = !(temperature.d > 0.0f) || top_p <= 0.0f;
-    count = !greedy && k >= 1.0f && k < static_cast<float>(row.n) ? static_cast<Weight>(k) : 0;
-    row.penalise(p, params[kRepetitionPenalty]);
-    if constexpr (kSeen) {
-      if (row.seen) row.read_marks(next.marks, row.begin, row.end);
+  /// What threshold() searches.
+  struct Whole {
+    const Row<T, kSeen>& row;
+    const Temperature& warmth;
+    template <typename Body>
+    __device__ __forceinline__ void each(const Body& body) const {
+      row.each(row.begin, row.end, [&](float value) { body(warmth.warm(value)); });
     }
-    const bool few = row.n <= kListed, nucleus = top_p < 1.0f, mild = temperature.mild();
-
-    if (threadIdx.x == 0) {
-      s.uniform = uniform(rng[0], rng[1]);
-      s.queued = s.listed = s.counted = 0;
-    }
-    __syncwarp();
-    if (cluster.blocks > 1) cluster_meet();  // nothing is written to a block that has not begun
-
-    const Store<T, kSeen> store{groups(), items(), p.item_bytes / static_cast<int>(kThreads * sizeof(Item)),
-                                p.fold};
-    Bounds bounds{INFINITY, INFINITY, NAN};
-    Seen seen;
-    bool summed = false, split = false;
-    if (greedy) {
-      scan_run<kBest>(seen, row, store, scale, bounds, next);
-    } else if (few || count > 0 || !mild || (!nucleus && min_p > 0.0f)) {
-      scan_run<kMaxima>(seen, row, store, scale, bounds, next);
-    } else {
-      summed = true;
-      split = nucleus && p.item_bytes > 0 && find_bounds(cluster, row, scale, top_p, bounds);
-      if (split) {
-        scan_run<kSplit>(seen, row, store, scale, bounds, next);
-      } else {
-        // again when the reference was not one for what came later
+  };
+  /// What choose() has left to do, in passes over the row: `count` is that of top-k, or 0.
+  __device__ __forceinline__ int64_t finish(float most, float floor, Weight count, float top_p) {
+    const Row<T, kSeen> row;
+    const Temperature warmth = temperature();
+    Kept kept{most, floor, 0.0f};
+    const Whole whole{row, warmth};
+    // what the kept tokens of this warp's slots weigh, to sums_of, and of all together
+    const auto weigh = [&]() {
+      const int slots = this->slots();
 #pragma unroll 1
-        for (;;) {
-          scan_run<kSums>(seen, row, store, scale, bounds, next);
-          const float top = warp_max(seen.own), exponent = fmaf(top, scale, -seen.reference);
-          if (top == -INFINITY || (exponent >= -30.0f && exponent <= 100.0f)) break;
-          seen.sum = 0.0;
-          if (!isnan(bounds.reference) || !(fabsf(top * scale) < 0x1p22f)) {
-            seen.sum = NAN;
-            break;
-          }
-          bounds.reference = reference_of(top, scale);
-          next.read(row, row.begin);
-        }
+      for (int slot = 0; slot < slots; ++slot) {
+        const int first = row.begin + slot * p.slot();
+        Weight sum = 0;
+        row.each(first, min(row.end, first + p.slot()),
+                 [&](float value) { sum += kept.weight(warmth.warm(value), most); });
+        sum = warp_total(sum);
+        if (threadIdx.x % 32 == 0) s.sums_of[threadIdx.x / 32][slot] = static_cast<double>(sum);
       }
-    }
-
-    // the largest value, then the lowest index
-    const uint32_t own_key = key_of(fminf(seen.own, kLargest));
-    Weight largest = static_cast<Weight>(own_key) << 32 | static_cast<uint32_t>(~seen.best);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2)
-      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    if (lane == 0) {
-      s.warps[warp] = largest;
-      s.warp_most[warp] = value_of(static_cast<uint32_t>(largest >> 32));
-    }
-    __syncthreads();
-    if (warp == 0) {
-      largest = lane < kWarps ? s.warps[lane] : 0;
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2)
-        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    }
-    // how many of the block's threads are to reach the cut of a list
-    int wanted = 0;
-    if (mild && !few && !greedy) {
-      const Weight of_block = (count + cluster.blocks - 1) / cluster.blocks;
-      if (of_block > 0 && of_block <= kThreads) wanted = static_cast<int>(of_block);
-      if (count == 0 && nucleus && bounds.high == INFINITY) wanted = kThreads / 4 / cluster.blocks;
-    }
-    const uint32_t least = wanted > 0 ? least_of(wanted, own_key) : 0;
-    cluster.tell(largest, least);
-    largest = cluster.slot(0)[0];
-    Weight least_key = cluster.slot(0)[1];
-#pragma unroll 1
-    for (int r = 1; r < cluster.blocks; ++r) {
-      largest = max(largest, cluster.slot(r)[0]);
-      least_key = min(least_key, cluster.slot(r)[1]);
-    }
-    const float value = value_of(static_cast<uint32_t>(largest >> 32));
-    if (greedy || value == -INFINITY) {
-      if (cluster.rank != 0 || threadIdx.x != 0) return -1;
-      return value == -INFINITY ? 0 : static_cast<int64_t>(~static_cast<uint32_t>(largest));
-    }
-    most = temperature.warm(value);
-
-    // a little less than the key, since the division can make two logits one
-    float cut = wanted > 0 ? value_of(max(static_cast<uint32_t>(least_key), key_of(-kLargest) + 4) - 4) : NAN;
-    if (few) cut = -kLargest;
-    if (!few && count == 0 && !nucleus && min_p > 0.0f && mild) {
-      cut = value + (logf(min_p * 0x1p-40f) - 0.01f) * temperature.d;
-      cut = fmaxf(-kLargest, cut - 1e-6f * fabsf(cut));
-    }
-
-    // what the warp's tokens weigh in the units of Weight
-    double of_warp = NAN;
-    Weight total = 0, target = 0;
-    if (summed) {
-      const double unit = exp2(40.0 + static_cast<double>(seen.reference) -
-                               static_cast<double>(value) * static_cast<double>(scale));
-      of_warp = warp_total(seen.sum) * unit;
-      if (nucleus) {
-        const double above_warp = warp_total(seen.above) * unit;
-        const bool full = warp_total(seen.full || !split ? 1 : 0) != 0;
-        if (lane == 0) {
-          s.runs[0][warp] = of_warp;
-          s.runs[1][warp] = full ? NAN : above_warp;
-        }
-        __syncthreads();
-        double sums[2] = {};
-#pragma unroll 4
-        for (int w = 0; w < kWarps; ++w) {
-          sums[0] += s.runs[0][w];
-          sums[1] += s.runs[1][w];
-        }
-        cluster.tell(sums[0], sums[1], 0.0);
-        const double all = cluster.sum(0), above = cluster.sum(1);
-        if (!isfinite(all)) return kSlowly;
-        total = static_cast<Weight>(all);
-        target = top_p_target(top_p, total);
-        of_warp = NAN;
-        if (above < static_cast<double>(target)) {
-          // an item of the upper bound weighs 2^31 there
-          constexpr int kZero = kSeen || N == 4 ? 0 : std::is_same_v<T, bf16_t> ? 16 : 13;
-          const float high = fminf(value, bounds.high);
-          const double goal =
-              (static_cast<double>(target) - above) *
-              exp2((static_cast<double>(value) - static_cast<double>(high)) * static_cast<double>(scale) -
-                   9.0);
-          float least_kept = 0.0f;
-          if (find_cut<kZero>(cluster, items() + threadIdx.x, seen.items, bounds.low, high, scale,
-                              static_cast<Weight>(ceil(goal)), least_kept)) {
-            floor = temperature.warm(least_kept);
-            float sum = 0.0f;
-#pragma unroll 4
-            for (int i = 0; i < seen.items; ++i) {
-              const float x = to_float(items()[threadIdx.x + i * kThreads]);
-              sum += x >= least_kept ? rough_exp2(fmaf(x, scale, -seen.reference)) : 0.0f;
-            }
-            of_warp = above_warp + warp_total(static_cast<double>(sum)) * unit;
-            top_p = 1.0f;
-            cut = NAN;
-          }
-        }
-      }
-    }
-    if (!isnan(cut)) {
-      const Listed all = list(cut);
-      if (all.count <= kListed && (few || count > 0 || all.weight >= target)) {
-        return cluster.rank == 0 ? draw_listed(s, listed(), ranked(), static_cast<int>(all.count), most,
-                                               count, top_p, few ? all.weight : total, min_p)
-                                 : -1;
-      }
-      if (count > 0) floor = temperature.warm(cut);
-    }
-    if (min_p > 0.0f || !summed) return kSlowly;
-    return draw(of_warp);
-  }
-
-  /// What choose() has left to do, in passes over the row.
-  __device__ __forceinline__ int64_t finish(Weight count, float top_p) {
-    const Whole whole{row, temperature};
-    if (count > 0) floor = threshold<false>(cluster, whole, most, floor, most, count);
+      return of_slots(s.sums_of);
+    };
+    if (count > 0) kept.floor = threshold<false>(cluster, whole, most, kept.floor, most, count);
     if (top_p < 1.0f) {
-      const float wanted = min_p;
-      min_p = 0.0f;
       const double of_warp = weigh();
       if (threadIdx.x % 32 == 0) s.runs[0][threadIdx.x / 32] = of_warp;
       __syncthreads();
@@ -414,69 +295,365 @@ struct Sampler {
       // all tokens below it, were they n of its weight, would not be enough for what is left out; 1 % more
       // for the roundings
       const double rest = static_cast<double>(total - target) / static_cast<double>(row.n);
-      const float lowest = fmaxf(
-          floor, __fadd_rd(most, logf(static_cast<float>(rest * 9.094947017729282e-13)) - 0.01f));  // 2^-40
-      floor = threshold<true>(cluster, whole, most, lowest, most, target);
-      min_p = wanted;
+      const float lowest =
+          fmaxf(kept.floor,
+                __fadd_rd(most, logf(static_cast<float>(rest * 9.094947017729282e-13)) - 0.01f));  // 2^-40
+      kept.floor = threshold<true>(cluster, whole, most, lowest, most, target);
     }
-    return draw(weigh());
+    kept.min_p = s.min_p;
+    return draw(weigh(), kept);
   }
 };
 
-/// What a row needs seldom: not inline, so that what is always run has the registers, and with little to
-/// hand over.
-template <typename T, bool kSeen>
-__device__ __noinline__ int64_t choose_slowly(const Problem<T>& p, Shared& s, char* area, int round,
-                                              float most, float floor, Weight count, float top_p) {
-  const float* params = p.params + p.row() * kSamplingColumns;
-  Sampler<T, kSeen> sampler(p, s, area, params);
-  sampler.row.penalise(p, params[kRepetitionPenalty]);
-  sampler.cluster.round = round;
-  sampler.most = most;
-  sampler.floor = floor;
-  sampler.min_p = params[kMinP] > 0.0f ? fminf(params[kMinP], 1.0f) * 0x1p40f : 0.0f;
-  return sampler.finish(count, top_p);
+// What is not inline has registers of its own, and little is handed over to it.
+
+/// Sampler::finish(): seldom needed.
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_slowly(int round, float most, float floor, Weight count, float top_p) {
+  return Sampler<kThreads, T, kSeen>(round).finish(most, floor, count, top_p);
+}
+/// Sampler::draw_from().
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_listed(int round, float cut, float most, Weight count, float top_p,
+                                              Weight total) {
+  return Sampler<kThreads, T, kSeen>(round).draw_from(cut, most, count, top_p, total);
+}
+/// Sampler::draw(), or from passes over the row where there is no sum.
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_summed(int round, double of_warp, float most, float floor,
+                                              float min_p) {
+  Sampler<kThreads, T, kSeen> sampler(round);
+  const int64_t token = sampler.draw(of_warp, {most, floor, min_p});
+  if (token != kSlowly) return token;
+  return choose_slowly<kThreads, T, kSeen>(sampler.cluster.round, most, floor, 0, 1.0f);
 }
 
-template <typename T, bool kSeen>
-__global__ void __launch_bounds__(kThreads, kResident) sample_kernel(const __grid_constant__ Problem<T> p) {
-  __shared__ Shared shared;
-  extern __shared__ __align__(16) char area[];
-  int64_t* rng = p.rng + 2 * p.row();
-  const float* params = p.params + p.row() * kSamplingColumns;
-  Weight count;
-  float top_p;
-  Sampler<T, kSeen> sampler(p, shared, area, params);
-  int64_t token = sampler.choose(params, rng, count, top_p);
-  if (token == kSlowly) {
-    token = choose_slowly<T, kSeen>(p, shared, area, sampler.cluster.round, sampler.most, sampler.floor,
-                                    count, top_p);
+/// The passes over a row, each with what is done after it.
+template <int kThreads, typename T, bool kSeen>
+struct Chooser : Sampler<kThreads, T, kSeen> {
+  using Base = Sampler<kThreads, T, kSeen>;
+  using Base::cluster, Base::p, Base::s, Base::kWarps, Base::N, Base::Base, Base::temperature;
+  using Item = ItemOf<T, kSeen>;
+  /// What the cluster's blocks have seen of the row: its largest value, the lowest index that has it where
+  /// the pass was kBest, and a key that `wanted` threads of every block have one from.
+  struct Largest {
+    float value;
+    uint32_t index, least_key;
+  };
+  __device__ __forceinline__ Largest largest_of_row(const Seen& seen, int wanted) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t own_key = key_of(fminf(seen.own, kLargest));
+    Weight largest = static_cast<Weight>(own_key) << 32 | static_cast<uint32_t>(~seen.best);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    if (lane == 0) s.warps[warp] = largest;
+    __syncthreads();
+    if (warp == 0) {
+      largest = lane < kWarps ? s.warps[lane] : 0;
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2)
+        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    }
+    cluster.tell(largest, wanted > 0 ? this->least_of(wanted, own_key) : 0);
+    largest = cluster.slot(0)[0];
+    Weight least_key = cluster.slot(0)[1];
+#pragma unroll 1
+    for (int r = 1; r < cluster.blocks; ++r) {
+      largest = max(largest, cluster.slot(r)[0]);
+      least_key = min(least_key, cluster.slot(r)[1]);
+    }
+    return {value_of(static_cast<uint32_t>(largest >> 32)), ~static_cast<uint32_t>(largest),
+            static_cast<uint32_t>(least_key)};
   }
+  /// The same in one thread of the cluster, -1 in all others.
+  __device__ __forceinline__ int64_t in_one_thread(int64_t token) const {
+    return cluster.rank == 0 && threadIdx.x == 0 ? token : -1;
+  }
+  /// A little less than the key, since the division by the temperature can make two logits one.
+  static __device__ __forceinline__ float below_key(uint32_t key) {
+    return value_of(max(key, key_of(-kLargest) + 4) - 4);
+  }
+
+  __device__ __forceinline__ int64_t slowly(float most, float floor, Weight count, float top_p) {
+    return choose_slowly<kThreads, T, kSeen>(cluster.round, most, floor, count, top_p);
+  }
+
+  /// The best token.
+  __device__ __forceinline__ int64_t choose_best() {
+    const Largest largest = largest_of_row(scan_run<kBest, kThreads, T, kSeen>(1.0f, Bounds{}), 0);
+    return in_one_thread(largest.value == -INFINITY ? 0 : static_cast<int64_t>(largest.index));
+  }
+
+  /// Top-k, min-p, few tokens, and temperatures with which nothing is summed.
+  __device__ __forceinline__ int64_t choose_few(Weight count, float top_p, bool mild) {
+    const bool few = p.n <= kListed;
+    // how many of the block's threads are to reach the cut of the list
+    const Weight of_block = (count + cluster.blocks - 1) / cluster.blocks;
+    const bool reaches = !few && mild && count > 0 && of_block <= kThreads;
+    const Largest largest = largest_of_row(scan_run<kMaxima, kThreads, T, kSeen>(1.0f, Bounds{}),
+                                           reaches ? static_cast<int>(of_block) : 0);
+    if (largest.value == -INFINITY) return in_one_thread(0);
+    const Temperature warmth = temperature();
+    const float most = warmth.warm(largest.value), min_p = s.min_p;
+    float cut = NAN;
+    if (few) {
+      cut = -kLargest;
+    } else if (reaches) {
+      cut = below_key(largest.least_key);
+    } else if (mild && count == 0 && min_p > 0.0f && !(top_p < 1.0f)) {
+      cut = largest.value + (logf(min_p * 0x1p-40f) - 0.01f) * warmth.d;
+      cut = fmaxf(-kLargest, cut - 1e-6f * fabsf(cut));
+    }
+    if (isnan(cut)) return slowly(most, -kLargest, count, top_p);
+    const int64_t token = choose_listed<kThreads, T, kSeen>(cluster.round, cut, most, count, top_p, 0);
+    if (token != kSlowly) return token;
+    ++cluster.round;
+    return slowly(most, count > 0 ? warmth.warm(cut) : -kLargest, count, top_p);
+  }
+
+  /// What weights of a pass are in the units of Weight.
+  __device__ __forceinline__ static double unit_of(const Seen& seen, float value, float scale) {
+    return exp2(40.0 + static_cast<double>(seen.reference) -
+                static_cast<double>(value) * static_cast<double>(scale));
+  }
+  /// The sums over the row of what every warp has.
+  struct Sums {
+    double all, above;
+  };
+  __device__ __forceinline__ Sums sums_of_row(double of_warp, double above) {
+    if (threadIdx.x % 32 == 0) {
+      s.runs[0][threadIdx.x / 32] = of_warp;
+      s.runs[1][threadIdx.x / 32] = above;
+    }
+    __syncthreads();
+    double sums[2] = {};
+#pragma unroll 4
+    for (int w = 0; w < kWarps; ++w) {
+      sums[0] += s.runs[0][w];
+      sums[1] += s.runs[1][w];
+    }
+    cluster.tell(sums[0], sums[1], 0.0);
+    return {cluster.sum(0), cluster.sum(1)};
+  }
+  /// Top-p from a list of the largest, of a row that weighs `total`; kSlowly when it is not enough.
+  __device__ __forceinline__ int64_t choose_peaked(const Seen& seen, float most, float top_p, Weight total) {
+    const uint32_t own_key = key_of(fminf(seen.own, kLargest));
+    cluster.tell(static_cast<Weight>(this->least_of(128 / cluster.blocks, own_key)));
+    Weight least = cluster.slot(0)[0];
+#pragma unroll 1
+    for (int r = 1; r < cluster.blocks; ++r) least = min(least, cluster.slot(r)[0]);
+    const int64_t token = choose_listed<kThreads, T, kSeen>(
+        cluster.round, below_key(static_cast<uint32_t>(least)), most, 0, top_p, total);
+    ++cluster.round;
+    return token;
+  }
+
+  /// Without a filter, or top-p where nothing can be remembered of the row.
+  __device__ __forceinline__ int64_t choose_sums(float scale, float top_p) {
+    Bounds bounds{INFINITY, INFINITY, NAN};
+    Seen seen;
+    bool summed = true;
+    // again when the reference was not one for what came later
+#pragma unroll 1
+    for (;;) {
+      seen = scan_run<kSums, kThreads, T, kSeen>(scale, bounds);
+      const float top = warp_max(seen.own), exponent = fmaf(top, scale, -seen.reference);
+      if (top == -INFINITY || (exponent >= -30.0f && exponent <= 100.0f)) break;
+      summed = isnan(bounds.reference) && fabsf(top * scale) < 0x1p22f;
+      if (!summed) break;
+      bounds.reference = reference_of(top, scale);
+    }
+    const Largest largest = largest_of_row(seen, 0);
+    if (largest.value == -INFINITY) return in_one_thread(0);
+    const float most = temperature().warm(largest.value);
+    const double of_warp =
+        summed ? this->of_slots(s.sums_of) * unit_of(seen, largest.value, scale) : static_cast<double>(NAN);
+    if (!(top_p < 1.0f)) {
+      return choose_summed<kThreads, T, kSeen>(cluster.round, of_warp, most, -kLargest, 0.0f);
+    }
+    const double all = sums_of_row(of_warp, 0.0).all;
+    if (!isfinite(all)) return slowly(most, -kLargest, 0, top_p);
+    const int64_t token = choose_peaked(seen, most, top_p, static_cast<Weight>(all));
+    return token != kSlowly ? token : slowly(most, -kLargest, 0, top_p);
+  }
+
+  /// Top-p with bounds of its cut. kSlowly: there are none, and nothing is read yet.
+  /// `rest`: what weighs less than the top-p, in units of the reference, when a pass before has found that
+  /// out. kAgain: there has to be another, and this has found it out.
+  __device__ __forceinline__ int64_t choose_nucleus(float scale, float top_p, float rest) {
+    const Bounds bounds = find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, rest);
+    if (cluster.blocks > 1) ++cluster.round;
+    if (isnan(bounds.reference)) {
+      if (threadIdx.x == 0) s.round = cluster.round;
+      __syncthreads();
+      return kSlowly;
+    }
+    const Seen seen = bounds.high == INFINITY ? scan_run<kTail, kThreads, T, kSeen>(scale, bounds)
+                                              : scan_run<kSplit, kThreads, T, kSeen>(scale, bounds);
+    const Largest largest = largest_of_row(seen, 0);
+    if (largest.value == -INFINITY) return in_one_thread(0);
+    const Temperature warmth = temperature();
+    const float most = warmth.warm(largest.value);
+    const double unit = unit_of(seen, largest.value, scale);
+    const double above = bounds.high < INFINITY ? this->of_slots(s.above_of) * unit : 0.0;
+    const Sums sums = sums_of_row(this->of_slots(s.sums_of) * unit, seen.full ? NAN : above);
+    if (!isfinite(sums.all)) return slowly(most, -kLargest, 0, top_p);
+    const Weight total = static_cast<Weight>(sums.all), target = top_p_target(top_p, total);
+    float cut;
+    if (sums.above < static_cast<double>(target) &&
+        cut_items(seen, bounds, largest.value, scale, static_cast<double>(target) - sums.above, cut)) {
+      const typename Base::Kept kept{most, warmth.warm(cut), s.min_p};
+      // min-p has to keep what is above the bound
+      if (kept.min_p > 0.0f && sums.above > 0.0 && scaled_exp(warmth.warm(bounds.high) - most) < kept.min_p) {
+        return slowly(most, kept.floor, 0, 1.0f);
+      }
+      const double of_warp = weigh_items(seen, bounds, scale, cut, kept, warmth) * unit;
+      return choose_summed<kThreads, T, kSeen>(cluster.round, of_warp, most, kept.floor, kept.min_p);
+    }
+    if (!isnan(rest)) return slowly(most, -kLargest, 0, top_p);
+    const int64_t token = choose_peaked(seen, most, top_p, total);
+    if (token != kSlowly) return token;
+    if (threadIdx.x == 0) {
+      s.rest = static_cast<float>(static_cast<double>(total - target) / unit);
+      s.round = cluster.round;
+    }
+    __syncthreads();
+    return kAgain;
+  }
+  /// Finds the smallest logit that top-p keeps among the items, before the temperature. The largest logit of
+  /// the row is `value`; what is kept of the items weighs `target`.
+  __device__ __forceinline__ bool cut_items(const Seen& seen, const Bounds& bounds, float value, float scale,
+                                            double target, float& cut) const {
+    constexpr int kZero = kSeen || N == 4 ? 0 : std::is_same_v<T, bf16_t> ? 16 : 13;
+    // an item of the upper bound weighs 2^31 there
+    const float high = fminf(value, bounds.high);
+    const double goal =
+        target *
+        exp2((static_cast<double>(value) - static_cast<double>(high)) * static_cast<double>(scale) - 9.0);
+    return find_cut<kZero>(cluster, Base::Store::items(), seen.items, bounds.low, high, scale,
+                           static_cast<Weight>(ceil(goal)), cut);
+  }
+  /// What is kept of the warp's slots, to sums_of, and of all together, in units of the reference.
+  __device__ __forceinline__ double weigh_items(const Seen& seen, const Bounds& bounds, float scale,
+                                                float cut, const typename Base::Kept& kept,
+                                                const Temperature& warmth) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slots = this->slots();
+    const Item* const items = Base::Store::items();
+    double all = 0.0;
+    int first = 0;
+#pragma unroll 1
+    for (int slot = 0; slot < slots; ++slot) {
+      const int stop = s.items_of[warp][slot];
+      float sum = 0.0f;
+#pragma unroll 2
+      for (int i = first + lane; i < stop; i += 32) {
+        const float x = to_float(items[i]);
+        if (!(x >= cut) || (kept.min_p > 0.0f && kept.weight(warmth.warm(x), kept.most) == 0)) continue;
+        sum += rough_exp2(fmaf(x, scale, -seen.reference));
+      }
+      first = stop;
+      double of_slot = warp_total(static_cast<double>(sum));
+      if (bounds.high < INFINITY) of_slot += s.above_of[warp][slot];
+      if (lane == 0) s.sums_of[warp][slot] = of_slot;
+      all += of_slot;
+    }
+    return all;
+  }
+};
+
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_best() {
+  return Chooser<kThreads, T, kSeen>().choose_best();
+}
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_few(Weight count, float top_p, bool mild) {
+  return Chooser<kThreads, T, kSeen>().choose_few(count, top_p, mild);
+}
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_sums(int round, float scale, float top_p) {
+  return Chooser<kThreads, T, kSeen>(round).choose_sums(scale, top_p);
+}
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_nucleus(int round, float scale, float top_p, float rest) {
+  return Chooser<kThreads, T, kSeen>(round).choose_nucleus(scale, top_p, rest);
+}
+
+/// The token, in one thread of the cluster; -1 in all others.
+template <int kThreads, typename T, bool kSeen>
+__device__ __forceinline__ int64_t choose(const Problem<T>& p) {
+  Shared& s = shared();
+  if (threadIdx.x == 0) problem<T>() = p;
+  // the first step is on its way before it is known what for
+  {
+    const Row<T, kSeen> row(p);
+    const int v = row.begin + static_cast<int>(threadIdx.x % 32);
+    if (v >= row.whole && v < row.whole_end) prefetch(row.x + row.index(v));
+  }
+  const float* const params = p.params_of_row();
+  const float k = params[kTopK], divisor = params[kTemperature], top_p = params[kTopP], min_p = params[kMinP];
+  if (threadIdx.x == 0) {
+    const int64_t* const rng = p.rng + 2 * p.row();
+    s.uniform = uniform(rng[0], rng[1]);
+    s.divisor = divisor;
+    s.min_p = min_p > 0.0f ? fminf(min_p, 1.0f) * 0x1p40f : 0.0f;
+    s.queued = s.listed = s.counted = 0;
+  }
+  __syncthreads();
+  if (p.blocks > 1) cluster_meet();  // nothing is written to a block that has not begun
+
+  if (!(divisor > 0.0f) || top_p <= 0.0f) return choose_best<kThreads, T, kSeen>();
+  const Weight count = k >= 1.0f && k < static_cast<float>(p.n) ? static_cast<Weight>(k) : 0;
+  const bool nucleus = top_p < 1.0f, mild = Temperature::is_mild(divisor);
+  if (p.n <= kListed || count > 0 || !mild || (!nucleus && min_p > 0.0f))
+    return choose_few<kThreads, T, kSeen>(count, top_p, mild);
+  const float scale = divisor == 1.0f ? kLog2E : kLog2E / divisor;
+  int round = 0;
+  if (nucleus && p.capacity > 0) {
+    float rest = NAN;
+    for (;;) {
+      const int64_t token = choose_nucleus<kThreads, T, kSeen>(round, scale, top_p, rest);
+      if (token != kAgain && token != kSlowly) return token;
+      round = s.round;
+      if (token == kSlowly) break;
+      rest = s.rest;
+    }
+  }
+  return choose_sums<kThreads, T, kSeen>(round, scale, top_p);
+}
+
+template <int kThreads, typename T, bool kSeen>
+__global__ void __launch_bounds__(kThreads, kResident<kThreads>)
+    sample_kernel(const __grid_constant__ Problem<T> p) {
+  const int64_t token = choose<kThreads, T, kSeen>(p);
   if (token < 0) return;
-  p.tokens[p.row()] = static_cast<int32_t>(token);
+  const int64_t row = p.row();
+  p.tokens[row] = static_cast<int32_t>(token);
   // nobody else adds to it: only so that this thread need not wait for the old value
-  atomicAdd(reinterpret_cast<unsigned long long*>(rng + 1), 1ull);
-  if constexpr (kSeen) p.seen[p.row() * p.n + token] = 1;
+  atomicAdd(reinterpret_cast<unsigned long long*>(p.rng + 2 * row + 1), 1ull);
+  if constexpr (kSeen) p.seen[row * p.n + token] = 1;
 }
 
 /// How many blocks share a row: so many that few rows keep the whole chip at work.
+template <int kThreads>
 int blocks_of_row(const Launch& on, int64_t rows, int64_t vectors) {
   int blocks = 1;
-  while (on.arch >= 90 && blocks < kMostBlocks && rows * blocks * 2 <= kResident * on.multiprocessors &&
-         vectors >= int64_t{kThreads} / 2 * blocks)
+  while (on.arch >= 90 && blocks < kMostBlocks && vectors >= int64_t{kThreads} / 2 * blocks &&
+         rows <= kResident<kThreads> * on.clusters_of(2 * blocks))
     blocks *= 2;
   return blocks;
 }
 
-template <typename T>
-cudaError_t launch_sample(const Launch& launch, cudaStream_t stream, int64_t rows, Problem<T> p) {
-  constexpr int N = 16 / sizeof(T);
+template <int kThreads, bool kSeen, typename T>
+cudaError_t launch_threads(const Launch& launch, cudaStream_t stream, int64_t rows, Problem<T> p) {
+  constexpr int N = 16 / sizeof(T), kWarps = kThreads / 32;
   const int64_t vectors = (p.n + 2 * (N - 1)) / N;  // of a row that begins inside one
   Launch on = launch;
   on.stream = stream;
   on.early = false;
   LaunchShape shape;
-  p.blocks = blocks_of_row(launch, rows, vectors);
+  p.blocks = blocks_of_row<kThreads>(launch, rows, vectors);
+  p.log_blocks = p.blocks == 8 ? 3 : p.blocks / 2;
   shape.cluster = static_cast<unsigned>(p.blocks);
   shape.grid = dim3(static_cast<unsigned>(rows) * shape.cluster);
   shape.block = dim3(kThreads);
@@ -485,14 +662,24 @@ cudaError_t launch_sample(const Launch& launch, cudaStream_t stream, int64_t row
   p.fold = 0;
   while (((p.run + kStep - 1) / kStep + (1 << p.fold) - 1) >> p.fold > kSlots) ++p.fold;
   // items for a quarter of the row, and for chance; none where there is room for far less
-  const int64_t fixed = sizeof(float) * kSlots * kThreads, each = kThreads * 16;
-  const int64_t room = launch.shared / kResident - 2048 - static_cast<int64_t>(sizeof(Shared)) - fixed;
-  const int64_t wanted = p.part * int64_t{16} / 4 + kThreads * 48;
-  const bool has_items = p.n >= 8 * kListed && room >= std::max(wanted / 3, 3 * each);
-  p.item_bytes = has_items ? static_cast<int>(std::min(room, wanted) / each * each) : 0;
-  shape.shared = static_cast<size_t>(fixed) + std::max(sizeof(List), static_cast<size_t>(p.item_bytes));
-  return p.seen ? launch_kernel(on, shape, sample_kernel<T, true>, p)
-                : launch_kernel(on, shape, sample_kernel<T, false>, p);
+  constexpr int64_t kFixed = sizeof(float) * kSlots * kThreads;
+  constexpr int64_t kEach = kWarps * sizeof(ItemOf<T, kSeen>);
+  const int64_t room = (launch.shared / kResident<kThreads> - 2048 -
+                        static_cast<int64_t>(sizeof(Shared) + sizeof(Problem<T>)) - kFixed) /
+                       kEach;
+  const int64_t wanted = p.run * N / 4 + 512;
+  p.capacity = p.n >= 8 * kListed && room >= wanted / 3 ? static_cast<int>(std::min(room, wanted)) : 0;
+  shape.shared = static_cast<size_t>(kFixed) +
+                 std::max(sizeof(List), static_cast<size_t>(p.capacity) * static_cast<size_t>(kEach));
+  return launch_kernel(on, shape, sample_kernel<kThreads, T, kSeen>, p);
+}
+
+/// Small blocks for what is small: all rows are then at work at once, and none waits for another to end.
+/// Where more has to be remembered of a row, fewer of them have room.
+template <typename T>
+cudaError_t launch_sample(const Launch& launch, cudaStream_t stream, int64_t rows, const Problem<T>& p) {
+  if (p.seen) return launch_threads<512, true>(launch, stream, rows, p);
+  return launch_threads < sizeof(T) == 2 ? 256 : 512, false > (launch, stream, rows, p);
 }
 
 }  // namespace

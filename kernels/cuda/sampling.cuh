@@ -9,18 +9,26 @@
 namespace halfbyte::cuda {
 namespace sampling {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kResident = 1024 / kThreads;  // blocks of a multiprocessor
-constexpr int kMostBlocks = 8;              // of a cluster
+constexpr int kMostWarps = 16;  // of a block
+constexpr int kMostBlocks = 8;  // of a cluster
 constexpr int kBucketBits = 9;
-constexpr int kBuckets = 1 << kBucketBits;  // of a histogram of weights, one a thread
-constexpr int kBins = 2 * kThreads;         // of the histogram of a sample
-constexpr int kListed = 2 * kThreads;       // tokens that one block ranks
+constexpr int kBuckets = 1 << kBucketBits;  // of a histogram of weights
+constexpr int kBins = 1024;                 // of the histogram of a sample
+constexpr int kSampled = 16384;             // logits of a sample
+constexpr int kAhead = 384;                 // vectors of a warp that are asked for ahead
+constexpr int kListed = 1024;               // tokens that one block ranks
 constexpr int kLoads = 2;                   // vectors that a thread has under way
 constexpr int kStep = 32 * kLoads;          // vectors of a warp's step
-constexpr int kSlots = 8;                   // groups of a thread
+constexpr int kSlots = 8;                   // of the run of a warp: a thread's part of one is a group
 constexpr float kLargest = 3.402823466e+38f;
-static_assert(kBuckets == kThreads);
+
+/// Blocks of a multiprocessor: 64 registers a thread.
+template <int kThreads>
+constexpr int kResident = 1024 / kThreads;
+
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
 
 /// Unsigned keys in the order of the floats (no NaN; -0 and 0 are one), and back.
 __device__ __forceinline__ uint32_t key_of(float x) {
@@ -51,12 +59,16 @@ struct Problem {
   int64_t* rng;
   uint8_t* seen;
   int64_t n;
-  int part, run;   // vectors of a block, of a warp
-  int blocks;      // of a row: 1, 2, 4 or 8, a cluster
-  int fold;        // 2^fold steps of a warp make a group
-  int item_bytes;  // for what the threads remember of a row
+  int part, run;  // vectors of a block, of a warp
+  int blocks;     // of a row: 1, 2, 4 or 8, a cluster
+  int log_blocks;
+  int fold;      // 2^fold steps of a warp make a group
+  int capacity;  // items that a warp can remember of a row
 
-  __device__ __forceinline__ int64_t row() const { return blockIdx.x / static_cast<unsigned>(blocks); }
+  __device__ __forceinline__ int slot() const { return kStep << fold; }  // vectors
+  __device__ __forceinline__ int64_t row_of(unsigned block) const { return block >> log_blocks; }
+  __device__ __forceinline__ int64_t row() const { return row_of(blockIdx.x); }
+  __device__ __forceinline__ const float* params_of_row() const { return params + row() * kSamplingColumns; }
 };
 
 struct alignas(16) Shared {
@@ -66,17 +78,35 @@ struct alignas(16) Shared {
     int32_t queue[kListed];  // groups that hold tokens for the list
   };
   Weight slots[2][kMostBlocks][3];  // what the blocks of the cluster tell each other, in turns
-  Weight warps[kWarps];
-  float2 pairs[kWarps];
-  double runs[3][kWarps];   // what tokens of each warp weigh
-  float warp_most[kWarps];  // largest logit of each warp, before the temperature
+  Weight warps[kMostWarps];
+  float2 pairs[kMostWarps];
+  double runs[2][kMostWarps];           // what tokens of each warp weigh
+  double sums_of[kMostWarps][kSlots];   // and of the slots of its run
+  double above_of[kMostWarps][kSlots];  // those above a bound
+  int items_of[kMostWarps][kSlots];     // how many items there are up to the end of a slot
   Weight above;
   double uniform;
+  float divisor, min_p;  // the temperature; in units of 2^-40, 0 where it is off
   int bucket;
   uint32_t least;
   int queued, listed, counted;
   int low_bin, high_bin;
+  float rest;  // what weighs less than the top-p
+  int round;
 };
+/// What the kernel was given is in shared memory too, so that functions which are not inline need not be
+/// handed it, and know in what memory they are.
+__device__ __forceinline__ Shared& shared() {
+  __shared__ Shared s;
+  return s;
+}
+template <typename T>
+__device__ __forceinline__ Problem<T>& problem() {
+  __shared__ Problem<T> p;
+  return p;
+}
+extern __shared__ __align__(16) char dynamic_area[];
+
 /// Tokens that one block ranks.
 struct List {
   float l[kListed];
@@ -87,16 +117,19 @@ struct Ranked {
   float sorted[kListed];
   uint32_t ranks[kListed];
 };
-static_assert(sizeof(Ranked) <= sizeof(float) * kSlots * kThreads);
 
 /// The blocks of a row.
+template <int kThreads>
 struct Cluster {
   Shared& s;
   int blocks, rank;
-  int round = 0;
+  int round;
 
-  __device__ Cluster(Shared& shared, int blocks_of_row)
-      : s(shared), blocks(blocks_of_row), rank(static_cast<int>(blockIdx.x) & (blocks_of_row - 1)) {}
+  __device__ __forceinline__ explicit Cluster(int blocks_of_row, int rounds = 0)
+      : s(shared()),
+        blocks(blocks_of_row),
+        rank(static_cast<int>(blockIdx.x) & (blocks_of_row - 1)),
+        round(rounds) {}
 
   __device__ __forceinline__ void barrier() const {
     if (blocks == 1) {
@@ -139,7 +172,8 @@ struct Cluster {
 struct Prefix {
   Weight before, total;
 };
-__device__ inline Prefix block_prefix(Shared& s, Weight own) {
+template <int kThreads>
+__device__ __forceinline__ Prefix block_prefix(Shared& s, Weight own) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Weight sum = own;
 #pragma unroll
@@ -151,7 +185,7 @@ __device__ inline Prefix block_prefix(Shared& s, Weight own) {
   __syncthreads();
   Prefix prefix{sum - own, 0};
 #pragma unroll 4
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < kThreads / 32; ++w) {
     if (w < warp) prefix.before += s.warps[w];
     prefix.total += s.warps[w];
   }
@@ -186,7 +220,33 @@ struct Temperature {
     return fmaxf(-kLargest, fminf(kLargest, under(value)));
   }
   /// Otherwise the division may make many logits one, or infinity.
-  __device__ __forceinline__ bool mild() const { return d > 0x1p-20f && d < 0x1p20f; }
+  static __device__ __forceinline__ bool is_mild(float d) { return d > 0x1p-20f && d < 0x1p20f; }
+};
+
+/// The elements of a vector as words: so they stay whole registers.
+template <typename T>
+struct Words {
+  uint32_t w[4];
+
+  __device__ __forceinline__ float value(int j) const {
+    if constexpr (sizeof(T) == 4) return __uint_as_float(w[j]);
+    if constexpr (std::is_same_v<T, bf16_t>)
+      return __uint_as_float(j % 2 == 0 ? w[j / 2] << 16 : w[j / 2] & 0xffff0000u);
+    if constexpr (std::is_same_v<T, half_t>) {
+      const __half2 pair = *reinterpret_cast<const __half2*>(&w[j / 2]);
+      return j % 2 == 0 ? __low2float(pair) : __high2float(pair);
+    }
+  }
+  static __device__ __forceinline__ Words nothing() {
+    constexpr uint32_t kLow = sizeof(T) == 4              ? 0xff800000u
+                              : std::is_same_v<T, bf16_t> ? 0xff80ff80u
+                                                          : 0xfc00fc00u;
+    return {{kLow, kLow, kLow, kLow}};
+  }
+  static __device__ __forceinline__ Words load(const void* from) {
+    const uint4 v = __ldg(static_cast<const uint4*>(from));
+    return {{v.x, v.y, v.z, v.w}};
+  }
 };
 
 /// A block's part of a row: vectors of 16 bytes where global memory has them, so that the first and the last
@@ -194,7 +254,7 @@ struct Temperature {
 template <typename T, bool kSeen>
 struct Row {
   static constexpr int N = 16 / sizeof(T);
-  using Vector = Vec<T, N>;
+  using Vector = Words<T>;
 
   const T* x;            // the row
   const uint8_t* seen;   // null: no penalty
@@ -204,8 +264,15 @@ struct Row {
   int whole, whole_end;  // vectors that lie inside the row
   float penalty = 1.0f;
 
-  __device__ Row(const Problem<T>& p, int rank) : seen(nullptr), n(p.n) {
-    x = p.logits + p.row() * n;
+  /// Anew wherever it is used: the compiler, which does not see that the block is always the same, then need
+  /// not keep all this from one use to the next.
+  __device__ __forceinline__ Row() : Row(problem<T>()) {}
+  __device__ __forceinline__ explicit Row(const Problem<T>& p) : seen(nullptr), n(p.n) {
+    unsigned block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    const int rank = static_cast<int>(block) & (p.blocks - 1);
+    const int64_t at = p.row_of(block);
+    x = p.logits + at * n;
     const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
     const int vectors = static_cast<int>((n + shift + N - 1) / N);
     const int first = min(vectors, rank * p.part);
@@ -216,26 +283,18 @@ struct Row {
     end = run_end(threadIdx.x / 32);
     whole = offset < 0 ? 1 : 0;
     whole_end = static_cast<int>((n - offset) / N);
-  }
-  __device__ __forceinline__ void penalise(const Problem<T>& p, float by) {
     if constexpr (kSeen) {
-      penalty = by;
-      seen = by > 0.0f && by != 1.0f ? p.seen + p.row() * n : nullptr;
+      penalty = __ldg(p.params + at * kSamplingColumns + kRepetitionPenalty);
+      if (penalty > 0.0f && penalty != 1.0f) seen = p.seen + at * n;
     }
   }
   __device__ __forceinline__ int run_begin(int warp) const { return min(count, warp * run); }
   __device__ __forceinline__ int run_end(int warp) const { return min(count, warp * run + run); }
   __device__ __forceinline__ int64_t index(int v) const { return offset + static_cast<int64_t>(v) * N; }
 
-  static __device__ __forceinline__ Vector nothing() {
-    Vector vector;
-#pragma unroll
-    for (int j = 0; j < N; ++j) vector.v[j] = from_float<T>(-INFINITY);
-    return vector;
-  }
   /// A vector; -infinity for what is not of the row.
   __device__ __forceinline__ Vector read(int v) const {
-    if (v >= whole && v < whole_end) return *reinterpret_cast<const Vector*>(x + index(v));
+    if (v >= whole && v < whole_end) return Vector::load(x + index(v));
     // rare: short code rather than fast
     using Bits = std::conditional_t<N == 8, uint16_t, uint32_t>;
     const T low = from_float<T>(-INFINITY);
@@ -243,23 +302,24 @@ struct Row {
 #pragma unroll 1
     for (int j = N - 1; j >= 0; --j) {
       const int64_t i = index(v) + j;
-      const T value = i >= 0 && i < n ? x[i] : low;
+      const T value = i >= 0 && i < n ? __ldg(x + i) : low;
       constexpr int kBits = 8 * sizeof(T);
       words[1] = words[1] << kBits | words[0] >> (64 - kBits);
       words[0] = words[0] << kBits | *reinterpret_cast<const Bits*>(&value);
     }
-    return *reinterpret_cast<const Vector*>(words);
+    return {{static_cast<uint32_t>(words[0]), static_cast<uint32_t>(words[0] >> 32),
+             static_cast<uint32_t>(words[1]), static_cast<uint32_t>(words[1] >> 32)}};
   }
   /// A step of a warp: the vectors first + lane, 32 further on, ..., of those before `stop`.
   __device__ __forceinline__ void read_step(Vector (&in)[kLoads], int first, int stop) const {
     const int v = first + static_cast<int>(threadIdx.x % 32);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) in[i] = nothing();
+    for (int i = 0; i < kLoads; ++i) in[i] = Vector::nothing();
     if (first >= whole && stop <= whole_end) {
-      const Vector* from = reinterpret_cast<const Vector*>(x + index(v));
+      const T* from = x + index(v);
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        if (v + 32 * i < stop) in[i] = from[32 * i];
+        if (v + 32 * i < stop) in[i] = Vector::load(from + 32 * i * N);
       }
     } else {
 #pragma unroll
@@ -308,7 +368,7 @@ struct Row {
   }
   /// Logit i of the row, penalised, before the temperature.
   __device__ __forceinline__ float value(int64_t i) const {
-    float value = clean(to_float(x[i]));
+    float value = clean(to_float(__ldg(x + i)));
     if constexpr (kSeen) {
       if (seen && seen[i]) value = penalised(value);
     }
@@ -323,22 +383,22 @@ struct Row {
     }
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      float value = clean(to_float(vector.v[j]));
+      float value = clean(vector.value(j));
       if constexpr (kSeen) {
         if (marks.at(j)) value = penalised(value);
       }
       body(value, j);
     }
   }
-  /// Calls body(value) for every one of this warp.
+  /// Calls body(value) for every one from vector `first` to `stop`, the lanes taking turns.
   template <typename Body>
-  __device__ __forceinline__ void each(const Body& body) const {
+  __device__ __forceinline__ void each(int first, int stop, const Body& body) const {
     const int lane = threadIdx.x % 32;
-    Vector next = begin + lane < end ? read(begin + lane) : nothing();
+    Vector next = first + lane < stop ? read(first + lane) : Vector::nothing();
 #pragma unroll 1
-    for (int v = begin + lane; v < end; v += 32) {
+    for (int v = first + lane; v < stop; v += 32) {
       const Vector vector = next;
-      if (v + 32 < end) next = read(v + 32);
+      if (v + 32 < stop) next = read(v + 32);
       values(vector, v, [&](float value, int) { body(value); });
     }
   }

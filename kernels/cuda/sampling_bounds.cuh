@@ -6,29 +6,57 @@
 namespace halfbyte::cuda {
 namespace sampling {
 
-/// Bounds that hold but for a chance in a few hundred, from 32 logits of each thread, before penalties; false
-/// where there are none. All threads of the cluster call it.
+/// A bound that a 16-bit logit can be compared with: finite and of its type, not above `x`.
+template <typename T>
+__device__ __forceinline__ float round_down(float x) {
+  if constexpr (std::is_same_v<T, bf16_t>) return to_float(__float2bfloat16_rd(fmaxf(x, -3.3e38f)));
+  if constexpr (std::is_same_v<T, half_t>) return to_float(__float2half_rd(fmaxf(x, -65504.0f)));
+  return x;
+}
+
+/// Has the first kilobytes of this warp's run brought to L2, as nothing else is read meanwhile.
 template <typename T, bool kSeen>
-__device__ __forceinline__ bool find_bounds(Cluster& cluster, const Row<T, kSeen>& row, float scale,
-                                            float top_p, Bounds& bounds) {
-  constexpr int N = 16 / sizeof(T), kSamples = 32 / N;  // vectors of a thread; four lanes have neighbours
-  constexpr float kFine = 32.0f;                        // bins to a power of two
+__device__ __forceinline__ void prefetch_run(const Row<T, kSeen>& row) {
+#if __CUDA_ARCH__ >= 900
+  const int first = max(row.begin, row.whole), stop = min(min(row.end, row.whole_end), row.begin + kAhead);
+  if (threadIdx.x % 32 == 0 && first < stop) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row.x + row.index(first)),
+                 "r"((stop - first) * 16)
+                 : "memory");
+  }
+#endif
+}
+
+/// Bounds that hold but for a chance in a few hundred, from kSampled logits of the row, before penalties;
+/// NaN where there are none. `rest`: what weighs less than the top-p of the row, in units of the reference;
+/// NaN while it is not known. All threads of the cluster call it.
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, float rest) {
+  const Problem<T>& p = problem<T>();
+  Cluster<kThreads> cluster(p.blocks, round);
   Shared& s = cluster.s;
+  const Row<T, kSeen> row;
+  Bounds bounds;
+  constexpr int N = 16 / sizeof(T);
+  constexpr int kMost = kSampled / N / kThreads;  // vectors of a thread; four lanes have neighbours
+  constexpr int kOwn = kBins / kThreads;          // bins of a thread
+  constexpr float kFine = 32.0f;                  // bins to a power of two
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, thread = threadIdx.x;
-  const int length = row.end - row.begin;
-  Vec<T, N> sample[kSamples];
+  const int length = row.end - row.begin, samples = max(1, kMost / cluster.blocks);
+  Words<T> sample[kMost];
   float top = -INFINITY;
 #pragma unroll
-  for (int q = 0; q < kSamples; ++q) {
-    const int v = row.begin + (lane / 4 + 8 * q) * length / (8 * kSamples) + lane % 4;
-    sample[q] = v >= row.whole && v < min(row.end, row.whole_end)
-                    ? *reinterpret_cast<const Vec<T, N>*>(row.x + row.index(v))
-                    : row.nothing();
+  for (int q = 0; q < kMost; ++q) {
+    const int v = row.begin + (lane / 4 + 8 * q) * length / (8 * samples) + lane % 4;
+    sample[q] = q < samples && v >= row.whole && v < min(row.end, row.whole_end)
+                    ? Words<T>::load(row.x + row.index(v))
+                    : Words<T>::nothing();
   }
-  s.counts[thread] = 0;
-  s.counts[thread + kThreads] = 0;
+  if (isnan(rest)) prefetch_run(row);
 #pragma unroll
-  for (int q = 0; q < kSamples; ++q) top = fmaxf(top, largest_of(sample[q]));
+  for (int i = 0; i < kOwn; ++i) s.counts[thread + i * kThreads] = 0;
+#pragma unroll
+  for (int q = 0; q < kMost; ++q) top = fmaxf(top, largest_of(sample[q]));
   top = warp_max(top);
   if (lane == 0) s.pairs[warp].x = top;
   if (thread == 0) {
@@ -37,42 +65,47 @@ __device__ __forceinline__ bool find_bounds(Cluster& cluster, const Row<T, kSeen
   }
   __syncthreads();
 #pragma unroll 1
-  for (int w = 0; w < kWarps; ++w) top = fmaxf(top, s.pairs[w].x);
+  for (int w = 0; w < kThreads / 32; ++w) top = fmaxf(top, s.pairs[w].x);
   if (cluster.blocks > 1) {
     cluster.tell(key_of(top));
 #pragma unroll 1
     for (int r = 0; r < cluster.blocks; ++r)
       top = fmaxf(top, value_of(static_cast<uint32_t>(cluster.slot(r)[0])));
   }
-  if (!(fabsf(top * scale) < 0x1p22f)) return false;
+  if (!(fabsf(top * scale) < 0x1p22f)) return {NAN, NAN, NAN};
   const float reference = reference_of(top, scale);
+  // not known to be 1: to count by ones there is another instruction, which is slow where the places differ
+  uint32_t one;
+  asm volatile("mov.u32 %0, 1;" : "=r"(one));
 #pragma unroll
-  for (int q = 0; q < kSamples; ++q) {
+  for (int q = 0; q < kMost; ++q) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       // the last bin is also for what is -infinity or NaN, and weighs nothing
-      const float bin = fmaf(to_float(sample[q].v[j]), -kFine * scale, kFine * reference);
-      if (bin < kBins - 1.0f) atomicAdd(&s.counts[static_cast<int>(fmaxf(0.0f, bin))], 1u);
+      const float bin = fmaf(sample[q].value(j), -kFine * scale, kFine * reference);
+      if (bin < kBins - 1.0f) atomicAdd(&s.counts[static_cast<int>(fmaxf(0.0f, bin))], one);
     }
   }
   cluster.barrier();
-  // two bins a thread, the lower logits first
-  const int bin = kBins - 2 - 2 * thread;
-  uint2 counts = make_uint2(0, 0);
+  // a thread's bins, the lower logits first
+  const int bin = kBins - 1 - kOwn * thread;
+  uint32_t counts[kOwn] = {};
 #pragma unroll 4
   for (int r = 0; r < cluster.blocks; ++r) {
-    const uint2 there = *reinterpret_cast<const uint2*>(cluster_place(&s.counts[bin], r));
-    counts.x += there.x;
-    counts.y += there.y;
+    const auto there =
+        *reinterpret_cast<const Vec<uint32_t, kOwn>*>(cluster_place(&s.counts[bin - kOwn + 1], r));
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) counts[i] += there.v[kOwn - 1 - i];
   }
-  const float upper_weight = rough_exp2((static_cast<float>(bin) + 0.5f) * (-1.0f / kFine)),
-              lower_weight = rough_exp2((static_cast<float>(bin) + 1.5f) * (-1.0f / kFine));
-  const float2 lower = {static_cast<float>(counts.y) * lower_weight,
-                        static_cast<float>(counts.y) * lower_weight * lower_weight};
-  const float2 upper = {static_cast<float>(counts.x) * upper_weight,
-                        static_cast<float>(counts.x) * upper_weight * upper_weight};
-  // sums and sums of squares up to here
-  float2 upto = {lower.x + upper.x, lower.y + upper.y};
+  const auto weight = [](int of) { return rough_exp2((static_cast<float>(of) + 0.5f) * (-1.0f / kFine)); };
+  float2 own[kOwn], upto = {};  // sums and sums of squares
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const float w = weight(bin - i);
+    own[i] = {static_cast<float>(counts[i]) * w, static_cast<float>(counts[i]) * w * w};
+    upto.x += own[i].x;
+    upto.y += own[i].y;
+  }
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const float a = __shfl_up_sync(0xffffffffu, upto.x, step), b = __shfl_up_sync(0xffffffffu, upto.y, step);
@@ -85,7 +118,7 @@ __device__ __forceinline__ bool find_bounds(Cluster& cluster, const Row<T, kSeen
   __syncthreads();
   float2 total = {};
 #pragma unroll 1
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w < kThreads / 32; ++w) {
     const float2 there = s.pairs[w];
     if (w < warp) {
       upto.x += there.x;
@@ -95,34 +128,37 @@ __device__ __forceinline__ bool find_bounds(Cluster& cluster, const Row<T, kSeen
     total.y += there.y;
   }
   // What a part of the row weighs, by the part of it that is in the sample, is within a few deviations; the
-  // deviation is the square root of the sum of the squares. The whole row weighs at least what lies below any
-  // value, so estimated, and what the sample itself has above.
-  const float factor = static_cast<float>(row.run) * (1.0f / (32.0f * kSamples));
+  // deviation is the square root of the sum of the squares, and where the sample has nothing there may still
+  // be some. The whole row weighs at least what lies below any value, so estimated, and what the sample
+  // itself has above.
+  const float factor = static_cast<float>(row.run) / static_cast<float>(32 * samples);
   const auto estimate = [&](float sum, float square, float deviations) {
     return factor * (sum + deviations * sqrtf(fmaxf(0.0f, square)));
   };
-  const float rest = 1.0f - top_p;
-  const float least = rest * block_max(estimate(upto.x, upto.y, -3.0f) + (total.x - upto.x));
-  const float most =
-      total.x * total.x > 100.0f * total.y ? rest * estimate(total.x, total.y, 6.0f) : INFINITY;
-  const float2 between = {upto.x - upper.x, upto.y - upper.y};
-  const float2 below = {between.x - lower.x, between.y - lower.y};
-  if (estimate(between.x, between.y, 3.0f) <= least)
-    atomicMax(&s.low_bin, 2 * thread + 1);
-  else if (estimate(below.x, below.y, 3.0f) <= least)
-    atomicMax(&s.low_bin, 2 * thread);
-  if (estimate(between.x, between.y, -3.0f) >= most)
-    atomicMin(&s.high_bin, 2 * thread);
-  else if (estimate(upto.x, upto.y, -3.0f) >= most)
-    atomicMin(&s.high_bin, 2 * thread + 1);
+  float least = 0.999f * rest, most = 1.001f * rest;
+  if (isnan(rest)) {
+    const float part = 1.0f - top_p;
+    least = part * block_max(estimate(upto.x, upto.y, -4.0f) + (total.x - upto.x));
+    most = total.x * total.x > 100.0f * total.y ? part * estimate(total.x, total.y, 6.0f) : INFINITY;
+  }
+#pragma unroll
+  for (int i = kOwn - 1; i >= 0; --i) {
+    // without this bin, what is below it
+    const float2 below = {upto.x - own[i].x, upto.y - own[i].y};
+    if (estimate(upto.x, upto.y, -4.0f) >= most) atomicMin(&s.high_bin, kBins - 1 - bin + i);
+    if (estimate(below.x + 6.0f * weight(bin - i), below.y, 4.0f) <= least)
+      atomicMax(&s.low_bin, kBins - 1 - bin + i);
+    upto = below;
+  }
   __syncthreads();
   const float per = __fdividef(1.0f, kFine * scale);
-  bounds.low = (reference * kFine - static_cast<float>(kBins - s.low_bin)) * per;
-  bounds.high = s.high_bin >= kBins - 1
-                    ? INFINITY
-                    : (reference * kFine - static_cast<float>(kBins - 1 - s.high_bin)) * per;
+  const auto edge = [&](int bin) {
+    return round_down<T>((reference * kFine - static_cast<float>(bin)) * per);
+  };
+  bounds.low = edge(kBins - s.low_bin);
+  bounds.high = s.high_bin >= kBins - 1 ? INFINITY : edge(kBins - 1 - s.high_bin);
   bounds.reference = reference;
-  return true;
+  return bounds;
 }
 
 }  // namespace sampling

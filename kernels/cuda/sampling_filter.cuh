@@ -17,20 +17,62 @@ __device__ __forceinline__ Weight top_p_target(float top_p, Weight total) {
   return static_cast<Weight>(ceil(static_cast<double>(top_p) * static_cast<double>(total)));
 }
 
+template <int kThreads>
+__device__ __forceinline__ void clear_buckets(Shared& s) {
+#pragma unroll
+  for (int i = 0; i < kBuckets; i += kThreads) s.sums[i + threadIdx.x] = make_uint2(0, 0);
+  __syncthreads();
+  if (threadIdx.x == 0) s.bucket = -1;
+}
+/// The thread's buckets, from its last: what the cluster has of them. The sums of the first threads are
+/// those of the largest keys.
+template <int kThreads, typename Body>
+__device__ __forceinline__ void sum_buckets(const Cluster<kThreads>& cluster,
+                                            Weight (&mine)[kBuckets / kThreads], const Body& weight_of_sum) {
+  constexpr int kOwn = kBuckets / kThreads;
+  const int last = kBuckets - 1 - kOwn * static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) mine[i] = 0;
+#pragma unroll 4
+  for (int r = 0; r < cluster.blocks; ++r) {
+    const auto there =
+        *reinterpret_cast<const Vec<uint2, kOwn>*>(cluster_place(&cluster.s.sums[last - kOwn + 1], r));
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) mine[i] += weight_of_sum(there.v[kOwn - 1 - i], last - i);
+  }
+}
+/// The bucket before which there is less than `target`, and with it not: to s.bucket, and to s.above what is
+/// above it.
+template <int kThreads>
+__device__ __forceinline__ void find_bucket(Shared& s, const Weight (&mine)[kBuckets / kThreads],
+                                            Weight above, Weight target) {
+  constexpr int kOwn = kBuckets / kThreads;
+  Weight own = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) own += mine[i];
+  Weight before = above + block_prefix<kThreads>(s, own).before;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if (before < target && target <= before + mine[i]) {
+      s.bucket = kBuckets - 1 - kOwn * static_cast<int>(threadIdx.x) - i;
+      s.above = before;
+    }
+    before += mine[i];
+  }
+}
+
 /// The smallest l from `lowest` to `highest` that has less than `target` above it, of those that
 /// tokens.each() calls its argument with; `lowest` when all together are less. A token weighs its weight, or
 /// 1. A search over histograms of the keys, narrower by kBucketBits each time.
-template <bool kWeighted, typename Tokens>
-__device__ __forceinline__ float threshold(const Cluster& cluster, const Tokens& tokens, float most,
+template <bool kWeighted, int kThreads, typename Tokens>
+__device__ __forceinline__ float threshold(const Cluster<kThreads>& cluster, const Tokens& tokens, float most,
                                            float lowest, float highest, Weight target) {
   Shared& s = cluster.s;
   uint32_t low = key_of(lowest), high = key_of(highest);
   Weight above = 0;
   while (low < high) {
     const int shift = max(0, 32 - kBucketBits - __clz(static_cast<int>(high - low)));
-    s.sums[threadIdx.x] = make_uint2(0, 0);
-    __syncthreads();
-    if (threadIdx.x == 0) s.bucket = -1;
+    clear_buckets<kThreads>(s);
     tokens.each([&](float l) {
       const uint32_t key = key_of(l);
       if (key < low || key > high) return;
@@ -45,18 +87,9 @@ __device__ __forceinline__ float threshold(const Cluster& cluster, const Tokens&
       }
     });
     cluster.barrier();
-    const int bucket = kBuckets - 1 - static_cast<int>(threadIdx.x);
-    Weight mine = 0;
-#pragma unroll 1
-    for (int r = 0; r < cluster.blocks; ++r) {
-      const uint2 there = *cluster_place(&s.sums[bucket], r);
-      mine += static_cast<Weight>(there.y) << 32 | there.x;
-    }
-    const Weight before = above + block_prefix(s, mine).before;
-    if (before < target && target <= before + mine) {
-      s.bucket = bucket;
-      s.above = before;
-    }
+    Weight mine[kBuckets / kThreads];
+    sum_buckets(cluster, mine, [](uint2 sum, int) { return static_cast<Weight>(sum.y) << 32 | sum.x; });
+    find_bucket<kThreads>(s, mine, above, target);
     cluster.barrier();
     if (s.bucket < 0) return lowest;
     low += static_cast<uint32_t>(s.bucket) << shift;
@@ -67,18 +100,19 @@ __device__ __forceinline__ float threshold(const Cluster& cluster, const Tokens&
 }
 
 /// The smallest of the cluster's items that has less than `target` above it; none when all together are less.
-/// A thread has `count` of them in its column, floats from `low_value` to `high_value` whose lowest kZero
-/// bits are zero. One of `high_value` weighs 2^31 in the units of the target. The search is threshold()'s,
-/// but a sum is in words of 16 bits, so that no addition waits for another, and the last round of items that
-/// are all the same within a bucket only counts them.
-template <int kZero, typename Item>
-__device__ __forceinline__ bool find_cut(const Cluster& cluster, const Item* items, int count,
+/// A warp has `count` of them, floats from `low_value` to `high_value` whose lowest kZero bits are zero. One
+/// of `high_value` weighs 2^31 in the units of the target. The search is threshold()'s, but a sum is in words
+/// of 16 bits, so that no addition waits for another, and the last round of items that are all the same
+/// within a bucket only counts them.
+template <int kZero, int kThreads, typename Item>
+__device__ __forceinline__ bool find_cut(const Cluster<kThreads>& cluster, const Item* items, int count,
                                          float low_value, float high_value, float scale, Weight target,
                                          float& cut) {
   Shared& s = cluster.s;
   constexpr uint32_t kRest = (1u << kZero) - 1;
   uint32_t low = key_of(low_value) & ~kRest, high = key_of(high_value);
   const auto weigh = [&](float x) { return __float2uint_rn(rough_exp2(fmaf(x - high_value, scale, 31.0f))); };
+  const auto value_at = [](uint32_t key) { return value_of(key & 0x80000000u ? key : key | kRest); };
   Weight above = 0;
   bool last = false;
 #pragma unroll 1
@@ -86,15 +120,12 @@ __device__ __forceinline__ bool find_cut(const Cluster& cluster, const Item* ite
     const int shift = max(kZero, 32 - kBucketBits - __clz(static_cast<int>(high - low | 1)));
     last = shift == kZero;
     const bool counting = kZero > 0 && last;  // all that is in a bucket is the same
-    s.sums[threadIdx.x] = make_uint2(0, 0);
-    __syncthreads();
-    if (threadIdx.x == 0) s.bucket = -1;
+    clear_buckets<kThreads>(s);
 #pragma unroll 1
-    for (int first = 0; first < count; first += 4) {
+    for (int first = threadIdx.x % 32; first < count; first += 128) {
       float x[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        x[i] = first + i < count ? to_float(items[(first + i) * kThreads]) : -INFINITY;
+      for (int i = 0; i < 4; ++i) x[i] = first + 32 * i < count ? to_float(items[first + 32 * i]) : -INFINITY;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t key = key_of(x[i]);
@@ -110,35 +141,27 @@ __device__ __forceinline__ bool find_cut(const Cluster& cluster, const Item* ite
       }
     }
     cluster.barrier();
-    const int bucket = kBuckets - 1 - static_cast<int>(threadIdx.x);
-    const uint32_t key = low + (static_cast<uint32_t>(bucket) << shift);
-    const float value = value_of(key & 0x80000000u ? key : key | kRest);
-    Weight mine = 0;
-#pragma unroll 4
-    for (int r = 0; r < cluster.blocks; ++r) {
-      const uint2 there = *cluster_place(&s.sums[bucket], r);
-      mine += (static_cast<Weight>(there.y) << 16) + there.x;
-    }
-    if (counting && mine > 0) mine *= weigh(value);
-    const Weight before = above + block_prefix(s, mine).before;
-    if (before < target && target <= before + mine) {
-      s.bucket = bucket;
-      s.above = before;
-      s.least = __float_as_uint(value);
-    }
+    Weight mine[kBuckets / kThreads];
+    sum_buckets(cluster, mine, [&](uint2 sum, int bucket) {
+      const Weight all = (static_cast<Weight>(sum.y) << 16) + sum.x;
+      if (!counting || all == 0) return all;
+      return all * weigh(value_at(low + (static_cast<uint32_t>(bucket) << shift)));
+    });
+    find_bucket<kThreads>(s, mine, above, target);
     cluster.barrier();
     if (s.bucket < 0) return false;
     low += static_cast<uint32_t>(s.bucket) << shift;
     high = min(high, low + (1u << shift) - 1);
     above = s.above;
   }
-  cut = __uint_as_float(s.least);
+  cut = value_at(low);
   return true;
 }
 
 /// Filters and draws from the list of `size`, by the first block: top-k where `count` is not 0, and top-p
 /// where it is below 1. Without top-k `total` is what the whole row weighs. The token, in one thread; -1 in
 /// all others.
+template <int kThreads>
 __device__ __forceinline__ int64_t draw_listed(Shared& s, List& list, Ranked& ranked, int size, float most,
                                                Weight count, float top_p, Weight total, float min_p) {
   float floor = -kLargest;
@@ -165,11 +188,12 @@ __device__ __forceinline__ int64_t draw_listed(Shared& s, List& list, Ranked& ra
   }
   if (thread == 0) s.least = ~0u;
   __syncthreads();
-  float l[2];
-  int32_t index[2];
-  uint32_t rank[2];
+  constexpr int kOwn = kListed / kThreads;
+  float l[kOwn];
+  int32_t index[kOwn];
+  uint32_t rank[kOwn];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < kOwn; ++i) {
     const int from = thread + i * kThreads;
     if (from >= size) continue;
     l[i] = list.l[from];
@@ -178,7 +202,7 @@ __device__ __forceinline__ int64_t draw_listed(Shared& s, List& list, Ranked& ra
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < kOwn; ++i) {
     if (thread + i * kThreads >= size) continue;
     ranked.sorted[rank[i] & 0xffff] = l[i];
     list.l[rank[i] >> 16] = l[i];
@@ -186,29 +210,47 @@ __device__ __forceinline__ int64_t draw_listed(Shared& s, List& list, Ranked& ra
   }
   __syncthreads();
   if (count > 0 && count <= static_cast<Weight>(size)) floor = ranked.sorted[count - 1];
-  const int at = 2 * thread;
+  const int at = kOwn * thread;
+  Weight weights[kOwn], own = 0;
   if (top_p < 1.0f) {
-    const float first = at < size ? ranked.sorted[at] : -INFINITY;
-    const float second = at + 1 < size ? ranked.sorted[at + 1] : -INFINITY;
-    const Weight a = first >= floor ? weight_of(first, most) : 0,
-                 b = second >= floor ? weight_of(second, most) : 0;
-    const Prefix prefix = block_prefix(s, a + b);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      l[i] = at + i < size ? ranked.sorted[at + i] : -INFINITY;
+      weights[i] = l[i] >= floor ? weight_of(l[i], most) : 0;
+      own += weights[i];
+    }
+    const Prefix prefix = block_prefix<kThreads>(s, own);
     const Weight target = top_p_target(top_p, count > 0 ? prefix.total : total);
-    if (a > 0 && prefix.before < target) atomicMin(&s.least, key_of(first));
-    if (b > 0 && prefix.before + a < target) atomicMin(&s.least, key_of(second));
+    Weight before = prefix.before;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (weights[i] > 0 && before < target) atomicMin(&s.least, key_of(l[i]));
+      before += weights[i];
+    }
     __syncthreads();
     floor = value_of(s.least);
   }
-  const auto weight_at = [&](int i) -> Weight {
-    if (i >= size || !(list.l[i] >= floor)) return 0;
-    const float w = scaled_exp(list.l[i] - most);
-    return w < min_p && list.l[i] < most ? 0 : __float2ull_rz(w);
-  };
-  const Weight a = weight_at(at), b = weight_at(at + 1);
-  const Prefix prefix = block_prefix(s, a + b);
+  own = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    weights[i] = 0;
+    if (at + i < size && list.l[at + i] >= floor) {
+      const float w = scaled_exp(list.l[at + i] - most);
+      weights[i] = w < min_p && list.l[at + i] < most ? 0 : __float2ull_rz(w);
+    }
+    own += weights[i];
+  }
+  const Prefix prefix = block_prefix<kThreads>(s, own);
   const Weight target = draw_target(s.uniform, prefix.total);
-  if (target < prefix.before || target >= prefix.before + a + b) return -1;
-  return list.index[target < prefix.before + a ? at : at + 1];
+  if (target < prefix.before || target >= prefix.before + own) return -1;
+  Weight upto = prefix.before;
+  int chosen = at;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    upto += weights[i];
+    chosen += upto <= target ? 1 : 0;
+  }
+  return list.index[chosen];
 }
 
 }  // namespace sampling

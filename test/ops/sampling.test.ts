@@ -276,6 +276,26 @@ describe.each(devices())('choosing tokens on %s', (device) => {
       },
     )
 
+    // what top-p is searched for in is estimated first, and remembered in little room: neither is always enough
+    it.each(['float32', 'bfloat16'] as DType[])(
+      'finds the nucleus of %s that is flat, of a heavy tail, uneven or in two parts',
+      async (dtype) => {
+        const n = 20021
+        const uneven = gaussian(n, 31, 1.5)
+        for (let i = 0; i < n / 8; i++) uneven[i]! += 4
+        const twofold = gaussian(n, 32, 1)
+        for (let i = 11; i < n; i += 499) twofold[i]! = 7 + (i % 13) / 4
+        for (const logits of [gaussian(n, 33, 1), gaussian(n, 34, 3), uneven, twofold]) {
+          const rounded = await Tensor.from(logits, { device }).to(dtype).floats()
+          for (const params of [{ topP: 0.9 }, { topP: 0.8, minP: 0.002, temperature: 1.2 }]) {
+            const chances = probabilities(rounded, params)
+            const tokens = await draw(device, logits, params, 270, { seed: 8n, dtype })
+            expectByDefinition(tokens, chances, 8n, 2e-5)
+          }
+        }
+      },
+    )
+
     it('takes a row longer than any memory on the chip', async () => {
       const logits = gaussian(600001, 4)
       for (const params of [{}, { topK: 50 }, { topP: 0.8 }, { topK: 5000, minP: 0.3 }]) {
