@@ -177,8 +177,12 @@ struct Sampler {
     double of_block = 0.0;
 #pragma unroll 4
     for (int w = 0; w < kWarps; ++w) of_block += s.runs[0][w];
-    cluster.tell(of_block, 0.0, 0.0);
-    double target = s.uniform * cluster.sum(0);
+    double all = of_block;
+    if (cluster.blocks > 1) {
+      cluster.tell(of_block, 0.0, 0.0);
+      all = cluster.sum(0);
+    }
+    double target = s.uniform * all;
     if (!isfinite(target)) return kSlowly;
     // the part that the target falls into, the last that weighs anything when roundings put it beyond them
     double sum = 0.0, before = 0.0, weight = 1.0;
@@ -192,11 +196,13 @@ struct Sampler {
       sum += part;
       passed = target < sum;
     };
+    if (cluster.blocks > 1) {
 #pragma unroll 1
-    for (int r = 0; r < cluster.blocks; ++r) see(cluster.number(r, 0), r);
-    if (cluster.rank != found) return -1;
-    sum = before;
-    passed = false;
+      for (int r = 0; r < cluster.blocks; ++r) see(cluster.number(r, 0), r);
+      if (cluster.rank != found) return -1;
+      sum = before;
+      passed = false;
+    }
 #pragma unroll 1
     for (int w = 0; w < kWarps; ++w) see(s.runs[0][w], w);
     const int warp_found = found;
@@ -349,19 +355,16 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
       largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
     if (lane == 0) s.warps[warp] = largest;
     __syncthreads();
-    if (warp == 0) {
-      largest = lane < kWarps ? s.warps[lane] : 0;
 #pragma unroll
-      for (int step = 16; step > 0; step /= 2)
-        largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    }
-    cluster.tell(largest, wanted > 0 ? this->least_of(wanted, own_key) : 0);
-    largest = cluster.slot(0)[0];
-    Weight least_key = cluster.slot(0)[1];
+    for (int w = 0; w < kWarps; ++w) largest = max(largest, s.warps[w]);
+    Weight least_key = wanted > 0 ? this->least_of(wanted, own_key) : 0;
+    if (cluster.blocks > 1) {
+      cluster.tell(largest, least_key);
 #pragma unroll 1
-    for (int r = 1; r < cluster.blocks; ++r) {
-      largest = max(largest, cluster.slot(r)[0]);
-      least_key = min(least_key, cluster.slot(r)[1]);
+      for (int r = 0; r < cluster.blocks; ++r) {
+        largest = max(largest, cluster.slot(r)[0]);
+        least_key = min(least_key, cluster.slot(r)[1]);
+      }
     }
     return {value_of(static_cast<uint32_t>(largest >> 32)), ~static_cast<uint32_t>(largest),
             static_cast<uint32_t>(least_key)};
@@ -414,27 +417,39 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
 
   /// What weights of a pass are in the units of Weight.
   __device__ __forceinline__ static double unit_of(const Seen& seen, float value, float scale) {
-    return exp2(40.0 + static_cast<double>(seen.reference) -
-                static_cast<double>(value) * static_cast<double>(scale));
+    return 0x1p40 * static_cast<double>(exp2f(static_cast<float>(static_cast<double>(seen.reference) -
+                                                                 static_cast<double>(value) * scale)));
   }
-  /// The sums over the row of what every warp has.
+  /// The sums over the row of what every warp has, and the largest value.
   struct Sums {
     double all, above;
+    float value;
   };
-  __device__ __forceinline__ Sums sums_of_row(double of_warp, double above) {
-    if (threadIdx.x % 32 == 0) {
-      s.runs[0][threadIdx.x / 32] = of_warp;
-      s.runs[1][threadIdx.x / 32] = above;
+  __device__ __forceinline__ Sums sums_of_row(const Seen& seen, double of_warp, double above) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const float own = warp_max(fminf(seen.own, kLargest));
+    if (lane == 0) {
+      s.runs[0][warp] = of_warp;
+      s.runs[1][warp] = above;
+      s.pairs[warp].x = own;
     }
     __syncthreads();
-    double sums[2] = {};
+    Sums sums{0.0, 0.0, -INFINITY};
 #pragma unroll 4
     for (int w = 0; w < kWarps; ++w) {
-      sums[0] += s.runs[0][w];
-      sums[1] += s.runs[1][w];
+      sums.all += s.runs[0][w];
+      sums.above += s.runs[1][w];
+      sums.value = fmaxf(sums.value, s.pairs[w].x);
     }
-    cluster.tell(sums[0], sums[1], 0.0);
-    return {cluster.sum(0), cluster.sum(1)};
+    if (cluster.blocks > 1) {
+      cluster.tell(cluster.word_of(sums.all), cluster.word_of(sums.above), key_of(sums.value));
+      sums.all = cluster.sum(0);
+      sums.above = cluster.sum(1);
+#pragma unroll 1
+      for (int r = 0; r < cluster.blocks; ++r)
+        sums.value = fmaxf(sums.value, value_of(static_cast<uint32_t>(cluster.slot(r)[2])));
+    }
+    return sums;
   }
   /// Top-p from a list of the largest, of a row that weighs `total`; kSlowly when it is not enough.
   __device__ __forceinline__ int64_t choose_peaked(const Seen& seen, float most, float top_p, Weight total) {
@@ -472,7 +487,7 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     if (!(top_p < 1.0f)) {
       return choose_summed<kThreads, T, kSeen>(cluster.round, of_warp, most, -kLargest, 0.0f);
     }
-    const double all = sums_of_row(of_warp, 0.0).all;
+    const double all = sums_of_row(seen, of_warp, 0.0).all;
     if (!isfinite(all)) return slowly(most, -kLargest, 0, top_p);
     const int64_t token = choose_peaked(seen, most, top_p, static_cast<Weight>(all));
     return token != kSlowly ? token : slowly(most, -kLargest, 0, top_p);
@@ -491,24 +506,26 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     }
     const Seen seen = bounds.high == INFINITY ? scan_run<kTail, kThreads, T, kSeen>(scale, bounds)
                                               : scan_run<kSplit, kThreads, T, kSeen>(scale, bounds);
-    const Largest largest = largest_of_row(seen, 0);
-    if (largest.value == -INFINITY) return in_one_thread(0);
+    const double above_warp = bounds.high < INFINITY ? this->of_slots(s.above_of) : 0.0;
+    Sums sums = sums_of_row(seen, this->of_slots(s.sums_of), seen.full ? NAN : above_warp);
+    if (sums.value == -INFINITY) return in_one_thread(0);
     const Temperature warmth = temperature();
-    const float most = warmth.warm(largest.value);
-    const double unit = unit_of(seen, largest.value, scale);
-    const double above = bounds.high < INFINITY ? this->of_slots(s.above_of) * unit : 0.0;
-    const Sums sums = sums_of_row(this->of_slots(s.sums_of) * unit, seen.full ? NAN : above);
+    const float most = warmth.warm(sums.value);
+    const double unit = unit_of(seen, sums.value, scale);
+    sums.all *= unit;
+    sums.above *= unit;
     if (!isfinite(sums.all)) return slowly(most, -kLargest, 0, top_p);
     const Weight total = static_cast<Weight>(sums.all), target = top_p_target(top_p, total);
     float cut;
     if (sums.above < static_cast<double>(target) &&
-        cut_items(seen, bounds, largest.value, scale, static_cast<double>(target) - sums.above, cut)) {
+        cut_items(seen, bounds, sums.value, scale, static_cast<double>(target) - sums.above, cut)) {
       const typename Base::Kept kept{most, warmth.warm(cut), s.min_p};
       // min-p has to keep what is above the bound
       if (kept.min_p > 0.0f && sums.above > 0.0 && scaled_exp(warmth.warm(bounds.high) - most) < kept.min_p) {
         return slowly(most, kept.floor, 0, 1.0f);
       }
-      const double of_warp = weigh_items(seen, bounds, scale, cut, kept, warmth) * unit;
+      const double of_warp = kept.min_p > 0.0f ? weigh_items<true>(seen, bounds, scale, cut, kept, warmth)
+                                               : weigh_items<false>(seen, bounds, scale, cut, kept, warmth);
       return choose_summed<kThreads, T, kSeen>(cluster.round, of_warp, most, kept.floor, kept.min_p);
     }
     if (!isnan(rest)) return slowly(most, -kLargest, 0, top_p);
@@ -529,12 +546,14 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     // an item of the upper bound weighs 2^31 there
     const float high = fminf(value, bounds.high);
     const double goal =
-        target *
-        exp2((static_cast<double>(value) - static_cast<double>(high)) * static_cast<double>(scale) - 9.0);
+        target * 0x1p-9 *
+        static_cast<double>(
+            exp2f(static_cast<float>((static_cast<double>(value) - static_cast<double>(high)) * scale)));
     return find_cut<kZero>(cluster, Base::Store::items(), seen.items, bounds.low, high, scale,
                            static_cast<Weight>(ceil(goal)), cut);
   }
   /// What is kept of the warp's slots, to sums_of, and of all together, in units of the reference.
+  template <bool kMinPToo>
   __device__ __forceinline__ double weigh_items(const Seen& seen, const Bounds& bounds, float scale,
                                                 float cut, const typename Base::Kept& kept,
                                                 const Temperature& warmth) const {
@@ -546,14 +565,15 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     for (int slot = 0; slot < slots; ++slot) {
       const int stop = s.items_of[warp][slot];
       float sum = 0.0f;
-#pragma unroll 2
+#pragma unroll 4
       for (int i = first + lane; i < stop; i += 32) {
-        const float x = to_float(items[i]);
-        if (!(x >= cut) || (kept.min_p > 0.0f && kept.weight(warmth.warm(x), kept.most) == 0)) continue;
-        sum += rough_exp2(fmaf(x, scale, -seen.reference));
+        const float x = to_float(items[i]), w = rough_exp2(fmaf(x, scale, -seen.reference));
+        bool keeps = x >= cut;
+        if constexpr (kMinPToo) keeps = keeps && kept.weight(warmth.warm(x), kept.most) > 0;
+        sum += keeps ? w : 0.0f;
       }
       first = stop;
-      double of_slot = warp_total(static_cast<double>(sum));
+      double of_slot = static_cast<double>(warp_total(sum));
       if (bounds.high < INFINITY) of_slot += s.above_of[warp][slot];
       if (lane == 0) s.sums_of[warp][slot] = of_slot;
       all += of_slot;
@@ -593,14 +613,16 @@ __device__ __forceinline__ int64_t choose(const Problem<T>& p) {
   const float* const params = p.params_of_row();
   const float k = params[kTopK], divisor = params[kTemperature], top_p = params[kTopP], min_p = params[kMinP];
   if (threadIdx.x == 0) {
-    const int64_t* const rng = p.rng + 2 * p.row();
-    s.uniform = uniform(rng[0], rng[1]);
     s.divisor = divisor;
     s.min_p = min_p > 0.0f ? fminf(min_p, 1.0f) * 0x1p40f : 0.0f;
     s.queued = s.listed = s.counted = 0;
   }
   __syncthreads();
-  if (p.blocks > 1) cluster_meet();  // nothing is written to a block that has not begun
+  if (p.blocks > 1) cluster_meet();    // nothing is written to a block that has not begun
+  if (threadIdx.x == kThreads - 32) {  // not by the first thread, which has had other things to do
+    const int64_t* const rng = p.rng + 2 * p.row();
+    s.uniform = uniform(rng[0], rng[1]);
+  }
 
   if (!(divisor > 0.0f) || top_p <= 0.0f) return choose_best<kThreads, T, kSeen>();
   const Weight count = k >= 1.0f && k < static_cast<float>(p.n) ? static_cast<Weight>(k) : 0;

@@ -38,16 +38,18 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   const Row<T, kSeen> row;
   Bounds bounds;
   constexpr int N = 16 / sizeof(T);
-  constexpr int kMost = kSampled / N / kThreads;  // vectors of a thread; four lanes have neighbours
+  constexpr int kMost = kSampled / N / kThreads;  // vectors of a thread; sixteen lanes have neighbours
   constexpr int kOwn = kBins / kThreads;          // bins of a thread
   constexpr float kFine = 32.0f;                  // bins to a power of two
+  constexpr float kSure = 3.5f;                   // deviations
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, thread = threadIdx.x;
-  const int length = row.end - row.begin, samples = max(1, kMost / cluster.blocks);
+  const int length = row.end - row.begin, samples = max(1, kMost >> p.log_blocks);
+  const int log_pieces = __ffs(2 * samples) - 1;
   Words<T> sample[kMost];
   float top = -INFINITY;
 #pragma unroll
   for (int q = 0; q < kMost; ++q) {
-    const int v = row.begin + (lane / 4 + 8 * q) * length / (8 * samples) + lane % 4;
+    const int v = row.begin + ((lane / 16 + 2 * q) * length >> log_pieces) + lane % 16;
     sample[q] = q < samples && v >= row.whole && v < min(row.end, row.whole_end)
                     ? Words<T>::load(row.x + row.index(v))
                     : Words<T>::nothing();
@@ -135,18 +137,26 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   const auto estimate = [&](float sum, float square, float deviations) {
     return factor * (sum + deviations * sqrtf(fmaxf(0.0f, square)));
   };
+  const auto most_of_block = [&](float x) {
+    x = warp_max(x);
+    if (lane == 0) s.runs[0][warp] = x;
+    __syncthreads();
+#pragma unroll 1
+    for (int w = 0; w < kThreads / 32; ++w) x = fmaxf(x, static_cast<float>(s.runs[0][w]));
+    return x;
+  };
   float least = 0.999f * rest, most = 1.001f * rest;
   if (isnan(rest)) {
     const float part = 1.0f - top_p;
-    least = part * block_max(estimate(upto.x, upto.y, -4.0f) + (total.x - upto.x));
-    most = total.x * total.x > 100.0f * total.y ? part * estimate(total.x, total.y, 6.0f) : INFINITY;
+    least = part * most_of_block(estimate(upto.x, upto.y, -3.0f) + (total.x - upto.x));
+    most = total.x * total.x > 150.0f * total.y ? part * estimate(total.x, total.y, 6.0f) : INFINITY;
   }
 #pragma unroll
   for (int i = kOwn - 1; i >= 0; --i) {
     // without this bin, what is below it
     const float2 below = {upto.x - own[i].x, upto.y - own[i].y};
-    if (estimate(upto.x, upto.y, -4.0f) >= most) atomicMin(&s.high_bin, kBins - 1 - bin + i);
-    if (estimate(below.x + 6.0f * weight(bin - i), below.y, 4.0f) <= least)
+    if (estimate(upto.x, upto.y, -kSure) >= most) atomicMin(&s.high_bin, kBins - 1 - bin + i);
+    if (estimate(below.x + 4.0f * weight(bin - i), below.y, kSure) <= least)
       atomicMax(&s.low_bin, kBins - 1 - bin + i);
     upto = below;
   }
