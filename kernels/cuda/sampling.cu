@@ -497,7 +497,7 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
   /// `rest`: what weighs less than the top-p, in units of the reference, when a pass before has found that
   /// out. kAgain: there has to be another, and this has found it out.
   __device__ __forceinline__ int64_t choose_nucleus(float scale, float top_p, float rest) {
-    const Bounds bounds = find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, rest);
+    const Bounds bounds = find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, rest, NAN);
     if (cluster.blocks > 1) ++cluster.round;
     if (isnan(bounds.reference)) {
       if (threadIdx.x == 0) s.round = cluster.round;
@@ -518,7 +518,8 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     const Weight total = static_cast<Weight>(sums.all), target = top_p_target(top_p, total);
     float cut;
     if (sums.above < static_cast<double>(target) &&
-        cut_items(seen, bounds, sums.value, scale, static_cast<double>(target) - sums.above, cut)) {
+        (cut_narrowly(seen, bounds, sums, unit, target, scale, top_p, cut) ||
+         cut_items(seen, bounds, sums.value, scale, static_cast<double>(target) - sums.above, cut))) {
       const typename Base::Kept kept{most, warmth.warm(cut), s.min_p};
       // min-p has to keep what is above the bound
       if (kept.min_p > 0.0f && sums.above > 0.0 && scaled_exp(warmth.warm(bounds.high) - most) < kept.min_p) {
@@ -537,6 +538,34 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     }
     __syncthreads();
     return kAgain;
+  }
+  /// cut_items() between bounds that are better, now that the sum of the row is known: what lies above them
+  /// is summed, and little goes through the histograms. For one block a row: a row has few items in each of
+  /// several.
+  __device__ __forceinline__ bool cut_narrowly(const Seen& seen, Bounds bounds, const Sums& sums, double unit,
+                                               Weight target, float scale, float top_p, float& cut) const {
+    if (cluster.blocks > 1) return false;
+    const float rest = static_cast<float>((sums.all - static_cast<double>(target)) / unit);
+    const Bounds narrow =
+        find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, rest, bounds.reference);
+    bounds.low = fmaxf(bounds.low, narrow.low);
+    bounds.high = fminf(bounds.high, narrow.high);
+    const Item* const items = Base::Store::items();
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = threadIdx.x % 32; i < seen.items; i += 32) {
+      const float x = to_float(items[i]), w = rough_exp2(fmaf(x, scale, -seen.reference));
+      sum += x > bounds.high ? w : 0.0f;
+    }
+    sum = warp_total(sum);
+    if (threadIdx.x % 32 == 0) s.runs[0][threadIdx.x / 32] = sum;
+    __syncthreads();
+    double above = 0.0;
+#pragma unroll 4
+    for (int w = 0; w < kWarps; ++w) above += s.runs[0][w];
+    above = sums.above + above * unit;
+    return above < static_cast<double>(target) &&
+           cut_items(seen, bounds, sums.value, scale, static_cast<double>(target) - above, cut);
   }
   /// Finds the smallest logit that top-p keeps among the items, before the temperature. The largest logit of
   /// the row is `value`; what is kept of the items weighs `target`.

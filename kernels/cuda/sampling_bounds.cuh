@@ -14,6 +14,11 @@ __device__ __forceinline__ float round_down(float x) {
   return x;
 }
 
+constexpr float kFine = 32.0f;  // bins to a power of two
+/// Vectors of a sample that a thread has, where a block has the row.
+template <int kThreads, typename T>
+constexpr int kSamplesOf = kSampled* static_cast<int>(sizeof(T)) / 16 / kThreads;
+
 /// Has the first kilobytes of this warp's run brought to L2, as nothing else is read meanwhile.
 template <typename T, bool kSeen>
 __device__ __forceinline__ void prefetch_run(const Row<T, kSeen>& row) {
@@ -27,44 +32,32 @@ __device__ __forceinline__ void prefetch_run(const Row<T, kSeen>& row) {
 #endif
 }
 
-/// Bounds that hold but for a chance in a few hundred, from kSampled logits of the row, before penalties;
-/// NaN where there are none. `rest`: what weighs less than the top-p of the row, in units of the reference;
-/// NaN while it is not known. All threads of the cluster call it.
+/// The sample of the row, counted by bins of logits: the reference of its weights, NaN where there is none.
+/// All threads of the cluster call it.
 template <int kThreads, typename T, bool kSeen>
-__device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, float rest) {
-  const Problem<T>& p = problem<T>();
-  Cluster<kThreads> cluster(p.blocks, round);
+__device__ __forceinline__ float count_sample(Cluster<kThreads>& cluster, const Row<T, kSeen>& row,
+                                              int samples, float scale) {
+  constexpr int N = 16 / sizeof(T), kMost = kSamplesOf<kThreads, T>;
   Shared& s = cluster.s;
-  const Row<T, kSeen> row;
-  Bounds bounds;
-  constexpr int N = 16 / sizeof(T);
-  constexpr int kMost = kSampled / N / kThreads;  // vectors of a thread; sixteen lanes have neighbours
-  constexpr int kOwn = kBins / kThreads;          // bins of a thread
-  constexpr float kFine = 32.0f;                  // bins to a power of two
-  constexpr float kSure = 3.5f;                   // deviations
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, thread = threadIdx.x;
-  const int length = row.end - row.begin, samples = max(1, kMost >> p.log_blocks);
-  const int log_pieces = __ffs(2 * samples) - 1;
+  const int length = row.end - row.begin, log_pieces = __ffs(2 * samples) - 1;
   Words<T> sample[kMost];
   float top = -INFINITY;
 #pragma unroll
   for (int q = 0; q < kMost; ++q) {
+    // sixteen lanes have neighbours
     const int v = row.begin + ((lane / 16 + 2 * q) * length >> log_pieces) + lane % 16;
     sample[q] = q < samples && v >= row.whole && v < min(row.end, row.whole_end)
                     ? Words<T>::load(row.x + row.index(v))
                     : Words<T>::nothing();
   }
-  if (isnan(rest)) prefetch_run(row);
+  prefetch_run(row);
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) s.counts[thread + i * kThreads] = 0;
+  for (int i = 0; i < kBins; i += kThreads) s.counts[i + thread] = 0;
 #pragma unroll
   for (int q = 0; q < kMost; ++q) top = fmaxf(top, largest_of(sample[q]));
   top = warp_max(top);
   if (lane == 0) s.pairs[warp].x = top;
-  if (thread == 0) {
-    s.low_bin = 0;
-    s.high_bin = kBins;
-  }
   __syncthreads();
 #pragma unroll 1
   for (int w = 0; w < kThreads / 32; ++w) top = fmaxf(top, s.pairs[w].x);
@@ -74,7 +67,7 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
     for (int r = 0; r < cluster.blocks; ++r)
       top = fmaxf(top, value_of(static_cast<uint32_t>(cluster.slot(r)[0])));
   }
-  if (!(fabsf(top * scale) < 0x1p22f)) return {NAN, NAN, NAN};
+  if (!(fabsf(top * scale) < 0x1p22f)) return NAN;
   const float reference = reference_of(top, scale);
   // not known to be 1: to count by ones there is another instruction, which is slow where the places differ
   uint32_t one;
@@ -88,7 +81,32 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
       if (bin < kBins - 1.0f) atomicAdd(&s.counts[static_cast<int>(fmaxf(0.0f, bin))], one);
     }
   }
+  return reference;
+}
+
+/// Bounds that hold but for a chance in a few hundred, from a sample of the row before penalties; NaN where
+/// there are none. `rest`: what weighs less than the top-p of the row, in units of the reference; NaN while
+/// it is not known. `reference`: that of a sample which is counted already; NaN: there is none. All threads
+/// of the cluster call it.
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, float rest, float reference) {
+  const Problem<T>& p = problem<T>();
+  Cluster<kThreads> cluster(p.blocks, round);
+  Shared& s = cluster.s;
+  const Row<T, kSeen> row;
+  constexpr int kOwn = kBins / kThreads;  // bins of a thread
+  constexpr float kSure = 3.5f;           // deviations
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, thread = threadIdx.x;
+  const int samples = max(1, kSamplesOf<kThreads, T> >> p.log_blocks);
+  if (isnan(reference)) {
+    reference = count_sample(cluster, row, samples, scale);
+    if (isnan(reference)) return {NAN, NAN, NAN};
+  }
   cluster.barrier();
+  if (thread == 0) {
+    s.low_bin = 0;
+    s.high_bin = kBins;
+  }
   // a thread's bins, the lower logits first
   const int bin = kBins - 1 - kOwn * thread;
   uint32_t counts[kOwn] = {};
@@ -165,6 +183,7 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   const auto edge = [&](int bin) {
     return round_down<T>((reference * kFine - static_cast<float>(bin)) * per);
   };
+  Bounds bounds;
   bounds.low = edge(kBins - s.low_bin);
   bounds.high = s.high_bin >= kBins - 1 ? INFINITY : edge(kBins - 1 - s.high_bin);
   bounds.reference = reference;
