@@ -178,11 +178,10 @@ struct Step {
     read_marks(row, first);
   }
   /// A step that lies inside the row; this lane's first vector is at `from`.
-  __device__ __forceinline__ void read_whole(const Row<T, kSeen>& row, const T* from, int first) {
+  __device__ __forceinline__ void read_whole(const T* from) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i)
       vectors[i] = Words<T>::load(from + 32 * i * (16 / static_cast<int>(sizeof(T))));
-    read_marks(row, first);
   }
   __device__ __forceinline__ void read_marks(const Row<T, kSeen>& row, int first) {
     if constexpr (kSeen) {
@@ -230,10 +229,14 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
     for (; first < stop; first += kStep) {
       const Step<T, kSeen> in = next;
       from += kStep * N;
-      if (first + kStep <= last_whole) {
-        next.read_whole(row, from, first + kStep);
+      if (!kSeen && first + kStep <= last_whole) {
+        next.read_whole(from);
       } else if (first + kStep < row.end) {
-        next.read(Row<T, kSeen>(), first + kStep);
+        // what penalises has all of the row at hand anyway
+        if constexpr (kSeen)
+          next.read(row, first + kStep);
+        else
+          next.read(Row<T, kSeen>(), first + kStep);
       }
       float top = -INFINITY;
       [[maybe_unused]] uint32_t hits = 0;

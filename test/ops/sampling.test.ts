@@ -284,7 +284,7 @@ describe.each(devices())('choosing tokens on %s', (device) => {
         const uneven = gaussian(n, 31, 1.5)
         for (let i = 0; i < n / 8; i++) uneven[i]! += 4
         const twofold = gaussian(n, 32, 1)
-        for (let i = 11; i < n; i += 499) twofold[i]! = 7 + (i % 13) / 4
+        for (let i = 11; i < n; i += 499) twofold[i] = 7 + (i % 13) / 4
         for (const logits of [gaussian(n, 33, 1), gaussian(n, 34, 3), uneven, twofold]) {
           const rounded = await Tensor.from(logits, { device }).to(dtype).floats()
           for (const params of [{ topP: 0.9 }, { topP: 0.8, minP: 0.002, temperature: 1.2 }]) {
