@@ -183,7 +183,7 @@ struct Sampler {
       all = cluster.sum(0);
     }
     double target = s.uniform * all;
-    if (!isfinite(target)) return kSlowly;
+    if (!isfinite(target) || !(all > 0.0)) return kSlowly;
     // the part that the target falls into, the last that weighs anything when roundings put it beyond them
     double sum = 0.0, before = 0.0, weight = 1.0;
     int found = -1;
@@ -729,8 +729,9 @@ cudaError_t launch_threads(const Launch& launch, cudaStream_t stream, int64_t ro
 /// Where more has to be remembered of a row, fewer of them have room.
 template <typename T>
 cudaError_t launch_sample(const Launch& launch, cudaStream_t stream, int64_t rows, const Problem<T>& p) {
+  constexpr int kThreads = sizeof(T) == 2 ? 256 : 512;
   if (p.seen) return launch_threads<512, true>(launch, stream, rows, p);
-  return launch_threads < sizeof(T) == 2 ? 256 : 512, false > (launch, stream, rows, p);
+  return launch_threads<kThreads, false>(launch, stream, rows, p);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ __device__ __forceinline__ float round_down(float x) {
 constexpr float kFine = 32.0f;  // bins to a power of two
 /// Vectors of a sample that a thread has, where a block has the row.
 template <int kThreads, typename T>
-constexpr int kSamplesOf = kSampled* static_cast<int>(sizeof(T)) / 16 / kThreads;
+constexpr int kSamplesOf = kSampled / (16 / static_cast<int>(sizeof(T))) / kThreads;
 
 /// Has the first kilobytes of this warp's run brought to L2, as nothing else is read meanwhile.
 template <typename T, bool kSeen>
