@@ -8,7 +8,8 @@ import { readArray, readNested, type Nested } from './host_data.js'
 import { MemoryView } from './memory_view.js'
 import { copyInto, fillInto } from './ops/layout.js'
 import { sumTo } from './ops/reduce.js'
-import { rethrow, rethrowAsync } from './rethrow.js'
+import { readElements } from './read.js'
+import { rethrow } from './rethrow.js'
 import { checkLengths, contiguousStrides, sizeOf, type Shape } from './shape.js'
 import { readTarget, type MoveTarget } from './target.js'
 import { keep } from './tidy.js'
@@ -97,8 +98,7 @@ export class Tensor extends MemoryView {
   async data(): Promise<TypedArray> {
     const source = noGrad(() => this.contiguous())
     try {
-      const buffer = await rethrowAsync(this.device.native.read(source.handle))
-      return new DTYPES[this.dtype].array(buffer)
+      return await readElements(source)
     } finally {
       if (source !== this) source.dispose()
     }
