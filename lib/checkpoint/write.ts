@@ -125,16 +125,21 @@ async function addSafetensors(
             'What was there before is untouched',
         )
       }
-      await writeAll(file, new Uint8Array(data.buffer, data.byteOffset, data.byteLength))
+      await writeAll(file, data)
       progress.written += data.byteLength
       options.onProgress?.({ writtenBytes: progress.written, totalBytes: progress.total, tensor })
     }
   })
 }
 
-async function writeAll(file: FileHandle, bytes: Uint8Array): Promise<void> {
-  for (let at = 0; at < bytes.length;) {
-    const { bytesWritten } = await file.write(bytes, at, Math.min(bytes.length - at, 1 << 30))
+async function writeAll(
+  file: FileHandle,
+  { buffer, byteOffset, byteLength }: ArrayBufferView,
+): Promise<void> {
+  for (let at = 0; at < byteLength;) {
+    // Node 20 has no Uint8Array of all the bytes where these are 4 GiB or more
+    const piece = new Uint8Array(buffer, byteOffset + at, Math.min(byteLength - at, 1 << 30))
+    const { bytesWritten } = await file.write(piece)
     at += bytesWritten
   }
 }
