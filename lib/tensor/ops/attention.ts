@@ -55,17 +55,20 @@ function checkTokenRows(op: string, name: string, t: Tensor): void {
 /** cos and sin float32 [positions, R / 2] from invFreq float32 [R / 2], both times `scale`. */
 export function ropeTables(invFreq: Tensor, positions: number, scale = 1): { cos: Tensor; sin: Tensor } {
   checkDTypes('ropeTables', 'invFreq', invFreq, 'float32')
-  const shape = [positions, invFreq.size]
-  const cos = Tensor.empty(shape, 'float32', invFreq.device)
-  const sin = Tensor.empty(shape, 'float32', invFreq.device)
-  call('rope_tables', [cos, sin], [invFreq], [scale])
-  return { cos, sin }
+  return withContiguous([invFreq], (frequencies) => {
+    const shape = [positions, invFreq.size]
+    const cos = Tensor.empty(shape, 'float32', invFreq.device)
+    const sin = Tensor.empty(shape, 'float32', invFreq.device)
+    call('rope_tables', [cos, sin], [frequencies], [scale])
+    return { cos, sin }
+  })
 }
 
 /** Positions int32 [tokens] of a ragged batch's query tokens. */
 export function raggedPositions(batch: RaggedBatch, tokens: number): Tensor {
+  const operands = batchOperands('raggedPositions', batch)
   const positions = Tensor.empty([tokens], 'int32', batch.lengths.device)
-  call('ragged_positions', [positions], batchOperands('raggedPositions', batch))
+  call('ragged_positions', [positions], operands)
   return positions
 }
 
@@ -77,12 +80,16 @@ export function rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, int
   checkTokenRows('rope', 'x', x)
   checkDTypes('rope', 'positions', positions, 'int32')
   checkShape('rope', 'positions', positions, [x.shape[0]!])
+  for (const [name, table] of Object.entries({ cos, sin })) checkDTypes('rope', name, table, 'float32')
+  if (cos.ndim !== 2) fail('rope', `cos is ${show(cos.shape)}, it must be [positions, rotated elements / 2]`)
   checkShape('rope', 'sin', sin, cos.shape)
   if (cos.shape[1]! * 2 > x.shape[2]!)
     fail('rope', `tables for ${cos.shape[1]! * 2} rotated elements, heads of ${x.shape[2]}`)
-  const y = Tensor.empty(x.shape, x.dtype, x.device)
-  call('rope', [y], [x, cos, sin, positions], [interleaved ? 1 : 0])
-  return y
+  return withContiguous([cos, sin, positions], (c, s, p) => {
+    const y = Tensor.empty(x.shape, x.dtype, x.device)
+    call('rope', [y], [x, c, s, p], [interleaved ? 1 : 0])
+    return y
+  })
 }
 
 /** Writes k and v [T, KV, D] of the batch's tokens into the caches [blocks, blockLen, KV, D], in place. */
@@ -140,7 +147,12 @@ export function pagedAttention(
   const [blocks, blockLen, kvHeads, valueDim] = valueCache.shape as [number, number, number, number]
   checkShape('pagedAttention', 'keyCache', keyCache, [blocks, blockLen, kvHeads, headDim])
   if (heads % kvHeads !== 0) fail('pagedAttention', `${heads} query heads do not share ${kvHeads} key heads`)
-  const { alibiSlopes, sinks } = options
+  const { alibiSlopes, sinks, window = 0 } = options
+  if (!Number.isSafeInteger(window) || window < 0)
+    fail(
+      'pagedAttention',
+      `the window is ${String(window)}, it must be a whole number of positions; 0: no limit`,
+    )
   for (const [name, t] of Object.entries({ alibiSlopes, sinks })) {
     if (!t) continue
     if (name === 'sinks') checkFloat('pagedAttention', name, t)
@@ -158,7 +170,7 @@ export function pagedAttention(
       [
         options.scale ?? 1 / Math.sqrt(headDim),
         (options.causal ?? true) ? 1 : 0,
-        options.window ?? 0,
+        window,
         options.softcap ?? 0,
         options.roundWeights ? 1 : 0,
       ],

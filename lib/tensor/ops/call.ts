@@ -5,7 +5,7 @@ import { isGradEnabled, withoutGradient } from '../autograd.js'
 import type { Device } from '../device.js'
 import { DTYPES, type DType } from '../dtype.js'
 import { convertError } from '../rethrow.js'
-import type { Tensor } from '../tensor.js'
+import { Tensor } from '../tensor.js'
 
 const ids = new Map(native.ops.map((name, id) => [name, id]))
 
@@ -22,6 +22,7 @@ export function call(
   if (id === undefined) {
     throw new HalfbyteError('ERR_HALFBYTE_UNSUPPORTED', `${op}: this build of the addon does not have the op`)
   }
+  for (const operand of [...outputs, ...inputs]) if (operand) checkTensor(op, 'an operand', operand)
   if (isGradEnabled()) checkGradients(op, outputs, inputs)
   const { device } = outputs.find((t) => t)!
   const written = handles(op, device, outputs)
@@ -67,7 +68,19 @@ export function sameShape(a: readonly number[], b: readonly number[]): boolean {
   return a.length === b.length && a.every((n, i) => n === b[i])
 }
 
+/** Refuses what is no tensor, as an array of numbers is none. */
+export function checkTensor(op: string, name: string, value: unknown): asserts value is Tensor {
+  if (value instanceof Tensor) return
+  const what =
+    value === null || typeof value !== 'object' ? typeof value : value.constructor?.name || 'object'
+  throw new HalfbyteError(
+    'ERR_HALFBYTE_VALUE',
+    `${op}: ${name} must be a Tensor, not ${value === null ? 'null' : what}; Tensor.from() makes one of numbers`,
+  )
+}
+
 export function checkDTypes(op: string, name: string, tensor: Tensor, ...allowed: DType[]): void {
+  checkTensor(op, name, tensor)
   if (!allowed.includes(tensor.dtype)) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_DTYPE',
@@ -77,10 +90,13 @@ export function checkDTypes(op: string, name: string, tensor: Tensor, ...allowed
 }
 
 export function checkFloat(op: string, name: string, tensor: Tensor): void {
+  checkTensor(op, name, tensor)
   if (!DTYPES[tensor.dtype].isFloat) checkDTypes(op, name, tensor, 'float32', 'float16', 'bfloat16')
 }
 
 export function checkSameDType(op: string, a: Tensor, b: Tensor): void {
+  checkTensor(op, 'an operand', a)
+  checkTensor(op, 'an operand', b)
   if (a.dtype !== b.dtype) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_DTYPE',
@@ -90,15 +106,24 @@ export function checkSameDType(op: string, a: Tensor, b: Tensor): void {
 }
 
 export function checkShape(op: string, name: string, tensor: Tensor, shape: readonly number[]): void {
+  checkTensor(op, name, tensor)
   if (!sameShape(tensor.shape, shape)) fail(op, `${name} is ${show(tensor.shape)}, it must be ${show(shape)}`)
 }
 
 export function checkContiguous(op: string, name: string, tensor: Tensor): void {
+  checkTensor(op, name, tensor)
   if (!tensor.isContiguous) fail(op, `${name} ${show(tensor.shape)} is not contiguous; call contiguous()`)
+}
+
+/** Refuses to write to one place for several elements, as those that expand() repeats are. */
+export function checkDistinct(op: string, y: Tensor): void {
+  if (y.size > 0 && y.shape.some((length, d) => length > 1 && y.strides[d] === 0))
+    fail(op, `${y.toString()} repeats elements, as expand() does; it cannot be written to`)
 }
 
 /** Runs `body` with contiguous versions of the operands and frees the copies that had to be made. */
 export function withContiguous<T>(operands: readonly Tensor[], body: (...contiguous: Tensor[]) => T): T {
+  for (const t of operands) checkTensor('ops', 'an operand', t)
   const made = operands.map((t) => t.contiguous())
   try {
     return body(...made)

@@ -4,6 +4,7 @@ import type { Shape } from '../shape.js'
 import { Tensor } from '../tensor.js'
 import {
   call,
+  checkDistinct,
   checkDTypes,
   checkFloat,
   checkSameDType,
@@ -29,8 +30,8 @@ function broadcastShape(op: string, a: Shape, b: Shape): Shape {
 const BINARY = { add: 0, sub: 1, mul: 2, div: 3, min: 4, max: 5 } as const
 
 function binary(op: keyof typeof BINARY, a: Tensor, b: Tensor | number): Tensor {
-  const other = typeof b === 'number' ? Tensor.full([], b, a.dtype, a.device) : b
   checkDTypes(op, 'a', a, 'float32', 'float16', 'bfloat16', 'int32')
+  const other = typeof b === 'number' ? Tensor.full([], b, a.dtype, a.device) : b
   checkSameDType(op, a, other)
   const shape = broadcastShape(op, a.shape, other.shape)
   const forward = () => {
@@ -98,6 +99,7 @@ export const maximum = (a: Tensor, b: Tensor | number): Tensor => binary('max', 
 /** a += b in place, a contiguous; for counters that live on the device. */
 export function addInto(a: Tensor, b: Tensor): Tensor {
   checkSameDType('addInto', a, b)
+  checkDistinct('addInto', a)
   const right = b.expand(...a.shape)
   try {
     call('binary', [a], [a, right], [BINARY.add])
@@ -136,7 +138,8 @@ export function gatedActivation(gate: Tensor, up: Tensor, act: Activation): Tens
   checkSameDType('gatedActivation', gate, up)
   checkShape('gatedActivation', 'up', up, gate.shape)
   const y = Tensor.empty(gate.shape, gate.dtype, gate.device)
-  if (gate.ndim === 2 && gate.strides[1] === 1 && up.strides[1] === 1) {
+  // rows of one element, which may lie apart, are none
+  if (gate.ndim === 2 && gate.shape[1] !== 1 && gate.strides[1] === 1 && up.strides[1] === 1) {
     call('gated_activation', [y], [gate, up], [ACTIVATIONS[act]])
     return y
   }

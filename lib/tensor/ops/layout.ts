@@ -3,9 +3,11 @@ import { needsGrad, record } from '../autograd.js'
 import { Tensor } from '../tensor.js'
 import {
   call,
+  checkDistinct,
   checkDTypes,
   checkFloat,
   checkSameDType,
+  checkTensor,
   fail,
   sameShape,
   show,
@@ -14,12 +16,16 @@ import {
 
 /** y[...] = value. */
 export function fillInto(y: Tensor, value: number): Tensor {
+  checkTensor('fill', 'y', y)
   call('fill', [y], [], [value])
   return y
 }
 
 /** y[...] = x[...] converted to y's dtype; one shape, any strides. */
 export function copyInto(y: Tensor, x: Tensor): Tensor {
+  checkTensor('copy', 'y', y)
+  checkTensor('copy', 'x', x)
+  checkDistinct('copy', y)
   if (!sameShape(y.shape, x.shape)) fail('copy', `from ${show(x.shape)} into ${show(y.shape)}`)
   call('copy', [y], [x])
   return y
@@ -39,11 +45,15 @@ export function gatherRows(table: Tensor, ids: Tensor): Tensor {
 
 /** Joins tensors of one dtype along a dimension. */
 export function concat(tensors: readonly Tensor[], dim = 0): Tensor {
-  const first = tensors[0] ?? fail('concat', 'no tensors')
+  if (tensors.length === 0) fail('concat', 'no tensors')
+  const first = tensors[0]!
+  checkTensor('concat', 'an operand', first)
   const d = dim < 0 ? dim + first.ndim : dim
+  if (!Number.isInteger(d) || d < 0 || d >= first.ndim)
+    fail('concat', `${first.toString()} has no dimension ${String(dim)}`)
   for (const t of tensors) {
     checkSameDType('concat', first, t)
-    if (!sameShape(t.shape.with(d, 0), first.shape.with(d, 0))) {
+    if (t.ndim !== first.ndim || !sameShape(t.shape.with(d, 0), first.shape.with(d, 0))) {
       fail('concat', `${show(t.shape)} and ${show(first.shape)} along dimension ${d}`)
     }
   }

@@ -8,6 +8,7 @@ import {
   checkDTypes,
   checkFloat,
   checkShape,
+  checkTensor,
   fail,
   rowsAndCols,
   show,
@@ -53,6 +54,7 @@ export function bestLayout4(device: Device, n: number, k: number, blocksize: num
 
 /** Refuses a packed weight whose parts do not fit it. */
 export function checkPacked(op: string, w: Packed4): void {
+  for (const name of ['codes', 'absmax'] as const) checkTensor(op, name, (w as Packed4 | undefined)?.[name])
   checkBlocksize(op, w.blocksize)
   if (!Object.hasOwn(QUANT_TYPES, w.quantType)) badQuantType(op, w.quantType)
   const blocks = Math.ceil((w.n * w.k) / w.blocksize)

@@ -1,5 +1,14 @@
 import { Tensor } from '../tensor.js'
-import { call, checkDTypes, checkFloat, checkShape, fail, show, withContiguous } from './call.js'
+import {
+  call,
+  checkContiguous,
+  checkDTypes,
+  checkFloat,
+  checkShape,
+  fail,
+  show,
+  withContiguous,
+} from './call.js'
 
 /** float32 [R]: -log softmax(logits[r])[targets[r]] for logits [R, V]; a negative target gives 0. */
 export function crossEntropy(logits: Tensor, targets: Tensor): Tensor {
@@ -17,7 +26,7 @@ export function crossEntropy(logits: Tensor, targets: Tensor): Tensor {
 /** int32 [...]: index of the largest element along the last dimension, the lowest on ties. */
 export function argmax(x: Tensor): Tensor {
   checkFloat('argmax', 'x', x)
-  if (x.shape.at(-1) === 0) fail('argmax', `${show(x.shape)} has nothing to choose from`)
+  if (!x.shape.at(-1)) fail('argmax', `${show(x.shape)} has nothing to choose from`)
   return withContiguous([x], (input) => {
     const y = Tensor.empty(x.shape.slice(0, -1), 'int32', x.device)
     call('argmax', [y], [input])
@@ -47,13 +56,15 @@ export function sample(logits: Tensor, state: SampleState): Tensor {
   checkShape('sample', 'params', state.params, [sequences, 5])
   checkDTypes('sample', 'rng', state.rng, 'int64')
   checkShape('sample', 'rng', state.rng, [sequences, 2])
+  checkContiguous('sample', 'rng', state.rng)
   if (state.seen) {
     checkDTypes('sample', 'seen', state.seen, 'uint8')
     checkShape('sample', 'seen', state.seen, [sequences, vocabulary])
+    checkContiguous('sample', 'seen', state.seen)
   }
-  return withContiguous([logits], (x) => {
+  return withContiguous([logits, state.params], (x, params) => {
     const tokens = Tensor.empty([sequences], 'int32', logits.device)
-    call('sample', [tokens, state.rng, state.seen], [x, state.params])
+    call('sample', [tokens, state.rng, state.seen], [x, params])
     return tokens
   })
 }
