@@ -11,7 +11,7 @@
 import { HalfbyteError } from '../errors.js'
 import type { Shape } from './shape.js'
 import type { Tensor } from './tensor.js'
-import { keep } from './tidy.js'
+import { keep, refusePromise } from './tidy.js'
 
 /** How the gradient of one input of an op is made. */
 export interface Gradient {
@@ -50,10 +50,7 @@ export function noGrad<T>(fn: () => T): T {
   enabled = false
   try {
     const result = fn()
-    if (result instanceof Promise) {
-      result.catch(() => {})
-      throw new TypeError('noGrad: the function must be synchronous')
-    }
+    refusePromise('noGrad', result)
     return result
   } finally {
     enabled = before

@@ -4,6 +4,7 @@ import { native, type NativeDevice, type NativeGraph } from '../native.js'
 import { emitWarning } from '../warning.js'
 import { cudaError, cudaProblem, standardDevice } from './cuda.js'
 import { rethrow, rethrowAsync } from './rethrow.js'
+import { refusePromise } from './tidy.js'
 import { watchWrites, type Writes } from './writes.js'
 
 export interface MemoryUsage {
@@ -56,7 +57,7 @@ export class Device {
     rethrow(() => this.native.beginCapture())
     let writes: ReadonlySet<Writes>
     try {
-      writes = watchWrites(fn)
+      writes = watchWrites(() => refusePromise('capture', fn()))
     } catch (error) {
       rethrow(() => this.native.endCapture()).dispose()
       throw error

@@ -44,6 +44,16 @@ export function readArray(
   return { dtype, shape }
 }
 
+/** Whether the lists of each level are as long as the first of them. */
+function isRegular(data: Nested, shape: Shape, level = 0): boolean {
+  if (level === shape.length) return !Array.isArray(data)
+  return (
+    Array.isArray(data) &&
+    data.length === shape[level] &&
+    (data as readonly Nested[]).every((part) => isRegular(part, shape, level + 1))
+  )
+}
+
 /** Numbers, nested to give the shape, as an array for a tensor of `dtype`; as float32 where that is a 16-bit float. */
 export function readNested(data: Nested, dtype: DType): { array: TypedArray; shape: Shape } {
   const shape: number[] = []
@@ -52,12 +62,18 @@ export function readNested(data: Nested, dtype: DType): { array: TypedArray; sha
     if (level.length === 0) break
   }
   const flat = (Array.isArray(data) ? data.flat(Infinity) : [data]) as number[]
-  if (flat.length !== sizeOf(shape) || flat.some((x) => typeof x !== 'number' && typeof x !== 'boolean')) {
+  const isNumber = (x: unknown) => typeof x === 'number' || typeof x === 'boolean'
+  if (flat.length !== sizeOf(shape) || !isRegular(data, shape) || !flat.every(isNumber)) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_SHAPE',
       'Tensor.from: the nested arrays are ragged or hold other than numbers',
     )
   }
+  const odd = DTYPES[checkDType(dtype, 'Tensor.from')].isFloat
+    ? undefined
+    : flat.find((x) => !Number.isFinite(Number(x)))
+  if (odd !== undefined)
+    throw new HalfbyteError('ERR_HALFBYTE_VALUE', `Tensor.from: ${dtype} has no value for ${odd}`)
   if (dtype === 'int64') {
     return { array: BigInt64Array.from(flat, (x) => BigInt(Math.trunc(Number(x)))), shape }
   }
@@ -65,6 +81,5 @@ export function readNested(data: Nested, dtype: DType): { array: TypedArray; sha
     return { array: Float32Array.from(flat, Number), shape }
   }
   const integers = { int8: Int8Array, uint8: Uint8Array, int32: Int32Array }[dtype]
-  if (!integers) checkDType(dtype, 'Tensor.from')
   return { array: new integers(flat.map(Number)), shape }
 }

@@ -1,3 +1,4 @@
+import { HalfbyteError } from '../errors.js'
 import type { MemoryView } from './memory_view.js'
 import type { Tensor } from './tensor.js'
 
@@ -22,6 +23,16 @@ function* tensorsIn(value: unknown, depth = 0): Generator<Tensor> {
   }
 }
 
+/** @internal What queues work must be synchronous: what an async function does later is not part of it any more. */
+export function refusePromise(where: string, result: unknown): void {
+  if (typeof (result as PromiseLike<unknown> | null | undefined)?.then !== 'function') return
+  ;(result as PromiseLike<unknown>).then(undefined, () => {}) // it goes on, without what was taken from it
+  throw new HalfbyteError(
+    'ERR_HALFBYTE_USAGE',
+    `${where}: the function must be synchronous; await what it needs before, and what it made after`,
+  )
+}
+
 /**
  * Runs `fn` and disposes every tensor made in it but those it returns (alone, or in arrays and plain objects), which
  * pass to the scope outside. `fn` is synchronous: ops are queued, so nothing has to be awaited inside.
@@ -31,7 +42,7 @@ export function tidy<T>(fn: () => T): T {
   scopes.push(scope)
   try {
     const result = fn()
-    if (result instanceof Promise) throw new TypeError('tidy: the function must be synchronous')
+    refusePromise('tidy', result)
     for (const tensor of tensorsIn(result)) {
       if (scope.delete(tensor)) scopes.at(-2)?.add(tensor)
     }

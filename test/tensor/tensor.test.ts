@@ -39,6 +39,35 @@ describe.each(devices())('tensors on %s', (on) => {
       expect(await t.data()).toEqual(count(1000))
     })
 
+    it.each<[string, unknown]>([
+      [
+        'rows of 3, 4 and 2',
+        [
+          [1, 2, 3],
+          [4, 5, 6, 7],
+          [8, 9],
+        ],
+      ],
+      [
+        'a number that is a list',
+        [
+          [1, [2]],
+          [3, 4],
+        ],
+      ],
+      ['a list among numbers', [1, [2]]],
+      ['a hole', [1, , 3]], // eslint-disable-line no-sparse-arrays -- it is what is tested
+    ])('refuses %s', (_, data) => {
+      expect(codeOf(() => Tensor.from(data as number[], options))).toBe('ERR_HALFBYTE_SHAPE')
+    })
+
+    it('refuses an integer that is none', () => {
+      for (const dtype of ['int8', 'uint8', 'int32', 'int64'] as const) {
+        for (const x of [NaN, Infinity])
+          expect(codeOf(() => Tensor.from([1, x], { dtype, device: on }))).toBe('ERR_HALFBYTE_VALUE')
+      }
+    })
+
     it('takes nested numbers', async () => {
       using a = Tensor.from(
         [
@@ -280,6 +309,19 @@ describe.each(devices())('tensors on %s', (on) => {
       ).toThrow('no')
       expect(() => tidy(() => Promise.resolve(made.push(make(2))))).toThrow('synchronous')
       expect(made.map((t) => t.disposed)).toEqual([true, true])
+    })
+
+    it("refuses an async function, whose failure later on is nobody's", async () => {
+      const later = async () => {
+        const t = make(2)
+        await Promise.resolve()
+        ops.add(t, 1)
+      }
+      expect(codeOf(() => tidy(later))).toBe('ERR_HALFBYTE_USAGE')
+      expect(codeOf(() => on.capture(later as () => void))).toBe('ERR_HALFBYTE_USAGE')
+      await new Promise(setImmediate)
+      using sum = ops.add(make(2), 1)
+      expect(await sum.data()).toEqual(Float32Array.of(1, 2))
     })
   })
 
