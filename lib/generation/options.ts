@@ -76,6 +76,13 @@ function inRange(name: string, value: number, low: number, high: number, whole =
   return value
 }
 
+/** true, false, or not given. */
+function flag(name: string, value: boolean | null | undefined): boolean | undefined {
+  if (value !== undefined && value !== null && typeof value !== 'boolean')
+    fail(`${name} is ${shown(value)}, it must be true or false`)
+  return value ?? undefined
+}
+
 const KNOWN: readonly (keyof GenerateOptions)[] = [
   'maxNewTokens',
   'maxLength',
@@ -105,8 +112,16 @@ export function readSettings(
   const problem = unknownName(options, KNOWN, 'option') ?? wrongHandler(options)
   if (problem !== undefined) fail(problem)
   const eos = options.eosTokenId === undefined ? defaults.eosTokenIds : (options.eosTokenId ?? [])
+  if (typeof eos !== 'number' && typeof (eos as Iterable<number>)[Symbol.iterator] !== 'function')
+    fail(`eosTokenId is ${shown(eos)}, it must be a token id or a list of them`)
   const ids = typeof eos === 'number' ? [eos] : eos
   for (const id of ids) inRange('eosTokenId', id, 0, Infinity, true)
+  flag('skipSpecialTokens', options.skipSpecialTokens)
+  const tokenizer: unknown = options.tokenizer ?? undefined
+  if (tokenizer !== undefined && typeof (tokenizer as Partial<Tokenizer>).encode !== 'function')
+    fail(
+      `tokenizer is ${shown(tokenizer)}, it must be a Tokenizer, as AutoTokenizer.fromPretrained() gives it`,
+    )
   const stops = options.stopStrings ?? []
   return {
     sampling: readSampling(options, defaults),
@@ -117,20 +132,23 @@ export function readSettings(
   }
 }
 
+/** Below this temperature logits leave float32 when they are divided by it, and would all be equal. */
+const COLD = 1e-30
+
 function readSampling(options: GenerateOptions, defaults: GenerationDefaults): Sampling {
   const given = [options.temperature, options.topK, options.topP, options.minP].some(
-    (value) => value !== undefined,
+    (value) => (value ?? undefined) !== undefined,
   )
   const temperature = inRange('temperature', options.temperature ?? defaults.temperature ?? 1, 0, Infinity)
-  const doSample = options.doSample ?? (given || (defaults.doSample ?? false))
+  const doSample = flag('doSample', options.doSample) ?? (given || (defaults.doSample ?? false))
   const seed = options.seed ?? Math.floor(Math.random() * 2 ** 48)
   if (!Number.isSafeInteger(seed)) fail(`seed is ${shown(seed)}, it must be a whole number`)
   const repetitionPenalty = options.repetitionPenalty ?? defaults.repetitionPenalty ?? 1
-  if (!(repetitionPenalty > 0) || repetitionPenalty === Infinity) {
+  if (typeof repetitionPenalty !== 'number' || !(repetitionPenalty > 0) || repetitionPenalty === Infinity) {
     fail(`repetitionPenalty is ${shown(repetitionPenalty)}, it must be a number above 0`)
   }
   return {
-    greedy: !doSample || temperature === 0,
+    greedy: !doSample || temperature < COLD,
     temperature,
     topK: inRange('topK', options.topK ?? defaults.topK ?? 0, 0, Infinity, true),
     topP: inRange('topP', options.topP ?? defaults.topP ?? 1, 0, 1),

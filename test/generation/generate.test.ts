@@ -13,6 +13,9 @@ import { allocatedMemory, baselineMemory } from '../support/memory'
 
 const PROMPT = 'def read_file(path):'
 
+/** Options as JavaScript may give them. */
+const wrong = (options: Record<string, unknown>) => options as GenerateOptions
+
 describe.each(devices())('generating on %s', (device) => {
   let model: CausalLM
   let ids: number[]
@@ -167,7 +170,9 @@ describe.each(devices())('generating on %s', (device) => {
     const { tokenIds } = await model.generate(PROMPT, { maxNewTokens: 10 })
     for (const options of [
       { temperature: 0 },
+      { temperature: 1e-40, seed: 1 },
       { topK: 1 },
+      wrong({ topK: null, topP: null, doSample: null }),
       { topP: 1e-9 },
       { minP: 1 },
       { doSample: false, temperature: 2 },
@@ -296,6 +301,18 @@ describe.each(devices())('generating on %s', (device) => {
     ['a maxLength below the prompt', 'import os', { maxLength: 1 }, 'VALUE', /maxLength 1 leaves no room/],
     ['a penalty of 0', 'x', { repetitionPenalty: 0 }, 'VALUE', /repetitionPenalty is 0/],
     ['half a seed', 'x', { seed: 0.5 }, 'VALUE', /seed is 0.5/],
+    ['a penalty in words', 'x', wrong({ repetitionPenalty: '1.2' }), 'VALUE', /repetitionPenalty is "1.2"/],
+    [
+      'doSample in words',
+      'x',
+      wrong({ doSample: 'false' }),
+      'VALUE',
+      /doSample is "false", .* true or false/,
+    ],
+    ['skipping in words', 'x', wrong({ skipSpecialTokens: 'no' }), 'VALUE', /skipSpecialTokens is "no"/],
+    ['an end that is no token', 'x', wrong({ eosTokenId: {} }), 'VALUE', /eosTokenId is \[object Object\]/],
+    ['an end that is true', 'x', wrong({ eosTokenId: true }), 'VALUE', /eosTokenId is true/],
+    ['a tokenizer that is none', 'x', wrong({ tokenizer: 'gpt2' }), 'VALUE', /tokenizer is "gpt2"/],
     ['an empty stop string', 'x', { stopStrings: '' }, 'VALUE', /stopStrings: ""/],
     [
       'a misspelt option',
