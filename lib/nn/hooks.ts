@@ -45,6 +45,8 @@ export function markSpread(model: Module): void {
 
 /** ERR_HALFBYTE_USAGE for a model whose modules run where a device map has put them: others in their place would not. */
 export function refuseSpread(model: Module, what: string, remedy: string): void {
+  if (typeof (model as Partial<Module> | null | undefined)?.modules !== 'function')
+    throw new HalfbyteError('ERR_HALFBYTE_VALUE', `${what}: the model must be a Module, not ${String(model)}`)
   if (!model.modules().some((module) => spread.has(module))) return
   throw new HalfbyteError('ERR_HALFBYTE_USAGE', `${what}: a device map has spread this model; ${remedy}`)
 }

@@ -110,6 +110,13 @@ export async function loadStateDict(
   state: ReadonlyMap<string, Tensor>,
   strict: boolean,
 ): Promise<LoadStateDictResult> {
+  if (typeof (state as Partial<typeof state> | null | undefined)?.get !== 'function') {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_STATE_DICT',
+      'loadStateDict: a Map of tensors by name is needed, as stateDict() gives it; ' +
+        'new Map(Object.entries(tensors)) makes one of an object',
+    )
+  }
   root.namePaths()
   const modules = new Map(places(root))
   const parts = new Map([...modules.keys()].map((path) => [path, new Map<string, Tensor>()]))

@@ -8,10 +8,12 @@ import {
   Parameter,
   Sequential,
   Tensor,
+  dequantize,
   device,
   manualSeed,
   nn,
   onMeta,
+  replaceWithQuantizedLinear,
   tidy,
 } from '../../lib/index.js'
 import { rejection, thrown } from '../support/errors.js'
@@ -50,6 +52,32 @@ class Net extends Module {
     return x
   }
 }
+
+describe('what is none', () => {
+  const wrong = [undefined, null, 3, 'x', {}] as never[]
+  const layer = () => new Linear(2, 2, { device: 'cpu' })
+
+  it('of a place to move to', () => {
+    for (const target of [undefined, null, 0, true, 3n] as never[])
+      expect(thrown(() => layer().to(target)).message).toContain('neither a dtype nor a device')
+  })
+
+  it('of a model', () => {
+    for (const model of wrong) {
+      const config = { loadIn4bit: true }
+      expect(thrown(() => replaceWithQuantizedLinear(model, config)).message).toContain('must be a Module')
+      expect(thrown(() => dequantize(model)).code).toBe('ERR_HALFBYTE_VALUE')
+    }
+  })
+
+  it('of a state dict', async () => {
+    for (const state of [...wrong, [1], { weight: Tensor.zeros([2, 2], 'float32', 'cpu') } as never]) {
+      const error = await rejection(layer().loadStateDict(state))
+      expect(error.code).toBe('ERR_HALFBYTE_STATE_DICT')
+      expect(error.message).toContain('new Map(Object.entries(tensors))')
+    }
+  })
+})
 
 describe('Module', () => {
   const names = [
