@@ -15,6 +15,7 @@ function join(prefix: string, name: string): string {
 
 /** The tree below a module. A list of modules in a property is a node of its own, as in Python. */
 export function moduleTree(module: Module, path = ''): ModuleNode {
+  if (path === '') module.namePaths() // refuses a tree that is none
   const children = new Map<string, ModuleNode>()
   for (const [name, child] of module.namedChildren()) {
     const [first, ...rest] = name.split('.')

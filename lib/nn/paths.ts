@@ -1,4 +1,5 @@
 /** Dotted paths in a tree of modules. */
+import { HalfbyteError } from '../errors.js'
 import type { Module } from './module.js'
 import type { Parameter } from './parameter.js'
 
@@ -8,9 +9,20 @@ export function join(prefix: string, name: string): string {
 }
 
 /** Every place of every module, parents first: one that is in two places comes twice. */
-export function* places(root: Module, prefix = ''): IterableIterator<[string, Module]> {
+export function* places(
+  root: Module,
+  prefix = '',
+  above: readonly Module[] = [],
+): IterableIterator<[string, Module]> {
+  if (above.includes(root)) {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_USAGE',
+      `${prefix} is the ${root.constructor.name} that it is a part of; a property that begins with _ is no child`,
+    )
+  }
   yield [prefix, root]
-  for (const [name, child] of root.namedChildren()) yield* places(child, join(prefix, name))
+  const path = [...above, root]
+  for (const [name, child] of root.namedChildren()) yield* places(child, join(prefix, name), path)
 }
 
 /** Parameters or buffers by full name; with `once`, tied ones by their first. */

@@ -1,8 +1,21 @@
 /** A tree of modules as text, as Python prints it: what `console.log(model)` shows. */
 import type { Module } from './module.js'
 
-/** Children that are alike and follow one another are one entry: (0-3): 4 x DecoderLayer(...). */
+/** Those that are being printed: a module that is among them is a part of itself. */
+const printing = new Set<Module>()
+
 export function treeText(module: Module): string {
+  if (printing.has(module)) return `${module.constructor.name}(...)`
+  printing.add(module)
+  try {
+    return textOf(module)
+  } finally {
+    printing.delete(module)
+  }
+}
+
+/** Children that are alike and follow one another are one entry: (0-3): 4 x DecoderLayer(...). */
+function textOf(module: Module): string {
   const runs: { names: string[]; text: string }[] = []
   for (const [name, child] of module.namedChildren()) {
     const text = child.toString()

@@ -117,6 +117,7 @@ export function replaceWithQuantizedLinear(
     'replaceWithQuantizedLinear',
     'load it again with the map and a quantizationConfig, or quantise it before dispatchModel()',
   )
+  model.namePaths() // refuses a tree that is none before anything is replaced
   const settings = config instanceof BitsAndBytesConfig ? config : new BitsAndBytesConfig(config)
   const further: unknown = options.modulesToNotConvert ?? []
   if (!Array.isArray(further) || !further.every((entry) => typeof entry === 'string')) {

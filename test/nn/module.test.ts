@@ -10,6 +10,7 @@ import {
   Tensor,
   dequantize,
   device,
+  dispatchModel,
   manualSeed,
   nn,
   onMeta,
@@ -53,6 +54,28 @@ class Net extends Module {
   }
 }
 
+it('a module that is a part of itself says where, and can be printed', async () => {
+  class Part extends Module {
+    layer = new Linear(2, 2, { device: 'cpu' })
+    parent?: Module
+    forward() {}
+  }
+  class Whole extends Module {
+    parts = [new Part(), new Part()]
+    forward() {}
+  }
+  const whole = new Whole()
+  whole.parts[1]!.parent = whole
+  const error = await rejection(whole.stateDict())
+  expect(error.code).toBe('ERR_HALFBYTE_USAGE')
+  expect(error.message).toContain('parts.1.parent is the Whole that it is a part of')
+  expect(thrown(() => replaceWithQuantizedLinear(whole, { loadIn4bit: true })).code).toBe(error.code)
+  expect(thrown(() => dispatchModel(whole, { '': 'cpu' })).code).toBe(error.code)
+  expect(whole.parts[0]!.layer.weight.dtype).toBe('float32')
+  expect(String(whole)).toContain('(parent): Whole(...)')
+  expect(whole.numParameters()).toBe(12)
+})
+
 describe('what is none', () => {
   const wrong = [undefined, null, 3, 'x', {}] as never[]
   const layer = () => new Linear(2, 2, { device: 'cpu' })
@@ -71,7 +94,11 @@ describe('what is none', () => {
   })
 
   it('of a state dict', async () => {
-    for (const state of [...wrong, [1], { weight: Tensor.zeros([2, 2], 'float32', 'cpu') } as never]) {
+    for (const state of [
+      ...wrong,
+      [1] as never,
+      { weight: Tensor.zeros([2, 2], 'float32', 'cpu') } as never,
+    ]) {
       const error = await rejection(layer().loadStateDict(state))
       expect(error.code).toBe('ERR_HALFBYTE_STATE_DICT')
       expect(error.message).toContain('new Map(Object.entries(tensors))')
