@@ -15,6 +15,7 @@ import {
   type Packed4,
   type QuantType,
 } from '../tensor/ops.js'
+import { checkTensor } from '../tensor/ops/call.js'
 import { Tensor } from '../tensor/tensor.js'
 import { streamsInPlace } from './hooks.js'
 import { kaimingUniform } from './init.js'
@@ -110,6 +111,7 @@ export class Linear4bit extends QuantizedLinear {
 
   /** @internal The dtype to compute in. A first input may fix it. */
   computeDtypeFor(x: Tensor): DType {
+    checkTensor('Linear4bit', 'x', x)
     if (this.computeDtype === null && x.dtype !== 'float16' && DTYPES[x.dtype].isFloat) {
       this.computeDtype = x.dtype
     }
