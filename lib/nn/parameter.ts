@@ -7,7 +7,7 @@ import { HalfbyteError } from '../errors.js'
 import { noGrad } from '../tensor/autograd.js'
 import { device as toDevice, type Device, type DeviceLike } from '../tensor/device.js'
 import { checkDType, DTYPES, type DType } from '../tensor/dtype.js'
-import { sizeOf, type Shape } from '../tensor/shape.js'
+import { checkLengths, sizeOf, type Shape } from '../tensor/shape.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { keep } from '../tensor/tidy.js'
 import { firstValues, type Init } from './init.js'
@@ -96,6 +96,7 @@ export class Parameter implements Disposable {
   #refusal: string | undefined
 
   constructor(shape: Shape, options: ParameterOptions = {}) {
+    checkLengths(shape, 'Parameter')
     this.shape = [...shape]
     this.numel = options.numel ?? sizeOf(shape)
     const { meta, dtype, device } = place(options)

@@ -33,8 +33,8 @@ export function readArray(
       `Tensor.from: ${dtype} is read from a ${array.name}, not from a ${(data as object).constructor.name}`,
     )
   }
+  checkLengths(wanted.shape ?? [data.length], 'Tensor.from')
   const shape = [...(wanted.shape ?? [data.length])]
-  checkLengths(shape, 'Tensor.from')
   if (sizeOf(shape) !== data.length) {
     throw new HalfbyteError(
       'ERR_HALFBYTE_SHAPE',

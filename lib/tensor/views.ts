@@ -68,6 +68,7 @@ export function permuted(tensor: Viewed, order: readonly number[]): Place & { di
 }
 
 export function expanded(tensor: Viewed, shape: Shape): Place {
+  checkLengths(shape, `expand of ${tensor.toString()}`)
   const lead = shape.length - tensor.shape.length
   const refusal = () =>
     new HalfbyteError(

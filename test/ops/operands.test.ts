@@ -29,6 +29,10 @@ describe('what is no tensor is refused by name', () => {
       (codes) =>
         ops.linear4bit(t([1, 2]), { codes, absmax: t([1]), quantType: 'nf4', blocksize: 64, n: 1, k: 2 }),
     ],
+    ['Linear4bit', (bad) => new nn.Linear4bit(64, 2, { device: 'cpu' }).forward(bad)],
+    ['Linear8bit', (bad) => new nn.Linear8bit(64, 2, { device: 'cpu' }).forward(bad)],
+    ['Embedding', (bad) => new nn.Embedding(4, 2, { device: 'cpu' }).forward(bad)],
+    ['LayerNorm', (bad) => new nn.LayerNorm(4, { device: 'cpu' }).forward(bad)],
     ['Linear', (bad) => new nn.Linear(2, 2, { device: 'cpu' }).forward(bad)],
   ]
   it.each(calls)('%s', (_, call) => {

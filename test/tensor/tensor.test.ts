@@ -1,4 +1,4 @@
-import { device, devices, keep, ops, Tensor, tidy } from '../../lib/index'
+import { device, devices, keep, nn, ops, Tensor, tidy } from '../../lib/index'
 import type { DType, TypedArray } from '../../lib/index'
 import { rejection, thrown } from '../support/errors'
 
@@ -59,6 +59,15 @@ describe.each(devices())('tensors on %s', (on) => {
       ['a hole', [1, , 3]], // eslint-disable-line no-sparse-arrays -- it is what is tested
     ])('refuses %s', (_, data) => {
       expect(codeOf(() => Tensor.from(data as number[], options))).toBe('ERR_HALFBYTE_SHAPE')
+    })
+
+    it('refuses what is no shape', () => {
+      for (const shape of [5, 'x', [-1], [0.5], [2 ** 60], [1, 1, 1, 1, 1, 1, 1]] as number[][]) {
+        expect(codeOf(() => Tensor.from([1], { shape, device: on }))).toBe('ERR_HALFBYTE_SHAPE')
+        expect(codeOf(() => Tensor.empty(shape, 'float32', on))).toBe('ERR_HALFBYTE_SHAPE')
+        expect(codeOf(() => new nn.Parameter(shape))).toBe('ERR_HALFBYTE_SHAPE')
+      }
+      expect(codeOf(() => make(1, 3).expand(-1, 3))).toBe('ERR_HALFBYTE_SHAPE')
     })
 
     it('refuses an integer that is none', () => {
