@@ -64,6 +64,57 @@ describe('elements that expand() repeats', () => {
   })
 })
 
+describe.each(devices())('parts of one tensor on %s', (on) => {
+  // enough for several threads
+  const n = 300_000
+  const numbers = () =>
+    Tensor.from(
+      Float32Array.from({ length: n }, (_, i) => i % 1000),
+      { device: on },
+    )
+
+  it.each([
+    ['up', 1, 0],
+    ['down', 0, 1],
+  ])('are shifted %s', async (_, to, from) => {
+    using t = numbers()
+    const before = (await t.floats()).slice(from, n - 1 + from)
+    using target = t.slice(0, to, n - 1 + to)
+    using source = t.slice(0, from, n - 1 + from)
+    target.copyFrom(source)
+    expect((await t.floats()).subarray(to, n - 1 + to)).toEqual(before)
+  })
+
+  it('are added to one another as they were before', async () => {
+    using t = Tensor.full([n], 1, 'float32', on)
+    using target = t.slice(0, 1, n)
+    using source = t.slice(0, 0, n - 1)
+    ops.addInto(target, source)
+    expect((await t.floats()).subarray(1).every((x) => x === 2)).toBe(true)
+    ops.addInto(t, t)
+    expect((await t.floats()).subarray(1).every((x) => x === 4)).toBe(true)
+  })
+
+  it('a square is transposed in place', async () => {
+    using t = numbers()
+    using square = t.slice(0, 0, 250_000).reshape(500, 500)
+    const before = await square.floats()
+    square.copyFrom(square.transpose(0, 1))
+    const after = await square.floats()
+    const at = (i: number) => before[(i % 500) * 500 + Math.floor(i / 500)]
+    expect(after.every((x, i) => x === at(i))).toBe(true)
+  })
+
+  it('the halves of one are no reason for a copy', async () => {
+    using t = numbers()
+    const used = on.memoryUsage().allocated
+    on.resetPeakMemory()
+    t.slice(0, 0, n / 2).copyFrom(t.slice(0, n / 2, n))
+    await on.synchronize()
+    expect(on.memoryUsage().peak).toBeLessThanOrEqual(used)
+  })
+})
+
 describe.each(devices())('operands that are not contiguous on %s', (on) => {
   const strided = (x: Tensor) => x.to(on).transpose(0, 1).contiguous().transpose(0, 1)
 

@@ -14,6 +14,7 @@ import {
   show,
   withContiguous,
 } from './call.js'
+import { withApart } from './overlap.js'
 import { sumTo } from './reduce.js'
 
 function broadcastShape(op: string, a: Shape, b: Shape): Shape {
@@ -96,13 +97,13 @@ export const div = (a: Tensor, b: Tensor | number): Tensor => binary('div', a, b
 export const minimum = (a: Tensor, b: Tensor | number): Tensor => binary('min', a, b)
 export const maximum = (a: Tensor, b: Tensor | number): Tensor => binary('max', a, b)
 
-/** a += b in place, a contiguous; for counters that live on the device. */
+/** a += b in place; for counters that live on the device. */
 export function addInto(a: Tensor, b: Tensor): Tensor {
   checkSameDType('addInto', a, b)
   checkDistinct('addInto', a)
   const right = b.expand(...a.shape)
   try {
-    call('binary', [a], [a, right], [BINARY.add])
+    withApart(a, right, (from) => call('binary', [a], [a, from], [BINARY.add]))
     return a
   } finally {
     right.dispose()

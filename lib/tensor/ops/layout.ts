@@ -13,6 +13,7 @@ import {
   show,
   withContiguous,
 } from './call.js'
+import { withApart } from './overlap.js'
 
 /** y[...] = value. */
 export function fillInto(y: Tensor, value: number): Tensor {
@@ -21,13 +22,13 @@ export function fillInto(y: Tensor, value: number): Tensor {
   return y
 }
 
-/** y[...] = x[...] converted to y's dtype; one shape, any strides. */
+/** y[...] = x[...] converted to y's dtype; one shape, any strides. They may be parts of one tensor. */
 export function copyInto(y: Tensor, x: Tensor): Tensor {
   checkTensor('copy', 'y', y)
   checkTensor('copy', 'x', x)
   checkDistinct('copy', y)
   if (!sameShape(y.shape, x.shape)) fail('copy', `from ${show(x.shape)} into ${show(y.shape)}`)
-  call('copy', [y], [x])
+  withApart(y, x, (from) => call('copy', [y], [from]))
   return y
 }
 
