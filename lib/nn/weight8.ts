@@ -152,8 +152,10 @@ export class Weight8 implements QuantizedWeight {
       }
       return
     }
+    const part = name === 'SCB' && here.ndim !== 1 ? keep(here.reshape(this.n)) : here
+    if (part !== here) here.dispose()
     this.#parts.get(name)?.dispose()
-    this.#parts.set(name, here)
+    this.#parts.set(name, part)
     const codes = this.#parts.get('weight')
     const scb = this.#parts.get('SCB')
     if (!codes || !scb) return

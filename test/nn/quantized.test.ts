@@ -309,6 +309,19 @@ describe.each(devices())('8-bit layers on %s', (on) => {
     await new Linear8bit(64, 12, { device: 'meta' }).loadStateDict(state)
   })
 
+  it.each([
+    [12, 1],
+    [1, 12],
+  ])('take an SCB of shape [%d, %d]', async (...shape) => {
+    const layer = Linear8bit.fromLinear(new Linear(64, 12, { device: on }))
+    const state = await layer.stateDict()
+    state.set('SCB', state.get('SCB')!.reshape(...shape))
+    const other = new Linear8bit(64, 12, { device: 'meta' })
+    await other.loadStateDict(state)
+    const x = filled([3, 64])
+    expect(await other.forward(x).floats()).toEqual(await layer.forward(x).floats())
+  })
+
   it('refuse layouts of old GPUs and parts that do not fit', async () => {
     const layer = new Linear8bit(64, 12, { device: 'meta', bias: false })
     const ampere = Tensor.from(Uint8Array.of(3), { shape: [], device: on })
