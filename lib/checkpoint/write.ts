@@ -8,6 +8,7 @@ import { basename, dirname, resolve } from 'node:path'
 import { HalfbyteError } from '../errors.js'
 import { entryOf, type StateEntry } from '../nn/state_dict.js'
 import { DTYPES, type DType } from '../tensor/dtype.js'
+import { checkTensor } from '../tensor/ops/call.js'
 import { sizeOf } from '../tensor/shape.js'
 import type { Tensor } from '../tensor/tensor.js'
 import { jsonText } from './json.js'
@@ -44,8 +45,25 @@ interface Progress {
 /** What is written: tensors by name, read one after the other. */
 type Entries = ReadonlyMap<string, StateEntry>
 
-const entriesOf = (tensors: ReadonlyMap<string, Tensor>): Entries =>
-  new Map([...tensors].map(([name, tensor]) => [name, entryOf(tensor)]))
+/** Tensors by name, as a caller gives them. */
+function entriesOf(tensors: ReadonlyMap<string, Tensor>): Entries {
+  if (typeof (tensors as Partial<typeof tensors> | null | undefined)?.get !== 'function') {
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      'saving: a Map of tensors by name is needed, as stateDict() gives it; ' +
+        'new Map(Object.entries(tensors)) makes one of an object',
+    )
+  }
+  for (const [name, tensor] of tensors) {
+    checkTensor('saving', JSON.stringify(name), tensor)
+    if (name !== '__metadata__') continue
+    throw new HalfbyteError(
+      'ERR_HALFBYTE_VALUE',
+      'saving: no tensor can be named __metadata__; in a safetensors file that is the name of something else',
+    )
+  }
+  return new Map([...tensors].map(([name, tensor]) => [name, entryOf(tensor)]))
+}
 
 const bytesOf = ({ dtype, shape }: StateEntry): number => sizeOf(shape) * DTYPES[dtype].bytes
 

@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process'
-import { mkdirSync, promises, readFileSync, readdirSync, statSync } from 'node:fs'
+import { existsSync, mkdirSync, promises, readFileSync, readdirSync, statSync } from 'node:fs'
 import { join } from 'node:path'
 import {
   AutoModelForCausalLM,
@@ -340,6 +340,18 @@ describe('when writing fails', () => {
     const reason = new Error('enough')
     await expect(model.savePretrained(target, { signal: AbortSignal.abort(reason) })).rejects.toBe(reason)
     expect(readdirSync(target)).toEqual([])
+  })
+
+  it('because it is given what is no state dict, it says so, and nothing is written', async () => {
+    const tensor = Tensor.zeros([1], 'float32', 'cpu')
+    const reserved = new Map([['__metadata__', tensor]])
+    for (const state of [undefined, { weight: tensor }, [1], new Map([['weight', 5]]), reserved]) {
+      const path = fresh()
+      const error = await rejection(writeSafetensors(`${path}.safetensors`, state as Map<string, Tensor>))
+      expect(error.code).toBe('ERR_HALFBYTE_VALUE')
+      expect((await rejection(saveStateDict(path, state as Map<string, Tensor>))).code).toBe(error.code)
+      expect(existsSync(`${path}.safetensors`)).toBe(false)
+    }
   })
 
   it('or a size makes no sense', async () => {
