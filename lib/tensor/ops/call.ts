@@ -22,11 +22,10 @@ export function call(
   if (id === undefined) {
     throw new HalfbyteError('ERR_HALFBYTE_UNSUPPORTED', `${op}: this build of the addon does not have the op`)
   }
-  for (const operand of [...outputs, ...inputs]) if (operand) checkTensor(op, 'an operand', operand)
-  if (isGradEnabled()) checkGradients(op, outputs, inputs)
   const { device } = outputs.find((t) => t)!
   const written = handles(op, device, outputs)
   const read = handles(op, device, inputs)
+  if (isGradEnabled()) checkGradients(op, outputs, inputs)
   try {
     device.native.run(id, written, read, scalars)
   } catch (error) {
@@ -45,6 +44,7 @@ function checkGradients(op: string, outputs: readonly Operand[], inputs: readonl
 function handles(op: string, device: Device, operands: readonly Operand[]): (NativeTensor | null)[] {
   const result: (NativeTensor | null)[] = []
   for (const operand of operands) {
+    if (operand) checkTensor(op, 'an operand', operand)
     if (operand && operand.device !== device) {
       throw new HalfbyteError(
         'ERR_HALFBYTE_DEVICE',
