@@ -12,7 +12,8 @@ export class ConfigReader {
   readonly raw: Readonly<Json>
   readonly file: string
   readonly #aliases: Readonly<Record<string, readonly string[]>>
-  readonly #text: string | undefined
+  /** The file as it was read. */
+  readonly text: string | undefined
 
   constructor(
     raw: Readonly<Json>,
@@ -23,12 +24,12 @@ export class ConfigReader {
     this.raw = raw
     this.file = file
     this.#aliases = aliases
-    this.#text = text
+    this.text = text
   }
 
   /** The fields as the file has them written, to be written again. */
   texts(): Json {
-    return this.#text === undefined ? { ...this.raw } : Object.fromEntries(memberTexts(this.#text))
+    return this.text === undefined ? { ...this.raw } : Object.fromEntries(memberTexts(this.text))
   }
 
   /** A reader of the same object for which fields have further names, as older families call them. */
@@ -135,6 +136,11 @@ export class ConfigReader {
       `${name} is ${JSON.stringify(value)}; halfbyte computes in float32, float16 and bfloat16: pass one of them as dtype`,
     )
   }
+}
+
+/** Whether config.json of a folder is what was read: a save replaces it together with the weights. */
+export function isCurrent(config: ConfigReader): boolean {
+  return readTextFile(config.file) === config.text
 }
 
 /** config.json of a folder. */

@@ -1,7 +1,7 @@
 /** Models from checkpoint folders. */
 import { existsSync } from 'node:fs'
 import { join } from 'node:path'
-import { readConfig, readGenerationDefaults, type ConfigReader } from '../checkpoint/config.js'
+import { isCurrent, readConfig, readGenerationDefaults, type ConfigReader } from '../checkpoint/config.js'
 import { modelFolder } from '../checkpoint/folder.js'
 import { loadCheckpoint, type LoadOptions } from '../checkpoint/load.js'
 import { FROM_SAFETENSORS } from '../checkpoint/safetensors.js'
@@ -126,6 +126,8 @@ async function fromPretrained(path: string | URL, options: FromPretrainedOptions
     ? await Tokenizer.fromPretrained(folder)
     : undefined
   using checkpoint = Checkpoint.open(folder)
+  // saved anew in between: the weights are another model's
+  if (!isCurrent(config)) return await fromPretrained(path, options)
   const model = onMeta(() => new CausalLM(spec, config))
   const report = await loadCheckpoint(model, checkpoint, {
     ...rest,

@@ -1,8 +1,8 @@
 /** How a caller may name the folder of a model, and what is said of anything else. */
-import { symlinkSync } from 'node:fs'
+import { cpSync, rmSync, symlinkSync } from 'node:fs'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
-import { AutoModelForCausalLM, AutoTokenizer, HalfbyteError, pipeline } from '../../lib'
+import { AutoModelForCausalLM, AutoTokenizer, Checkpoint, HalfbyteError, pipeline } from '../../lib'
 import { rejection } from '../support/errors'
 import { root, temporaryFolder } from '../support/files'
 import { writeTinyModel } from '../support/tiny_model'
@@ -61,4 +61,23 @@ test('options that are none', async () => {
   await expect(load(model, null)).rejects.toMatchObject({ code: 'ERR_HALFBYTE_VALUE' })
   using loaded = await load(model)
   await expect(loaded.generate([1], null as never)).rejects.toMatchObject({ code: 'ERR_HALFBYTE_VALUE' })
+})
+
+test('a folder that another model is saved into while it is opened gives that model', async () => {
+  const [place, next] = [join(folder, 'place'), join(folder, 'next')]
+  cpSync(model, place, { recursive: true })
+  {
+    using quantised = await load(model, { quantizationConfig: { loadIn4bit: true } })
+    await quantised.savePretrained(next)
+  }
+  const open = Checkpoint.open.bind(Checkpoint)
+  const spy = jest.spyOn(Checkpoint, 'open').mockImplementationOnce((path) => {
+    rmSync(place, { recursive: true })
+    cpSync(next, place, { recursive: true })
+    return open(path)
+  })
+  using loaded = await load(place)
+  expect(spy).toHaveBeenCalledTimes(2)
+  expect(loaded.isLoadedIn4bit).toBe(true)
+  spy.mockRestore()
 })
