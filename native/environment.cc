@@ -9,8 +9,8 @@ namespace {
 
 // Below this an ArrayBuffer of V8's own is cheaper than one around our memory.
 constexpr size_t kSmallResult = 16 << 10;
-// Node 20 makes none above 4 GiB, and frees the memory when it refuses, so that its owner here would free it again;
-// one of V8's own ends the process where there is no memory for it. Larger reads come in pieces.
+// Node 20 makes none above 4 GiB, and frees the memory when it refuses, so that its owner here would free it
+// again; one of V8's own ends the process where there is no memory for it. Larger reads come in pieces.
 constexpr size_t kLargestResult = size_t{1} << 31;
 // V8 is told of memory in lumps: the call may start a garbage collection.
 constexpr int64_t kLump = 1 << 20;
