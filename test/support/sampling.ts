@@ -1,5 +1,7 @@
 /** Sampling in plain JavaScript, by transformers' rules and the definitions of kernels/backend.h. */
 
+const { exp, fround, max, min } = Math // looking up globals is slow inside jest
+
 export interface SamplingParams {
   temperature?: number
   topK?: number
@@ -28,11 +30,11 @@ export function probabilities(
   const { temperature = 1, topK = 0, topP = 1, minP = 0, penalty = 1 } = p
   let scores = Array.from(logits, (x, i) => {
     if (!seen?.[i]) return x
-    return Math.fround(x < 0 ? x * Math.fround(penalty) : x / Math.fround(penalty))
+    return fround(x < 0 ? x * fround(penalty) : x / fround(penalty))
   })
-  scores = scores.map((x) => Math.fround(x / Math.fround(temperature)))
+  scores = scores.map((x) => fround(x / fround(temperature)))
   if (topK > 0) {
-    const kth = Float32Array.from(scores).sort().at(-Math.min(topK, scores.length))!
+    const kth = Float32Array.from(scores).sort().at(-min(topK, scores.length))!
     scores = scores.map((x) => (x < kth ? -Infinity : x))
   }
   if (topP < 1) {
@@ -42,24 +44,24 @@ export function probabilities(
     for (const i of descending) {
       if (scores[i]! < value) [above, value] = [sum, scores[i]!]
       sum += chances[i]!
-      if (!(above < Math.fround(topP))) scores[i] = -Infinity
+      if (!(above < fround(topP))) scores[i] = -Infinity
     }
   }
   if (minP > 0) {
     const chances = softmax(scores)
     let best = 0
-    for (const chance of chances) best = Math.max(best, chance)
-    scores = scores.map((x, i) => (chances[i]! < Math.fround(minP) * best ? -Infinity : x))
+    for (const chance of chances) best = max(best, chance)
+    scores = scores.map((x, i) => (chances[i]! < fround(minP) * best ? -Infinity : x))
   }
   return softmax(scores)
 }
 
 function softmax(scores: readonly number[]): Float64Array {
   let top = -Infinity
-  for (const x of scores) top = Math.max(top, x)
+  for (const x of scores) top = max(top, x)
   const chances = new Float64Array(scores.length)
   let sum = 0
-  for (let i = 0; i < chances.length; i++) sum += chances[i] = Math.exp(scores[i]! - top)
+  for (let i = 0; i < chances.length; i++) sum += chances[i] = exp(scores[i]! - top)
   for (let i = 0; i < chances.length; i++) chances[i]! /= sum
   return chances
 }

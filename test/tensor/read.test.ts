@@ -1,6 +1,7 @@
 import { devices, ops, Tensor, type DType } from '../../lib/index'
 import { readElements } from '../../lib/tensor/read'
 import { rejection } from '../support/errors'
+import { allocatedMemory, baselineMemory } from '../support/memory'
 
 describe.each(devices())('reading by pieces on %s', (on) => {
   const numbers = Array.from({ length: 1000 }, (_, i) => (i * 7) % 127)
@@ -23,13 +24,12 @@ describe.each(devices())('reading by pieces on %s', (on) => {
   })
 
   it('leaves nothing behind', async () => {
-    const used = on.memoryUsage().allocated
+    const used = await baselineMemory(on)
     const t = Tensor.from(numbers, { device: on })
     const read = readElements(t, 64)
     t.dispose()
     await read
-    await on.synchronize()
-    expect(on.memoryUsage().allocated).toBe(used)
+    expect(await allocatedMemory(on)).toBe(used)
   })
 
   it('rejects with the failure of what was to be read', async () => {
