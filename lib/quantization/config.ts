@@ -98,6 +98,9 @@ export class BitsAndBytesConfig {
   readonly #given: ReadonlySet<string>
 
   constructor(options: BitsAndBytesConfigOptions = {}) {
+    const given: unknown = options
+    if (typeof given !== 'object' || given === null)
+      fail(`the fields are ${String(given)}, they must be an object`)
     const known = [...NAMES, ...OURS].map(([field]) => field)
     const unknown = unknownName(options, known, 'field')
     if (unknown !== undefined) fail(unknown)

@@ -78,6 +78,8 @@ describe('BitsAndBytesConfig', () => {
       /bnb4bitQuantType is "int4".*nf4, fp4/,
     )
     fails(() => anything({ loadIn4bit: true, load_in_8bit: true }), /unknown field load_in_8bit/)
+    fails(() => anything(null), /fields are null, they must be an object/)
+    fails(() => anything('nf4'), /fields are nf4, they must be an object/)
     fails(() => anything({ loadIn4bit: 'yes' }), /loadIn4bit is "yes"/)
     fails(() => anything({ loadIn4bit: true, bnb4bitComputeDtype: 'bf16' }), /bnb4bitComputeDtype is "bf16"/)
     fails(() => anything({ loadIn4bit: true, bnb4bitQuantStorage: 'add' }), /bnb4bitQuantStorage/)
