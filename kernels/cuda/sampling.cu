@@ -1,17 +1,22 @@
 // sample, over rows of logits. Its rules are backend.h's and those of the CPU backend, draw for draw:
 // ../random.h.
 //
-// A row is read once, by one block or by a cluster of blocks, and is not kept: a thread keeps the sum of its
-// weights, and the largest of every group of kLoads vectors. What has to be looked at again is little and is
-// read again. The token is drawn from the sums of the warps, and then from the run of the one warp that it
-// falls into, anew and in integers.
+// A row is read once, by one block or by a cluster of blocks, and is not kept. A block has a part of it, a
+// warp a run of that part, in at most kSlots slots. Kept are the sum of the weights of every slot, and the
+// largest value that each thread has there: its group. What has to be looked at again is little and is read
+// again. The token is drawn from the sums of the warps, then from those of the slots of the one warp that it
+// falls into, and then from that slot, anew and in integers.
 //
 // Nothing is sorted but a short list. For top-k, for min-p and for what is peaked, the tokens that can be
-// kept are few: those above a cut that the threads' own maxima give are looked up in their groups, and one
-// block ranks, filters and draws. For top-p a sample of the row gives bounds of the cut before the row is
-// read: what lies between is remembered, what lies above is summed, and the search goes over what is
-// remembered. Where a bound or the room fails, the row is read once more, between better bounds, as its sum
-// is known then; and where those fail, the search goes over the row, read for every step of it.
+// kept are few: those above a cut, which the threads' own maxima or min-p give, are looked up in their
+// groups, and one block ranks, filters and draws. For top-p a sample of the row gives bounds of the cut
+// before the row is read: what lies between is remembered, what lies above is summed, and the search goes
+// over what is remembered. Where a bound or the room fails, the row is read once more, between better bounds,
+// as its sum is known then; and where those fail, the search goes over the row, read for every step of it.
+//
+// It is made for vocabularies of about 100k tokens, one row to some hundreds, of 16 bits above all: few rows
+// are shared by clusters, of many a multiprocessor has four at once. Any length works; a row of up to kListed
+// is a list as it is. Shared and Area say what lies where in shared memory.
 //
 // The code after a pass starts from nothing but what shared memory has, so that the pass has the registers.
 #include "../random.h"
@@ -31,17 +36,17 @@ constexpr int64_t kAgain = -3;
 template <int kThreads, typename T, bool kSeen>
 struct Sampler {
   static constexpr int N = 16 / sizeof(T), kWarps = kThreads / 32;
-  using Item = ItemOf<T, kSeen>;
+  static_assert(kWarps <= kMostWarps);
+  using Store = Area<kThreads, T, kSeen>;
 
   const Problem<T>& p;
   Shared& s;
   Cluster<kThreads> cluster;
-  using Store = Area<kThreads, T, kSeen>;
 
   __device__ __forceinline__ explicit Sampler(int round = 0)
       : p(problem<T>()), s(shared()), cluster(p.blocks, round) {}
 
-  /// What of a row is kept.
+  /// What of a row is kept, after the temperature.
   struct Kept {
     float most;   // the largest logit
     float floor;  // the smallest that is kept
@@ -56,7 +61,7 @@ struct Sampler {
   };
   __device__ __forceinline__ Temperature temperature() const { return Temperature(s.divisor); }
 
-  /// The slots of this warp's run, and the sum of what each of them has.
+  /// How many slots this warp's run has, and the sum of what they have, in every lane.
   __device__ __forceinline__ int slots() const {
     const Row<T, kSeen> row;
     return (row.end - row.begin + p.slot() - 1) / p.slot();
@@ -67,8 +72,8 @@ struct Sampler {
     return warp_total(lane < slots() ? sums[threadIdx.x / 32][lane] : 0.0);
   }
 
-  /// A value that at least `wanted` of the block's threads have one from, the upper bits of the last one's
-  /// key.
+  /// The largest key that at least `wanted` of the block's threads reach with theirs; its lower 16 bits are
+  /// left zero, which a cut can afford.
   __device__ __forceinline__ uint32_t least_of(int wanted, uint32_t key) const {
     uint32_t least = 0;
 #pragma unroll 1
@@ -80,7 +85,7 @@ struct Sampler {
   }
 
   /// Puts the tokens with a value of at least `cut` before the temperature on the first block's list when
-  /// they find room there, once for a row; how many they are and what they weigh.
+  /// they find room there; how many they are and what they weigh. Once for a row: nothing resets the counts.
   struct Listed {
     Weight count, weight;
   };
@@ -99,7 +104,7 @@ struct Sampler {
       }
     }
     __syncthreads();
-    // four elements of a group that is on the queue for a thread
+    // a thread takes four elements at once of a group that is on the queue
     const int queued = s.queued, fours = N / 4 * kLoads << p.fold;
     Weight weight = 0;
     int count = 0;
@@ -124,6 +129,7 @@ struct Sampler {
         while (hits != 0) {
           const int j = __ffs(static_cast<int>(hits)) - 1;
           hits &= hits - 1;
+          // values[j], without an index that would put them in memory
           const float low = j % 2 == 0 ? values[0] : values[1], high = j % 2 == 0 ? values[2] : values[3];
           const float l = warmth.warm(j < 2 ? low : high);
           const int at = atomicAdd(counter, 1);
@@ -152,7 +158,7 @@ struct Sampler {
 
   /// By the first block, from the list of tokens from `cut` up, when it has all that are kept: the token in
   /// one thread of the cluster, -1 in the others; kSlowly in all when it has not. `total` is what the row
-  /// weighs where top-p is of the whole row; 0: what the list weighs. The blocks have met once after it.
+  /// weighs where top-p is of the whole row; 0: what the list weighs. It takes one round of the cluster.
   __device__ __forceinline__ int64_t draw_from(float cut, float most, Weight count, float top_p,
                                                Weight total) {
     const Listed all = list(cut, most);
@@ -302,8 +308,7 @@ struct Sampler {
       // for the roundings
       const double rest = static_cast<double>(total - target) / static_cast<double>(row.n);
       const float lowest =
-          fmaxf(kept.floor,
-                __fadd_rd(most, logf(static_cast<float>(rest * 9.094947017729282e-13)) - 0.01f));  // 2^-40
+          fmaxf(kept.floor, __fadd_rd(most, logf(static_cast<float>(rest * 0x1p-40)) - 0.01f));
       kept.floor = threshold<true>(cluster, whole, most, lowest, most, target);
     }
     kept.min_p = s.min_p;
@@ -340,8 +345,9 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
   using Base = Sampler<kThreads, T, kSeen>;
   using Base::cluster, Base::p, Base::s, Base::kWarps, Base::N, Base::Base, Base::temperature;
   using Item = ItemOf<T, kSeen>;
+
   /// What the cluster's blocks have seen of the row: its largest value, the lowest index that has it where
-  /// the pass was kBest, and a key that `wanted` threads of every block have one from.
+  /// the pass was kBest, and a key that `wanted` threads of every block reach, 0 where `wanted` is.
   struct Largest {
     float value;
     uint32_t index, least_key;
@@ -369,11 +375,12 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     return {value_of(static_cast<uint32_t>(largest >> 32)), ~static_cast<uint32_t>(largest),
             static_cast<uint32_t>(least_key)};
   }
-  /// The same in one thread of the cluster, -1 in all others.
+  /// `token` in one thread of the cluster, -1 in all others.
   __device__ __forceinline__ int64_t in_one_thread(int64_t token) const {
     return cluster.rank == 0 && threadIdx.x == 0 ? token : -1;
   }
-  /// A little less than the key, since the division by the temperature can make two logits one.
+  /// A value a little below the key's, since the division by the temperature can make two logits one: the
+  /// fourth before it.
   static __device__ __forceinline__ float below_key(uint32_t key) {
     return value_of(max(key, key_of(-kLargest) + 4) - 4);
   }
@@ -405,6 +412,7 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     } else if (reaches) {
       cut = below_key(largest.least_key);
     } else if (mild && count == 0 && min_p > 0.0f && !(top_p < 1.0f)) {
+      // what min-p keeps, 1 % more of it, and more for the roundings of large logits
       cut = largest.value + (logf(min_p * 0x1p-40f) - 0.01f) * warmth.d;
       cut = fmaxf(-kLargest, cut - 1e-6f * fabsf(cut));
     }
@@ -415,7 +423,8 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     return slowly(most, count > 0 ? warmth.warm(cut) : -kLargest, count, top_p);
   }
 
-  /// What weights of a pass are in the units of Weight.
+  /// What 1 of a pass, whose weights are 2^(logit * scale - reference), is in the units of Weight, of a row
+  /// whose largest logit is `value`.
   __device__ __forceinline__ static double unit_of(const Seen& seen, float value, float scale) {
     return 0x1p40 * static_cast<double>(exp2f(static_cast<float>(static_cast<double>(seen.reference) -
                                                                  static_cast<double>(value) * scale)));
@@ -451,10 +460,11 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     }
     return sums;
   }
-  /// Top-p from a list of the largest, of a row that weighs `total`; kSlowly when it is not enough.
+  /// Top-p from a list of the largest tokens, kPeaked or some more, of a row that weighs `total`; kSlowly
+  /// when that is not enough.
   __device__ __forceinline__ int64_t choose_peaked(const Seen& seen, float most, float top_p, Weight total) {
     const uint32_t own_key = key_of(fminf(seen.own, kLargest));
-    cluster.tell(static_cast<Weight>(this->least_of(128 / cluster.blocks, own_key)));
+    cluster.tell(static_cast<Weight>(this->least_of(kPeaked / cluster.blocks, own_key)));
     Weight least = cluster.slot(0)[0];
 #pragma unroll 1
     for (int r = 1; r < cluster.blocks; ++r) least = min(least, cluster.slot(r)[0]);
@@ -469,13 +479,13 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     Bounds bounds{INFINITY, INFINITY, NAN};
     Seen seen;
     bool summed = true;
-    // again when the reference was not one for what came later
+    // again when the reference was not one for what came later: sums would be infinite, or miss what is small
 #pragma unroll 1
     for (;;) {
       seen = scan_run<kSums, kThreads, T, kSeen>(scale, bounds);
       const float top = warp_max(seen.own), exponent = fmaf(top, scale, -seen.reference);
       if (top == -INFINITY || (exponent >= -30.0f && exponent <= 100.0f)) break;
-      summed = isnan(bounds.reference) && fabsf(top * scale) < 0x1p22f;
+      summed = isnan(bounds.reference) && fabsf(top * scale) < kMostExponent;
       if (!summed) break;
       bounds.reference = reference_of(top, scale);
     }
@@ -493,9 +503,9 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     return token != kSlowly ? token : slowly(most, -kLargest, 0, top_p);
   }
 
-  /// Top-p with bounds of its cut. kSlowly: there are none, and nothing is read yet.
-  /// `rest`: what weighs less than the top-p, in units of the reference, when a pass before has found that
-  /// out. kAgain: there has to be another, and this has found it out.
+  /// Top-p with bounds of its cut. kSlowly: there are none, and nothing but a sample is read yet. kAgain: it
+  /// takes another pass, for which s.rest is known now. `rest`: what s.rest was after the pass before, NaN in
+  /// the first one. s.round is where the next pass goes on.
   __device__ __forceinline__ int64_t choose_nucleus(float scale, float top_p, float rest) {
     const Bounds bounds = find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, rest, NAN);
     if (cluster.blocks > 1) ++cluster.round;
@@ -517,6 +527,7 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     if (!isfinite(sums.all)) return slowly(most, -kLargest, 0, top_p);
     const Weight total = static_cast<Weight>(sums.all), target = top_p_target(top_p, total);
     float cut;
+    // false too where `above` is NaN, for want of room
     if (sums.above < static_cast<double>(target) &&
         (cut_narrowly(seen, bounds, sums, unit, target, scale, top_p, cut) ||
          cut_items(seen, bounds, sums.value, scale, static_cast<double>(target) - sums.above, cut))) {
@@ -540,8 +551,8 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     return kAgain;
   }
   /// cut_items() between bounds that are better, now that the sum of the row is known: what lies above them
-  /// is summed, and little goes through the histograms. For one block a row: a row has few items in each of
-  /// several.
+  /// is summed, and little goes through the histograms. The counts of the sample are still in shared memory.
+  /// Only where one block has the row: where several have it, each has few items.
   __device__ __forceinline__ bool cut_narrowly(const Seen& seen, Bounds bounds, const Sums& sums, double unit,
                                                Weight target, float scale, float top_p, float& cut) const {
     if (cluster.blocks > 1) return false;
@@ -568,11 +579,12 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
            cut_items(seen, bounds, sums.value, scale, static_cast<double>(target) - above, cut);
   }
   /// Finds the smallest logit that top-p keeps among the items, before the temperature. The largest logit of
-  /// the row is `value`; what is kept of the items weighs `target`.
+  /// the row is `value`; what is kept of the items up to the upper bound weighs `target`.
   __device__ __forceinline__ bool cut_items(const Seen& seen, const Bounds& bounds, float value, float scale,
                                             double target, float& cut) const {
+    // the bits of a float that a T has not
     constexpr int kZero = kSeen || N == 4 ? 0 : std::is_same_v<T, bf16_t> ? 16 : 13;
-    // an item of the upper bound weighs 2^31 there
+    // an item of the upper bound weighs 2^31 there, one of the largest logit 2^40 in `target`
     const float high = fminf(value, bounds.high);
     const double goal =
         target * 0x1p-9 *
@@ -685,7 +697,8 @@ __global__ void __launch_bounds__(kThreads, kResident<kThreads>)
   if constexpr (kSeen) p.seen[row * p.n + token] = 1;
 }
 
-/// How many blocks share a row: so many that few rows keep the whole chip at work.
+/// How many blocks share a row: so many that few rows keep the whole chip at work, while every fourth thread
+/// has a vector and all rows are at work at once.
 template <int kThreads>
 int blocks_of_row(const Launch& on, int64_t rows, int64_t vectors) {
   int blocks = 1;
@@ -712,21 +725,22 @@ cudaError_t launch_threads(const Launch& launch, cudaStream_t stream, int64_t ro
   p.run = ((p.part + kWarps - 1) / kWarps + 7) / 8 * 8;
   p.fold = 0;
   while (((p.run + kStep - 1) / kStep + (1 << p.fold) - 1) >> p.fold > kSlots) ++p.fold;
-  // items for a quarter of the row, and for chance; none where there is room for far less
-  constexpr int64_t kFixed = sizeof(float) * kSlots * kThreads;
-  constexpr int64_t kEach = kWarps * sizeof(ItemOf<T, kSeen>);
+  // items for a quarter of the row, and for chance; none where there is room for far less, nor for a row
+  // that is no longer than its sample. A block pays 1 KiB besides its own, and 1 KiB is for what is rounded.
+  constexpr int64_t kFixed = Area<kThreads, T, kSeen>::kGroups;
+  constexpr int64_t kEach = kWarps * sizeof(ItemOf<T, kSeen>);  // an item of every warp
   const int64_t room = (launch.shared / kResident<kThreads> - 2048 -
                         static_cast<int64_t>(sizeof(Shared) + sizeof(Problem<T>)) - kFixed) /
                        kEach;
   const int64_t wanted = p.run * N / 4 + 512;
-  p.capacity = p.n >= 8 * kListed && room >= wanted / 3 ? static_cast<int>(std::min(room, wanted)) : 0;
+  p.capacity = p.n >= kSampled && room >= wanted / 3 ? static_cast<int>(std::min(room, wanted)) : 0;
   shape.shared = static_cast<size_t>(kFixed) +
                  std::max(sizeof(List), static_cast<size_t>(p.capacity) * static_cast<size_t>(kEach));
   return launch_kernel(on, shape, sample_kernel<kThreads, T, kSeen>, p);
 }
 
-/// Small blocks for what is small: all rows are then at work at once, and none waits for another to end.
-/// Where more has to be remembered of a row, fewer of them have room.
+/// Small blocks where items are small: hundreds of rows are then at work at once, and none waits for another
+/// to end. Where more has to be remembered of a row, fewer of them have room.
 template <typename T>
 cudaError_t launch_sample(const Launch& launch, cudaStream_t stream, int64_t rows, const Problem<T>& p) {
   constexpr int kThreads = sizeof(T) == 2 ? 256 : 512;

@@ -15,14 +15,16 @@ constexpr int kBucketBits = 9;
 constexpr int kBuckets = 1 << kBucketBits;  // of a histogram of weights
 constexpr int kBins = 1024;                 // of the histogram of a sample
 constexpr int kSampled = 8192;              // logits of a sample
-constexpr int kAhead = 384;                 // vectors of a warp that are asked for ahead
+constexpr int kAhead = 384;                 // vectors of a warp that L2 is asked for ahead: 6 KiB
 constexpr int kListed = 1024;               // tokens that one block ranks
-constexpr int kLoads = 2;                   // vectors that a thread has under way
+constexpr int kPeaked = 128;                // tokens that a list for top-p has at least
+constexpr int kLoads = 2;                   // vectors that a thread asks for at once
 constexpr int kStep = 32 * kLoads;          // vectors of a warp's step
 constexpr int kSlots = 8;                   // of the run of a warp: a thread's part of one is a group
+constexpr float kMostExponent = 0x1p22f;    // of weights: a float there has no quarters
 constexpr float kLargest = 3.402823466e+38f;
 
-/// Blocks of a multiprocessor: 64 registers a thread.
+/// Blocks that a multiprocessor has at once: 64 registers a thread.
 template <int kThreads>
 constexpr int kResident = 1024 / kThreads;
 
@@ -51,6 +53,7 @@ __device__ __forceinline__ Weight weight_of(float l, float most) {
   return __float2ull_rz(scaled_exp(l - most));
 }
 
+/// Logits [rows, n] and what goes with them, and how blocks and warps share a row.
 template <typename T>
 struct Problem {
   int32_t* tokens;
@@ -62,7 +65,7 @@ struct Problem {
   int part, run;  // vectors of a block, of a warp
   int blocks;     // of a row: 1, 2, 4 or 8, a cluster
   int log_blocks;
-  int fold;      // 2^fold steps of a warp make a group
+  int fold;      // 2^fold steps of a warp make a slot
   int capacity;  // items that a warp can remember of a row
 
   __device__ __forceinline__ int slot() const { return kStep << fold; }  // vectors
@@ -82,17 +85,17 @@ struct alignas(16) Shared {
   float2 pairs[kMostWarps];
   double runs[2][kMostWarps];           // what tokens of each warp weigh
   double sums_of[kMostWarps][kSlots];   // and of the slots of its run
-  double above_of[kMostWarps][kSlots];  // those above a bound
+  double above_of[kMostWarps][kSlots];  // those above the upper bound
   int items_of[kMostWarps][kSlots];     // how many items there are up to the end of a slot
-  Weight above;
-  double uniform;
-  float divisor, min_p;  // the temperature; in units of 2^-40, 0 where it is off
+  Weight above;                         // what lies above a bucket
+  double uniform;                       // the random number
+  float divisor, min_p;                 // the temperature; in units of 2^-40, 0 where it is off
   int bucket;
   uint32_t least;
-  int queued, listed, counted;
-  int low_bin, high_bin;
-  float rest;  // what weighs less than the top-p
-  int round;
+  int queued, listed, counted;  // groups on the queue; tokens on the list (the first block's), of this block
+  int low_bin, high_bin;        // of the bounds of a cut, counted from the lowest logits
+  float rest;                   // what the row weighs beyond its top-p, for the second pass
+  int round;                    // the cluster's, for the pass after one that chose no token
 };
 /// What the kernel was given is in shared memory too, so that functions which are not inline need not be
 /// handed it, and know in what memory they are.
@@ -118,7 +121,9 @@ struct Ranked {
   uint32_t ranks[kListed];
 };
 
-/// The blocks of a row.
+/// The blocks of a row. They speak in rounds, of which two have room: a block that has gone on to the next
+/// one cannot reach the one after before all have read this. A block's last access to another's memory is
+/// followed by a barrier, so that none ends while it is read.
 template <int kThreads>
 struct Cluster {
   Shared& s;
@@ -237,6 +242,7 @@ struct Words {
       return j % 2 == 0 ? __low2float(pair) : __high2float(pair);
     }
   }
+  /// -infinity in all.
   static __device__ __forceinline__ Words nothing() {
     constexpr uint32_t kLow = sizeof(T) == 4              ? 0xff800000u
                               : std::is_same_v<T, bf16_t> ? 0xff80ff80u
@@ -249,8 +255,8 @@ struct Words {
   }
 };
 
-/// A block's part of a row: vectors of 16 bytes where global memory has them, so that the first and the last
-/// of a row may reach beyond it. A warp has a run of them, in steps of kStep; its lanes take turns.
+/// A block's part of a row: vectors of 16 bytes where global memory has them aligned, so that the first and
+/// the last of a row may reach beyond it. A warp has a run of them, in steps of kStep; its lanes take turns.
 template <typename T, bool kSeen>
 struct Row {
   static constexpr int N = 16 / sizeof(T);

@@ -6,7 +6,7 @@
 namespace halfbyte::cuda {
 namespace sampling {
 
-/// A bound that a 16-bit logit can be compared with: finite and of its type, not above `x`.
+/// A bound that a logit can be compared with: of its type, not above `x`; of 16 bits it is not -infinity.
 template <typename T>
 __device__ __forceinline__ float round_down(float x) {
   if constexpr (std::is_same_v<T, bf16_t>) return to_float(__float2bfloat16_rd(fmaxf(x, -3.3e38f)));
@@ -19,7 +19,8 @@ constexpr float kFine = 32.0f;  // bins to a power of two
 template <int kThreads, typename T>
 constexpr int kSamplesOf = kSampled / (16 / static_cast<int>(sizeof(T))) / kThreads;
 
-/// Has the first kilobytes of this warp's run brought to L2, as nothing else is read meanwhile.
+/// Has the first kilobytes of this warp's run brought to L2, since nothing else is read while the sample is
+/// counted.
 template <typename T, bool kSeen>
 __device__ __forceinline__ void prefetch_run(const Row<T, kSeen>& row) {
 #if __CUDA_ARCH__ >= 900
@@ -45,7 +46,7 @@ __device__ __forceinline__ float count_sample(Cluster<kThreads>& cluster, const 
   float top = -INFINITY;
 #pragma unroll
   for (int q = 0; q < kMost; ++q) {
-    // sixteen lanes have neighbours
+    // in pieces of 256 bytes, one for sixteen lanes, that lie evenly over the run
     const int v = row.begin + ((lane / 16 + 2 * q) * length >> log_pieces) + lane % 16;
     sample[q] = q < samples && v >= row.whole && v < min(row.end, row.whole_end)
                     ? Words<T>::load(row.x + row.index(v))
@@ -67,7 +68,7 @@ __device__ __forceinline__ float count_sample(Cluster<kThreads>& cluster, const 
     for (int r = 0; r < cluster.blocks; ++r)
       top = fmaxf(top, value_of(static_cast<uint32_t>(cluster.slot(r)[0])));
   }
-  if (!(fabsf(top * scale) < 0x1p22f)) return NAN;
+  if (!(fabsf(top * scale) < kMostExponent)) return NAN;
   const float reference = reference_of(top, scale);
   // not known to be 1: to count by ones there is another instruction, which is slow where the places differ
   uint32_t one;
@@ -95,7 +96,7 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   Shared& s = cluster.s;
   const Row<T, kSeen> row;
   constexpr int kOwn = kBins / kThreads;  // bins of a thread
-  constexpr float kSure = 3.5f;           // deviations
+  constexpr float kSure = 3.5f;           // deviations that the estimates for a bound allow for
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, thread = threadIdx.x;
   const int samples = max(1, kSamplesOf<kThreads, T> >> p.log_blocks);
   if (isnan(reference)) {
@@ -149,8 +150,9 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   }
   // What a part of the row weighs, by the part of it that is in the sample, is within a few deviations; the
   // deviation is the square root of the sum of the squares, and where the sample has nothing there may still
-  // be some. The whole row weighs at least what lies below any value, so estimated, and what the sample
-  // itself has above.
+  // be some: below a bin, as if four more of its tokens had been found. The whole row weighs at least what
+  // lies below any value, so estimated, and what the sample itself has above; at most six deviations more
+  // than is estimated, where one is less than a twelfth of it. Otherwise there is no upper bound.
   const float factor = static_cast<float>(row.run) / static_cast<float>(32 * samples);
   const auto estimate = [&](float sum, float square, float deviations) {
     return factor * (sum + deviations * sqrtf(fmaxf(0.0f, square)));
@@ -163,6 +165,7 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
     for (int w = 0; w < kThreads / 32; ++w) x = fmaxf(x, static_cast<float>(s.runs[0][w]));
     return x;
   };
+  // of what weighs less than the top-p
   float least = 0.999f * rest, most = 1.001f * rest;
   if (isnan(rest)) {
     const float part = 1.0f - top_p;
@@ -183,6 +186,7 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   const auto edge = [&](int bin) {
     return round_down<T>((reference * kFine - static_cast<float>(bin)) * per);
   };
+  // the bins from s.low_bin to s.high_bin, counted the other way round
   Bounds bounds;
   bounds.low = edge(kBins - s.low_bin);
   bounds.high = s.high_bin >= kBins - 1 ? INFINITY : edge(kBins - 1 - s.high_bin);

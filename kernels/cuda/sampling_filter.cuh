@@ -17,6 +17,7 @@ __device__ __forceinline__ Weight top_p_target(float top_p, Weight total) {
   return static_cast<Weight>(ceil(static_cast<double>(top_p) * static_cast<double>(total)));
 }
 
+/// This block's part of a new histogram; s.bucket is -1 from the next barrier on.
 template <int kThreads>
 __device__ __forceinline__ void clear_buckets(Shared& s) {
 #pragma unroll

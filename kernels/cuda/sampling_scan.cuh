@@ -34,8 +34,8 @@ struct Bounds {
 template <typename T, bool kSeen>
 using ItemOf = std::conditional_t<kSeen, float, T>;
 
-/// Dynamic shared memory: the largest of the groups of a thread, in a column; then the items of a warp, in a
-/// row. Later the tokens that are ranked are in their places.
+/// Dynamic shared memory: the largest values of a thread's groups, in a column; then the items of a warp, in
+/// a row. Tokens that are ranked later lie where they were.
 template <int kThreads, typename T, bool kSeen>
 struct Area {
   using Item = ItemOf<T, kSeen>;
@@ -54,7 +54,7 @@ struct Area {
   }
 };
 
-/// A reference that weights of up to `value` can have.
+/// A reference that weights of logits up to `value` can have: 2^(logit * scale - reference) is 1 at most.
 __device__ __forceinline__ float reference_of(float value, float scale) {
   return value > -INFINITY ? ceilf(value * scale) : 0.0f;
 }
@@ -75,12 +75,13 @@ __device__ __forceinline__ float largest_of(const Words<T>& vector) {
   }
 }
 
-/// A bit for each of the thread's elements that is from `low` to `high`, of the i-th vector of a step: bit
-/// bit_of(i, j) for element j.
+/// A bit for each of the thread's elements that is from `low` to `high` (kTail: from `low` up), of the i-th
+/// vector of a step: bit bit_of(i, j) for element j.
 template <typename T, bool kSeen>
 struct Hits {
   static constexpr int N = 16 / sizeof(T);
   static constexpr bool kPairs = N == 8 && !kSeen;  // compared two at once
+  static_assert(kLoads * N <= 32);
   using Pair = PairOf<T>;
   std::conditional_t<kPairs, Pair, float> low, high;
 
@@ -190,8 +191,8 @@ struct Step {
   }
 };
 
-/// This warp's run. A NaN for the reference of kSums: one that the
-/// first step asks for.
+/// The pass over this warp's run, with weights of 2^(logit * scale - reference). Sums and items of slots go
+/// to Shared, groups and items to Area. A NaN for the reference of kSums: one that the first step asks for.
 template <Pass kPass, int kThreads, typename T, bool kSeen>
 __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
   constexpr int N = 16 / sizeof(T);
@@ -223,7 +224,7 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
   for (int slot = 0; first < row.end; ++slot) {
     const int stop = min(row.end, first + in_slot);
     float group = -INFINITY;
-    // of weights of 2^(logit * scale - reference); above the bound
+    // of the slot: two chains of additions, and what is above the upper bound
     [[maybe_unused]] float sums[2] = {}, above = 0.0f;
 #pragma unroll 1
     for (; first < stop; first += kStep) {
@@ -232,7 +233,7 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
       if (!kSeen && first + kStep <= last_whole) {
         next.read_whole(from);
       } else if (first + kStep < row.end) {
-        // what penalises has all of the row at hand anyway
+        // rare where nothing is penalised: the row is then made anew rather than kept in registers
         if constexpr (kSeen)
           next.read(row, first + kStep);
         else
@@ -287,7 +288,7 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
           }
         }
         if constexpr (kRemembers) {
-          // what is penalised is put before the next vector is looked at: it needs registers
+          // what is penalised lies in registers of its own: it is put before the next vector needs them
           hits |= hits_of.template of<kPass>(in.vectors[i], x, i);
           if constexpr (kSeen) {
             uint32_t to = room_for<Item>(hits, items, capacity, seen);

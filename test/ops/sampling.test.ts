@@ -278,7 +278,7 @@ describe.each(devices())('choosing tokens on %s', (device) => {
       },
     )
 
-    // what top-p is searched for in is estimated first, and remembered in little room: neither is always enough
+    // where the cut lies is estimated, and there is little room for what lies there: either may not be enough
     it.each(['float32', 'bfloat16'] as DType[])(
       'finds the nucleus of %s that is flat, of a heavy tail, uneven or in two parts',
       async (dtype) => {
@@ -291,6 +291,7 @@ describe.each(devices())('choosing tokens on %s', (device) => {
           const rounded = await Tensor.from(logits, { device }).to(dtype).floats()
           for (const params of [{ topP: 0.9 }, { topP: 0.8, minP: 0.002, temperature: 1.2 }]) {
             const chances = probabilities(rounded, params)
+            // more rows than an H100 has clusters for: each is one block's
             const tokens = await draw(device, logits, params, 270, { seed: 8n, dtype })
             expectByDefinition(tokens, chances, 8n, 2e-5)
           }
