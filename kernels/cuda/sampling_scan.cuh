@@ -261,7 +261,7 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
           here = largest_of(in.vectors[i]);
         }
         if constexpr (kPass == kBest) {
-          here = fminf(here, kLargest);
+          here = row.clean(here);  // it is NaN where all of the vector is
           if (here > seen.own) {
             seen.own = here;
             int at = 0;
@@ -272,7 +272,7 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
                 value = x[j];
               else
                 value = in.vectors[i].value(j);
-              if (fminf(value, kLargest) == here) at = j;
+              if (value >= here) at = j;  // above it is only infinity, which counts as equal
             }
             seen.best = static_cast<uint32_t>(row.index(first + 32 * i + lane) + at);
           }

@@ -349,6 +349,17 @@ describe.each(devices())('choosing tokens on %s', (device) => {
       expect([...(await draw(device, logits, options, 2, { seen }))]).toEqual([2, 2])
     })
 
+    it.each(['float32', 'float16', 'bfloat16'] as DType[])('is greedy among NaN of %s', async (dtype) => {
+      const logits = new Float32Array(64).fill(NaN)
+      const options = { temperature: 0 }
+      const best = async () => [...(await draw(device, logits, options, 2, { dtype }))]
+      expect(await best()).toEqual([0, 0])
+      logits.set([-3, 1, -2], 21)
+      expect(await best()).toEqual([22, 22])
+      logits[47] = Infinity
+      expect(await best()).toEqual([47, 47])
+    })
+
     it('advances the counter and marks what was chosen', async () => {
       const state: ops.SampleState = {
         params: Tensor.from(Float32Array.from([...row({ temperature: 0 }), ...row({})]), {
