@@ -277,6 +277,7 @@ struct Sampler {
   };
   /// What choose() has left to do, in passes over the row: `count` is that of top-k, or 0.
   __device__ __forceinline__ int64_t finish(float most, float floor, Weight count, float top_p) {
+    __syncthreads();  // others may still read what sent them here, in s.runs
     const Row<T, kSeen> row;
     const Temperature warmth = temperature();
     Kept kept{most, floor, 0.0f};
