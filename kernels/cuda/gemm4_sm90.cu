@@ -31,7 +31,7 @@ namespace {
 
 /// What a block makes: 64 rows of the weight for each of kGroups consumer warpgroups, times kTokens tokens.
 /// Shared memory behind the table: a ring of x, of codes, of absmax, then results that do not go by the copy
-/// engine, then barriers.
+/// engine, then barriers: two for each stage, and one for what other blocks of a cluster send.
 template <int kTokens_, int kGroups_>
 struct Shape {
   static constexpr int kTokens = kTokens_, kGroups = kGroups_;
@@ -142,7 +142,8 @@ __device__ __forceinline__ Place place_of(const Gemm4<T>& p, int item) {
   return {in_band / width, band * p.band + in_band % width};
 }
 
-/// fill_table4() by kThreads threads, whose reads of the map are under way together.
+/// fill_table4() by the first kThreads threads of the block, while another one asks for tiles; all of their
+/// reads of the map are under way together.
 template <int kThreads>
 __device__ __forceinline__ void fill_table(char* table, const Book4& book, const float* map) {
   constexpr int kPieces = 256 * 8, kEach = (kPieces + kThreads - 1) / kThreads;
@@ -270,6 +271,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __syncthreads();
 
   if (!consumes) {
+    // one group of consumers has all the registers that it can name from the beginning
     if constexpr (S::kGroups > 1) give_registers<S::kGroups == 2 ? 40 : 32>();
     if (threadIdx.x == kConsumers) {
       int stage = 0;

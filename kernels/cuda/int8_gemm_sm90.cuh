@@ -29,7 +29,8 @@ struct Warps {
   static constexpr int kThreads = (9 + kPickers + kReaders) * 32;
 };
 
-/// Shared memory: the ring, results, token scales, barriers.
+/// Shared memory: the ring, results, token scales, barriers (two for each stage and five for outlier
+/// columns), counts of outlier columns, and for each warp that brings them their list.
 template <int kTokens>
 struct Space {
   static constexpr int kStage = kRowBytes + kTokens * kStep;

@@ -23,11 +23,11 @@ struct Product8 {
   const T* x;  // [M, K]
   int64_t m, k;
   const int32_t* list;  // sm_80: count, then ascending columns, whose codes in a are 0; null: there are none
-  ColumnMarks* marks;   // sm_90: of outlier columns, whose codes in a are as they were quantised; or null. It
-  float threshold;      // leaves them all zero
+  ColumnMarks* marks;   // sm_90: of outlier columns, whose codes in a are as they were quantised; or null
+  float threshold;      // of the marks
   typename OutlierType<T>::type* rest;  // with marks: room for x in outlier columns, [M, kRestRounds,
                                         // kRoundSlots]
-  uint32_t* gathered;                   // beside it, a zero
+  uint32_t* gathered;                   // with marks: a zero (Int8Rows::zero), to count who has filled it
 };
 
 /// Rounds of columns for which there is room in `rest`.

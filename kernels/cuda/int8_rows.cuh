@@ -179,7 +179,7 @@ struct alignas(16) ColumnMarks {
   uint32_t bits[2][kMostColumns / 32];
   uint32_t next;      // set to be marked
   uint32_t marked;    // set that was marked last
-  uint32_t words[2];  // of a set that may have marks
+  uint32_t words[2];  // of a set that may have marks: as many as the longest row so far had
 
   /// By `threads` threads of the launch that reads.
   __device__ __forceinline__ void clear_other(int thread, int threads) {

@@ -1,14 +1,16 @@
-// y = x w^T + bias + residual with a tiled 4-bit weight and 3 to 128 rows of 16-bit x, on sm_90a: the weight
+// y = x w^T + bias + residual with a tiled 4-bit weight and 3 to 64 rows of 16-bit x, on sm_90a: the weight
 // is the A operand of wgmma, decoded on its way from shared memory into registers; x is B.
 //
 // An item is 128 rows of the weight times up to 64 tokens. A block has warpgroups that multiply, two with 64
-// rows each and, where kDepth is 2, another two at the same rows and other k; and a warp that asks the copy
-// engine for what they need. A step is 2 k tiles of each. The steps of all items follow each other in one
-// line, of which every block takes as many, so that every multiprocessor has as much work whatever N is. With
-// kDepth 1 two blocks fit on a multiprocessor and an item is one block's.
+// rows each and, where kDepth is 2, another two at the same rows and other k; a warp that asks the copy
+// engine for what they need; and three warps beside it that decode nested absmax. A step is 2 k tiles of
+// each. The steps of all items follow each other in one line, of which every block takes as many, so that
+// every multiprocessor has as much work whatever N is. With kDepth 1 two blocks fit on a multiprocessor and
+// an item is one block's.
 //
-//   ring    a stage has a step: x, [tokens][64 k] a tile, swizzled as wgmma wants it, codes and absmax. Some
-//           weights are asked for before what ran before has ended; more would stand in the way of x.
+//   ring    a stage has a step: x, [tokens][64 k] a tile, swizzled as wgmma wants it, codes, absmax, and
+//           room for absmax as decoded. Some weights are asked for before what ran before has ended; more
+//           would stand in the way of x.
 //   decode  a dot product of bytes makes an address, a look-up makes two weights
 //   scale   up to 16 tokens absmax times the sums of a tile, in fp32; more: times the weights, a rounding
 //           more, which lets the product of a tile run while the next one is decoded. There nested absmax
@@ -20,7 +22,8 @@
 // for itself comes last. It waits for blocks of lower numbers only, which started before it.
 //
 // Bound by memory, from 32 tokens on by shared memory. More than 64 tokens are several items for the same
-// rows, which decode the weight again: right where N is too small for gemm4_sm90.cu to fill the chip.
+// rows, which decode the weight again: only where absmax or y are not on 16 bytes, as gemm4_sm90.cu needs
+// them.
 #include <algorithm>
 
 #include "launch.cuh"
@@ -39,13 +42,13 @@ constexpr int kPartFloats = 64 * kRows;  // of a block, the most
 template <int kTokens, bool kNested, int kDepth>
 struct Shape {
   static constexpr int kConsumers = 256 * kDepth;         // threads
-  static constexpr int kThreads = kConsumers + 128;       // the last warpgroup has the warp that asks
+  static constexpr int kThreads = kConsumers + 128;       // the last warpgroup asks, and decodes absmax
   static constexpr int kBlocks = kDepth == 1 ? 2 : 1;     // of a multiprocessor
   static constexpr int kTiles = 2 * kDepth;               // k tiles of a step
   static constexpr int kAbsmaxBytes = kNested ? 16 : 64;  // of a tile
   static constexpr int kX = kTiles * kTokens * 128, kCodes = kRowTiles * kTiles * 512;
   static constexpr int kAbsmax = kRowTiles * kTiles * kAbsmaxBytes;
-  // nested and more than 16 tokens: decoded by other warps, each a pair of equal 16-bit values
+  // nested and more than 16 tokens: decoded by other warps, each value a pair of equal 16-bit ones
   static constexpr bool kPairs = kNested && kTokens > 16;
   static constexpr int kPairsAt = kX + kCodes + (kAbsmax + 127) / 128 * 128;  // in a stage
   static constexpr int kStage = (kPairsAt + (kPairs ? kRowTiles * kTiles * 64 : 0) + 1023) / 1024 * 1024;
@@ -68,7 +71,7 @@ struct Skinny {
 
 #if HALFBYTE_WGMMA
 
-constexpr int kDecoders = 96;  // threads that decode nested absmax
+constexpr int kDecoders = 96;  // threads that decode nested absmax: the rest of the last warpgroup
 // Stages that are asked for before the wait, of a multiprocessor; the same of a block of at most kFewSteps,
 // whose x, from 32 tokens on, comes late behind more.
 constexpr int kMostEarly = 4, kFewSteps = 16, kFewEarly = 3;
@@ -117,7 +120,7 @@ __device__ __forceinline__ void copy_absmax(const Tiled4& w, char* to, int row_t
   }
 }
 
-/// Nested absmax of all steps of a block, as they come, by the warps beside the one that asks.
+/// Decodes nested absmax of all steps of a block, as they come, by the warps beside the one that asks.
 template <typename T, typename S>
 __device__ __forceinline__ void decode_absmax(const Skinny<T>& p, char* table, uint32_t full,
                                               uint32_t decoded, int stages, int first_step, int mine) {
