@@ -239,7 +239,7 @@ cudaError_t launch(const Launch& on, const Int8Rows& p) {
   shape.block = dim3(threads * groups);
   if (!(p.threshold > 0.0f)) return launch_kernel(on, shape, rows_kernel<T, N, kHalf, false>, p, threads);
   if (p.cols <= kBlockColumns) shape.shared = static_cast<size_t>((p.cols + 31) / 32 * 4);
-  const cudaError_t error = launch_kernel(on, shape, rows_kernel<T, N, kHalf, true>, p, threads);
+  cudaError_t error = launch_kernel(on, shape, rows_kernel<T, N, kHalf, true>, p, threads);
   if (error != cudaSuccess || (!p.list && !p.mask)) return error;
   Launch next = on;
   next.early = on.arch >= 90;
@@ -247,7 +247,9 @@ cudaError_t launch(const Launch& on, const Int8Rows& p) {
   columns.grid = dim3(blocks_for(p.rows, kThreads / 32, on.multiprocessors) + 1);
   columns.block = dim3(kThreads);
   columns.shared = shape.shared;
-  return launch_kernel(next, columns, columns_kernel, p);
+  error = launch_kernel(next, columns, columns_kernel, p);
+  if (error != cudaSuccess) forget_marks(on, p.marks);
+  return error;
 }
 
 template <typename T, int N>

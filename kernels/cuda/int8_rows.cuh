@@ -189,6 +189,11 @@ struct alignas(16) ColumnMarks {
   }
 };
 
+/// When rows are marked, but the launch that reads the marks has failed: else the next rows had them, too.
+inline void forget_marks(const Launch& on, ColumnMarks* marks) {
+  cudaMemsetAsync(marks, 0, sizeof(ColumnMarks), on.stream);
+}
+
 /// x float [rows, cols] to codes int8 [rows, cols] and absmax float32 [rows].
 struct Int8Rows {
   const void* x;

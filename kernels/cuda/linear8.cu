@@ -273,13 +273,13 @@ Status CudaBackend::linear_8bit(Queue queue, View y, View x, View weight, View s
                       layer.gathered};
   if (Status status = check(int8_rows(on, rows), "linear_8bit"); !status.ok()) return status;
   on.early = on.arch >= 90;  // what the weight is was settled before the first step
-  return check(with_float_type(x.dtype,
-                               [&](auto* t) {
-                                 using T = std::remove_pointer_t<decltype(t)>;
-                                 return gemm ? multiply<T>(on, layer, parts, workspace)
-                                             : multiply_and_finish<T>(on, layer, parts, workspace);
-                               }),
-               "linear_8bit");
+  const cudaError_t error = with_float_type(x.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    return gemm ? multiply<T>(on, layer, parts, workspace)
+                : multiply_and_finish<T>(on, layer, parts, workspace);
+  });
+  if (error != cudaSuccess && layer.marks) forget_marks(on, layer.marks);
+  return check(error, "linear_8bit");
 }
 
 }  // namespace halfbyte::cuda
