@@ -40,7 +40,7 @@ cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count);
 template <typename T>
 cudaError_t gemv4_gated(const Launch& on, const Product4<T>* products, Activation act);
 
-/// Any rows of x, made for 3 to 128; only where Launch::wgmma. Without `parts` (Launch::parts), which no
+/// Any rows of x, made for 3 to 64; only where Launch::wgmma. Without `parts` (Launch::parts), which no
 /// other product may use at the same time, a block takes whole rows of the weight. skinny4_sm90.cu
 template <typename T>
 cudaError_t skinny4_sm90(Launch on, Product4<T> product, float* parts);
