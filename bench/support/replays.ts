@@ -42,8 +42,8 @@ async function secondsOf(device: Device, graph: Graph, replays: number): Promise
 }
 
 /**
- * Median seconds per call of each contender, over `rounds` samples that they take in turn: a GPU under load lowers its
- * clock, for all of them alike. `live`: as many as `copies` where results are as large as operands.
+ * Median seconds per call of each contender, over `rounds` samples that they take in turn, there and back: a GPU under load
+ * lowers its clock, for all of them alike, and some time after what heated it. `live`: as many as `copies` where results are as large as operands.
  */
 export async function timeReplays(
   device: Device,
@@ -67,7 +67,7 @@ export async function timeReplays(
       await secondsOf(device, graph, 1)
     }
     for (let round = 0; round < rounds; round++) {
-      for (const { graph, calls, replays, samples } of ready)
+      for (const { graph, calls, replays, samples } of round % 2 ? ready.toReversed() : ready)
         samples.push((await secondsOf(device, graph, replays)) / calls)
     }
     return ready.map(({ samples }) => summarize(samples).median)
