@@ -19,9 +19,7 @@
 // is a list as it is. Shared and Area say what lies where in shared memory.
 //
 // The code after a pass starts from nothing but what shared memory has, so that the pass has the registers.
-#include "../random.h"
-#include "sampling_bounds.cuh"
-#include "sampling_filter.cuh"
+#include "sampling_search.cuh"
 
 namespace halfbyte::cuda {
 namespace sampling {
@@ -92,13 +90,13 @@ struct Sampler {
   __device__ __forceinline__ Listed list(float cut, float most) {
     const Row<T, kSeen> row;
     const Temperature warmth = temperature();
-    const float* const groups = Store::groups();
+    const auto* const groups = Store::groups();
     const int steps = (row.end - row.begin + kStep - 1) / kStep;
     const int slots = (steps + (1 << p.fold) - 1) >> p.fold;
 #pragma unroll 1
     for (int slot = 0; slot < slots; ++slot) {
       const int group = slot * kThreads + static_cast<int>(threadIdx.x);
-      if (groups[group] >= cut) {
+      if (to_float(groups[group]) >= cut) {
         const int at = atomicAdd(&s.queued, 1);
         if (at < kListed) s.queue[at] = group;
       }
@@ -174,64 +172,49 @@ struct Sampler {
   }
 
   /// The drawn token in the one thread that finds it, -1 in the others; kSlowly in all when there is no sum.
-  /// `of_warp`: what the warp's kept tokens weigh.
-  __device__ __forceinline__ int64_t draw(double of_warp, const Kept& kept) {
+  /// `of_warp`: what the warp's kept tokens weigh. weigh_slots(warp, slots) makes the sums of its slots, when
+  /// they are not there yet.
+  template <typename WeighSlots>
+  __device__ __forceinline__ int64_t draw(double of_warp, const Kept& kept, const WeighSlots& weigh_slots) {
     const Temperature warmth = temperature();
-    const int warp = threadIdx.x / 32;
-    if (threadIdx.x % 32 == 0) s.runs[0][warp] = of_warp;
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) s.runs[0][threadIdx.x / 32] = of_warp;
     __syncthreads();
-    double of_block = 0.0;
-#pragma unroll 4
-    for (int w = 0; w < kWarps; ++w) of_block += s.runs[0][w];
-    double all = of_block;
+    double part = lane < kWarps ? s.runs[0][lane] : 0.0, upto = warp_upto(part);
+    double all = __shfl_sync(0xffffffffu, upto, 31);
     if (cluster.blocks > 1) {
-      cluster.tell(of_block, 0.0, 0.0);
+      cluster.tell(all, 0.0, 0.0);
       all = cluster.sum(0);
     }
     double target = s.uniform * all;
     if (!isfinite(target) || !(all > 0.0)) return kSlowly;
-    // the part that the target falls into, the last that weighs anything when roundings put it beyond them
-    double sum = 0.0, before = 0.0, weight = 1.0;
-    int found = -1;
-    bool passed = false;
-    const auto see = [&](double part, int i) {
-      if (passed || !(part > 0.0)) return;
-      found = i;
-      before = sum;
-      weight = part;
-      sum += part;
-      passed = target < sum;
-    };
     if (cluster.blocks > 1) {
-#pragma unroll 1
-      for (int r = 0; r < cluster.blocks; ++r) see(cluster.number(r, 0), r);
-      if (cluster.rank != found) return -1;
-      sum = before;
-      passed = false;
+      const double of_block = lane < cluster.blocks ? cluster.number(lane, 0) : 0.0;
+      const Picked block = pick(of_block, warp_upto(of_block), target);
+      if (cluster.rank != block.part) return -1;
+      target -= block.before;
     }
-#pragma unroll 1
-    for (int w = 0; w < kWarps; ++w) see(s.runs[0][w], w);
-    const int warp_found = found;
-    const auto part_of_found = [&]() { return fmin(1.0, fmax(0.0, (target - before) / weight)); };
+    const auto part_of = [&](const Picked& picked) {
+      return fmin(1.0, fmax(0.0, (target - picked.before) / picked.weight));
+    };
+    const Picked in_block = pick(part, upto, target);
+    const int warp_found = in_block.part;
     const Row<T, kSeen> row;
     const int run = row.run_begin(warp_found), run_end = row.run_end(warp_found);
     const int slots = (run_end - run + p.slot() - 1) / p.slot();
-    double of_slots = 0.0;
-#pragma unroll 1
-    for (int slot = 0; slot < slots; ++slot) of_slots += s.sums_of[warp_found][slot];
-    target = part_of_found() * of_slots;
-    sum = 0.0;
-    passed = false;
-#pragma unroll 1
-    for (int slot = 0; slot < slots; ++slot) see(s.sums_of[warp_found][slot], slot);
-    const double part = part_of_found();
+    weigh_slots(warp_found, slots);
+    part = lane < slots ? s.sums_of[warp_found][lane] : 0.0;
+    upto = warp_upto(part);
+    target = part_of(in_block) * __shfl_sync(0xffffffffu, upto, 31);
+    const Picked in_warp = pick(part, upto, target);
+    const int slot = in_warp.part;
+    const double part_of_slot = part_of(in_warp);
 
     // that slot once more, a piece for every thread, in integers of the largest there
-    const int begin = run + found * p.slot(), end = min(run_end, begin + p.slot());
+    const int begin = run + slot * p.slot(), end = min(run_end, begin + p.slot());
     const int piece = (end - begin + kThreads - 1) / kThreads;
     const int from = min(end, begin + piece * static_cast<int>(threadIdx.x)), stop = min(end, from + piece);
-    const float largest =
-        warp_max(Store::groups()[found * kThreads + warp_found * 32 + static_cast<int>(threadIdx.x % 32)]);
+    const float largest = warp_max(to_float(Store::groups()[slot * kThreads + warp_found * 32 + lane]));
     const float reference = warmth.warm(row.clean(largest));
     const auto weigh_vector = [&](int v, Weight(&weights)[N]) {
       row.values(row.read(v), v,
@@ -245,21 +228,21 @@ struct Sampler {
 #pragma unroll 1
     for (int v = from; v < stop; ++v) own += weigh_vector(v, weights);
     const Prefix prefix = block_prefix<kThreads>(s, own);
-    const Weight exact = draw_target(part, prefix.total);
+    const Weight exact = draw_target(part_of_slot, prefix.total);
     if (exact < prefix.before || exact >= prefix.before + own) return -1;
-    Weight upto = prefix.before;
+    Weight passed = prefix.before;
 #pragma unroll 1
     for (int v = from; v < stop; ++v) {
       const Weight of_vector = weigh_vector(v, weights);
-      if (upto + of_vector <= exact) {
-        upto += of_vector;
+      if (passed + of_vector <= exact) {
+        passed += of_vector;
         continue;
       }
       int at = 0;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        upto += weights[j];
-        at += upto <= exact ? 1 : 0;
+        passed += weights[j];
+        at += passed <= exact ? 1 : 0;
       }
       return row.index(v) + at;
     }
@@ -313,7 +296,7 @@ struct Sampler {
       kept.floor = threshold<true>(cluster, whole, most, lowest, most, target);
     }
     kept.min_p = s.min_p;
-    return draw(weigh(), kept);
+    return draw(weigh(), kept, [](int, int) {});
   }
 };
 
@@ -335,7 +318,28 @@ template <int kThreads, typename T, bool kSeen>
 __device__ __noinline__ int64_t choose_summed(int round, double of_warp, float most, float floor,
                                               float min_p) {
   Sampler<kThreads, T, kSeen> sampler(round);
-  const int64_t token = sampler.draw(of_warp, {most, floor, min_p});
+  const typename Sampler<kThreads, T, kSeen>::Kept kept{most, floor, min_p};
+  const int64_t token = sampler.draw(of_warp, kept, [](int, int) {});
+  if (token != kSlowly) return token;
+  return choose_slowly<kThreads, T, kSeen>(sampler.cluster.round, most, floor, 0, 1.0f);
+}
+
+/// The same of what is remembered of a row, from `cut` up.
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_remembered(int round, double of_warp, float most, float floor,
+                                                  float min_p, float cut, const Bounds& bounds, float scale) {
+  Sampler<kThreads, T, kSeen> sampler(round);
+  const typename Sampler<kThreads, T, kSeen>::Kept kept{most, floor, min_p};
+  const int64_t token = sampler.draw(of_warp, kept, [&](int warp, int slots) {
+    const Remembered<kThreads, T, kSeen> remembered(bounds, scale, 0);
+    if (min_p > 0.0f) {
+      const Temperature warmth = sampler.temperature();
+      remembered.weigh_slots(warp, cut, slots,
+                             [&](float x) { return kept.weight(warmth.warm(x), most) > 0; });
+    } else {
+      remembered.weigh_slots(warp, cut, slots, [](float) { return true; });
+    }
+  });
   if (token != kSlowly) return token;
   return choose_slowly<kThreads, T, kSeen>(sampler.cluster.round, most, floor, 0, 1.0f);
 }
@@ -508,7 +512,7 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
   /// takes another pass, for which s.rest is known now. `rest`: what s.rest was after the pass before, NaN in
   /// the first one. s.round is where the next pass goes on.
   __device__ __forceinline__ int64_t choose_nucleus(float scale, float top_p, float rest) {
-    const Bounds bounds = find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, rest, NAN);
+    const Bounds bounds = find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, rest);
     if (cluster.blocks > 1) ++cluster.round;
     if (isnan(bounds.reference)) {
       if (threadIdx.x == 0) s.round = cluster.round;
@@ -517,110 +521,46 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     }
     const Seen seen = bounds.high == INFINITY ? scan_run<kTail, kThreads, T, kSeen>(scale, bounds)
                                               : scan_run<kSplit, kThreads, T, kSeen>(scale, bounds);
-    const double above_warp = bounds.high < INFINITY ? this->of_slots(s.above_of) : 0.0;
-    Sums sums = sums_of_row(seen, this->of_slots(s.sums_of), seen.full ? NAN : above_warp);
+    const int slots = this->slots();
+    const Remembered<kThreads, T, kSeen> remembered(bounds, scale, seen.items);
+    const Sums sums = sums_of_row(seen, this->of_slots(s.sums_of), seen.full ? NAN : remembered.above(slots));
     if (sums.value == -INFINITY) return in_one_thread(0);
-    const Temperature warmth = temperature();
-    const float most = warmth.warm(sums.value);
-    const double unit = unit_of(seen, sums.value, scale);
-    sums.all *= unit;
-    sums.above *= unit;
-    if (!isfinite(sums.all)) return slowly(most, -kLargest, 0, top_p);
-    const Weight total = static_cast<Weight>(sums.all), target = top_p_target(top_p, total);
+    const float most = temperature().warm(sums.value);
+    const double unit = unit_of(seen, sums.value, scale), all = sums.all * unit;
+    if (!isfinite(all)) return slowly(most, -kLargest, 0, top_p);
+    const Weight total = static_cast<Weight>(all);
+    // in units of the reference
+    const double needed = static_cast<double>(top_p_target(top_p, total)) / unit;
     float cut;
+    double of_warp = NAN;
     // false too where `above` is NaN, for want of room
-    if (sums.above < static_cast<double>(target) &&
-        (cut_narrowly(seen, bounds, sums, unit, target, scale, top_p, cut) ||
-         cut_items(seen, bounds, sums.value, scale, static_cast<double>(target) - sums.above, cut))) {
+    if (sums.above < needed && (remembered.find_narrowly(cluster, sums.value, sums.above, needed,
+                                                         sums.all - needed, slots, cut, of_warp) ||
+                                remembered.find(cluster, sums.value, sums.above, needed, cut))) {
+      const Temperature warmth = temperature();
       const typename Base::Kept kept{most, warmth.warm(cut), s.min_p};
       // min-p has to keep what is above the bound
       if (kept.min_p > 0.0f && sums.above > 0.0 && scaled_exp(warmth.warm(bounds.high) - most) < kept.min_p) {
         return slowly(most, kept.floor, 0, 1.0f);
       }
-      const double of_warp = kept.min_p > 0.0f ? weigh_items<true>(seen, bounds, scale, cut, kept, warmth)
-                                               : weigh_items<false>(seen, bounds, scale, cut, kept, warmth);
-      return choose_summed<kThreads, T, kSeen>(cluster.round, of_warp, most, kept.floor, kept.min_p);
+      if (kept.min_p > 0.0f) {
+        of_warp =
+            remembered.weigh(cut, slots, [&](float x) { return kept.weight(warmth.warm(x), most) > 0; });
+      } else if (isnan(of_warp)) {  // not found on the way
+        of_warp = remembered.weigh(cut, slots, [](float) { return true; });
+      }
+      return choose_remembered<kThreads, T, kSeen>(cluster.round, of_warp, most, kept.floor, kept.min_p, cut,
+                                                   bounds, scale);
     }
     if (!isnan(rest)) return slowly(most, -kLargest, 0, top_p);
     const int64_t token = choose_peaked(seen, most, top_p, total);
     if (token != kSlowly) return token;
     if (threadIdx.x == 0) {
-      s.rest = static_cast<float>(static_cast<double>(total - target) / unit);
+      s.rest = static_cast<float>(sums.all - needed);
       s.round = cluster.round;
     }
     __syncthreads();
     return kAgain;
-  }
-  /// cut_items() between bounds that are better, now that the sum of the row is known: what lies above them
-  /// is summed, and little goes through the histograms. The counts of the sample are still in shared memory.
-  /// Only where one block has the row: where several have it, each has few items.
-  __device__ __forceinline__ bool cut_narrowly(const Seen& seen, Bounds bounds, const Sums& sums, double unit,
-                                               Weight target, float scale, float top_p, float& cut) const {
-    if (cluster.blocks > 1) return false;
-    const float rest = static_cast<float>((sums.all - static_cast<double>(target)) / unit);
-    const Bounds narrow =
-        find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, rest, bounds.reference);
-    bounds.low = fmaxf(bounds.low, narrow.low);
-    bounds.high = fminf(bounds.high, narrow.high);
-    const Item* const items = Base::Store::items();
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int i = threadIdx.x % 32; i < seen.items; i += 32) {
-      const float x = to_float(items[i]), w = rough_exp2(fmaf(x, scale, -seen.reference));
-      sum += x > bounds.high ? w : 0.0f;
-    }
-    sum = warp_total(sum);
-    if (threadIdx.x % 32 == 0) s.runs[0][threadIdx.x / 32] = sum;
-    __syncthreads();
-    double above = 0.0;
-#pragma unroll 4
-    for (int w = 0; w < kWarps; ++w) above += s.runs[0][w];
-    above = sums.above + above * unit;
-    return above < static_cast<double>(target) &&
-           cut_items(seen, bounds, sums.value, scale, static_cast<double>(target) - above, cut);
-  }
-  /// Finds the smallest logit that top-p keeps among the items, before the temperature. The largest logit of
-  /// the row is `value`; what is kept of the items up to the upper bound weighs `target`.
-  __device__ __forceinline__ bool cut_items(const Seen& seen, const Bounds& bounds, float value, float scale,
-                                            double target, float& cut) const {
-    // the bits of a float that a T has not
-    constexpr int kZero = kSeen || N == 4 ? 0 : std::is_same_v<T, bf16_t> ? 16 : 13;
-    // an item of the upper bound weighs 2^31 there, one of the largest logit 2^40 in `target`
-    const float high = fminf(value, bounds.high);
-    const double goal =
-        target * 0x1p-9 *
-        static_cast<double>(
-            exp2f(static_cast<float>((static_cast<double>(value) - static_cast<double>(high)) * scale)));
-    return find_cut<kZero>(cluster, Base::Store::items(), seen.items, bounds.low, high, scale,
-                           static_cast<Weight>(ceil(goal)), cut);
-  }
-  /// What is kept of the warp's slots, to sums_of, and of all together, in units of the reference.
-  template <bool kMinPToo>
-  __device__ __forceinline__ double weigh_items(const Seen& seen, const Bounds& bounds, float scale,
-                                                float cut, const typename Base::Kept& kept,
-                                                const Temperature& warmth) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slots = this->slots();
-    const Item* const items = Base::Store::items();
-    double all = 0.0;
-    int first = 0;
-#pragma unroll 1
-    for (int slot = 0; slot < slots; ++slot) {
-      const int stop = s.items_of[warp][slot];
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int i = first + lane; i < stop; i += 32) {
-        const float x = to_float(items[i]), w = rough_exp2(fmaf(x, scale, -seen.reference));
-        bool keeps = x >= cut;
-        if constexpr (kMinPToo) keeps = keeps && kept.weight(warmth.warm(x), kept.most) > 0;
-        sum += keeps ? w : 0.0f;
-      }
-      first = stop;
-      double of_slot = static_cast<double>(warp_total(sum));
-      if (bounds.high < INFINITY) of_slot += s.above_of[warp][slot];
-      if (lane == 0) s.sums_of[warp][slot] = of_slot;
-      all += of_slot;
-    }
-    return all;
   }
 };
 
@@ -651,6 +591,7 @@ __device__ __forceinline__ int64_t choose(const Problem<T>& p) {
     const Row<T, kSeen> row(p);
     const int v = row.begin + static_cast<int>(threadIdx.x % 32);
     if (v >= row.whole && v < row.whole_end) prefetch(row.x + row.index(v));
+    if (threadIdx.x == kThreads - 32) prefetch(p.rng + 2 * p.row());
   }
   const float* const params = p.params_of_row();
   const float k = params[kTopK], divisor = params[kTemperature], top_p = params[kTopP], min_p = params[kMinP];
@@ -660,11 +601,7 @@ __device__ __forceinline__ int64_t choose(const Problem<T>& p) {
     s.queued = s.listed = s.counted = 0;
   }
   __syncthreads();
-  if (p.blocks > 1) cluster_meet();    // nothing is written to a block that has not begun
-  if (threadIdx.x == kThreads - 32) {  // not by the first thread, which has had other things to do
-    const int64_t* const rng = p.rng + 2 * p.row();
-    s.uniform = uniform(rng[0], rng[1]);
-  }
+  if (p.blocks > 1) cluster_meet();  // nothing is written to a block that has not begun
 
   if (!(divisor > 0.0f) || top_p <= 0.0f) return choose_best<kThreads, T, kSeen>();
   const Weight count = k >= 1.0f && k < static_cast<float>(p.n) ? static_cast<Weight>(k) : 0;
@@ -727,16 +664,20 @@ cudaError_t launch_threads(const Launch& launch, cudaStream_t stream, int64_t ro
   p.fold = 0;
   while (((p.run + kStep - 1) / kStep + (1 << p.fold) - 1) >> p.fold > kSlots) ++p.fold;
   // items for a quarter of the row, and for chance; none where there is room for far less, nor for a row
-  // that is no longer than its sample. A block pays 1 KiB besides its own, and 1 KiB is for what is rounded.
-  constexpr int64_t kFixed = Area<kThreads, T, kSeen>::kGroups;
-  constexpr int64_t kEach = kWarps * sizeof(ItemOf<T, kSeen>);  // an item of every warp
-  const int64_t room = (launch.shared / kResident<kThreads> - 2048 -
-                        static_cast<int64_t>(sizeof(Shared) + sizeof(Problem<T>)) - kFixed) /
-                       kEach;
-  const int64_t wanted = p.run * N / 4 + 512;
-  p.capacity = p.n >= kSampled && room >= wanted / 3 ? static_cast<int>(std::min(room, wanted)) : 0;
-  shape.shared = static_cast<size_t>(kFixed) +
-                 std::max(sizeof(List), static_cast<size_t>(p.capacity) * static_cast<size_t>(kEach));
+  // that is no longer than its sample. A block pays 1 KiB besides its own. Columns are an odd number of 16
+  // bytes, so that lanes which read theirs at once find them in different banks.
+  using Store = Area<kThreads, T, kSeen>;
+  constexpr int64_t kItem = sizeof(typename Store::Item), kOdd = 32 / kItem, kColumns = kThreads / 2;
+  const int64_t fixed = Store::kFixed + Store::kSpare;
+  const int64_t room = (launch.shared / kResident<kThreads> - 1024 - 128 - fixed -
+                        static_cast<int64_t>(sizeof(Shared) + sizeof(Problem<T>))) /
+                       (kColumns * kItem);
+  const int64_t wanted = p.run * N / 64 + 64, most = std::min(std::min(room, wanted), int64_t{255});
+  p.capacity = p.n >= kSampled && room >= wanted / 3
+                   ? static_cast<int>((most + kOdd / 2) / kOdd * kOdd - kOdd / 2)
+                   : 0;
+  shape.shared = static_cast<size_t>(fixed) +
+                 std::max(sizeof(List) + sizeof(Ranked), static_cast<size_t>(p.capacity * kColumns * kItem));
   return launch_kernel(on, shape, sample_kernel<kThreads, T, kSeen>, p);
 }
 

@@ -13,7 +13,7 @@ constexpr int kMostWarps = 16;  // of a block
 constexpr int kMostBlocks = 8;  // of a cluster
 constexpr int kBucketBits = 9;
 constexpr int kBuckets = 1 << kBucketBits;  // of a histogram of weights
-constexpr int kBins = 1024;                 // of the histogram of a sample
+constexpr int kBins = 512;                  // of the histogram of a sample
 constexpr int kSampled = 8192;              // logits of a sample
 constexpr int kAhead = 384;                 // vectors of a warp that L2 is asked for ahead: 6 KiB
 constexpr int kListed = 1024;               // tokens that one block ranks
@@ -66,7 +66,7 @@ struct Problem {
   int blocks;     // of a row: 1, 2, 4 or 8, a cluster
   int log_blocks;
   int fold;      // 2^fold steps of a warp make a slot
-  int capacity;  // items that a warp can remember of a row
+  int capacity;  // items that two lanes can remember of a row
 
   __device__ __forceinline__ int slot() const { return kStep << fold; }  // vectors
   __device__ __forceinline__ int64_t row_of(unsigned block) const { return block >> log_blocks; }
@@ -78,7 +78,9 @@ struct alignas(16) Shared {
   union {
     uint2 sums[kBuckets];  // a sum each, in two words
     uint32_t counts[kBins];
-    int32_t queue[kListed];  // groups that hold tokens for the list
+    float2 upto[kBins];          // of a sample: sums and sums of squares up to a bin, from the lowest logits
+    uint32_t warp_counts[1024];  // of the values in a window, for every warp
+    int32_t queue[kListed];      // groups that hold tokens for the list
   };
   Weight slots[2][kMostBlocks][3];  // what the blocks of the cluster tell each other, in turns
   Weight warps[kMostWarps];
@@ -86,7 +88,6 @@ struct alignas(16) Shared {
   double runs[2][kMostWarps];           // what tokens of each warp weigh
   double sums_of[kMostWarps][kSlots];   // and of the slots of its run
   double above_of[kMostWarps][kSlots];  // those above the upper bound
-  int items_of[kMostWarps][kSlots];     // how many items there are up to the end of a slot
   Weight above;                         // what lies above a bucket
   double uniform;                       // the random number
   float divisor, min_p;                 // the temperature; in units of 2^-40, 0 where it is off
@@ -94,6 +95,7 @@ struct alignas(16) Shared {
   uint32_t least;
   int queued, listed, counted;  // groups on the queue; tokens on the list (the first block's), of this block
   int low_bin, high_bin;        // of the bounds of a cut, counted from the lowest logits
+  int narrow_low, narrow_high;  // of better ones, when the row's sum is known
   float rest;                   // what the row weighs beyond its top-p, for the second pass
   int round;                    // the cluster's, for the pass after one that chose no token
 };
@@ -202,6 +204,29 @@ __device__ __forceinline__ N warp_total(N own) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(0xffffffffu, own, step);
   return own;
+}
+
+/// Of parts that lanes have, the one that `target` falls into, and what is before it; the last that weighs
+/// anything when roundings put it beyond them. `upto`: the sums of the parts up to each.
+struct Picked {
+  int part;
+  double before, weight;
+};
+__device__ __forceinline__ double warp_upto(double part) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const double other = __shfl_up_sync(0xffffffffu, part, step);
+    if (lane >= step) part += other;
+  }
+  return part;
+}
+__device__ __forceinline__ Picked pick(double part, double upto, double target) {
+  const unsigned all = __ballot_sync(0xffffffffu, part > 0.0);
+  const unsigned beyond = __ballot_sync(0xffffffffu, part > 0.0 && target < upto);
+  const int at =
+      beyond != 0 ? __ffs(static_cast<int>(beyond)) - 1 : max(0, 31 - __clz(static_cast<int>(all)));
+  return {at, __shfl_sync(0xffffffffu, upto - part, at), __shfl_sync(0xffffffffu, part, at)};
 }
 
 /// A logit divided by the temperature, rounded to nearest as __fdiv_rn() does it. With the reciprocal at hand

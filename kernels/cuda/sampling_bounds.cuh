@@ -14,24 +14,34 @@ __device__ __forceinline__ float round_down(float x) {
   return x;
 }
 
-constexpr float kFine = 32.0f;  // bins to a power of two
+constexpr float kFine = 16.0f;  // bins to a power of two
+constexpr float kSure = 3.5f;   // deviations that the estimates for a bound allow for
 /// Vectors of a sample that a thread has, where a block has the row.
 template <int kThreads, typename T>
 constexpr int kSamplesOf = kSampled / (16 / static_cast<int>(sizeof(T))) / kThreads;
 
-/// Has the first kilobytes of this warp's run brought to L2, since nothing else is read while the sample is
-/// counted.
-template <typename T, bool kSeen>
-__device__ __forceinline__ void prefetch_run(const Row<T, kSeen>& row) {
-#if __CUDA_ARCH__ >= 900
-  const int first = max(row.begin, row.whole), stop = min(min(row.end, row.whole_end), row.begin + kAhead);
-  if (threadIdx.x % 32 == 0 && first < stop) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row.x + row.index(first)),
-                 "r"((stop - first) * 16)
-                 : "memory");
-  }
-#endif
+__device__ __forceinline__ float rough_sqrt(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
+/// What a token of a bin weighs.
+__device__ __forceinline__ float weight_of_bin(int bin) {
+  return rough_exp2((static_cast<float>(bin) + 0.5f) * (-1.0f / kFine));
+}
+/// What a part of the row weighs, by the sum and the sum of squares of its part that is in the sample, give
+/// or take so many deviations.
+struct Estimate {
+  float factor;  // the row to the sample
+
+  template <int kThreads, typename T>
+  static __device__ __forceinline__ Estimate of(const Problem<T>& p, int samples) {
+    return {static_cast<float>(p.run) / static_cast<float>(32 * samples)};
+  }
+  __device__ __forceinline__ float operator()(float2 sums, float deviations) const {
+    return factor * fmaf(deviations, rough_sqrt(fmaxf(0.0f, sums.y)), sums.x);
+  }
+};
 
 /// The sample of the row, counted by bins of logits: the reference of its weights, NaN where there is none.
 /// All threads of the cluster call it.
@@ -52,12 +62,13 @@ __device__ __forceinline__ float count_sample(Cluster<kThreads>& cluster, const 
                     ? Words<T>::load(row.x + row.index(v))
                     : Words<T>::nothing();
   }
-  prefetch_run(row);
 #pragma unroll
   for (int i = 0; i < kBins; i += kThreads) s.counts[i + thread] = 0;
 #pragma unroll
   for (int q = 0; q < kMost; ++q) top = fmaxf(top, largest_of(sample[q]));
   top = warp_max(top);
+  // what a pass reads first is fetched while the sample is counted, but not before it is there
+  prefetch_run(row, lane == 0 && top > -INFINITY);
   if (lane == 0) s.pairs[warp].x = top;
   __syncthreads();
 #pragma unroll 1
@@ -85,28 +96,46 @@ __device__ __forceinline__ float count_sample(Cluster<kThreads>& cluster, const 
   return reference;
 }
 
+/// The upper edge of a bin.
+template <typename T>
+__device__ __forceinline__ float edge_of_bin(int bin, float scale, float reference) {
+  return round_down<T>((reference * kFine - static_cast<float>(bin)) * __fdividef(1.0f, kFine * scale));
+}
+/// The bounds where what weighs less than the top-p is from `least` to `most`: places in the order of the
+/// logits, to `low` and `high`. `upto`: up to each of the thread's bins, the first of them and what is before
+/// it; the highest is `bin`.
+template <int kThreads>
+__device__ __forceinline__ void find_places(const float2 (&upto)[kBins / kThreads + 1],
+                                            const Estimate& estimate, float least, float most, int& low,
+                                            int& high) {
+  constexpr int kOwn = kBins / kThreads;
+#pragma unroll
+  for (int i = kOwn - 1; i >= 0; --i) {
+    const int place = kOwn * static_cast<int>(threadIdx.x) + i;
+    // as if four more of a bin's tokens were below it
+    const float2 below = {upto[i].x + 4.0f * weight_of_bin(kBins - 1 - place), upto[i].y};
+    if (estimate(upto[i + 1], -kSure) >= most) atomicMin(&high, place);
+    if (estimate(below, kSure) <= least) atomicMax(&low, place);
+  }
+}
+
 /// Bounds that hold but for a chance in a few hundred, from a sample of the row before penalties; NaN where
 /// there are none. `rest`: what weighs less than the top-p of the row, in units of the reference; NaN while
-/// it is not known. `reference`: that of a sample which is counted already; NaN: there is none. All threads
-/// of the cluster call it.
+/// it is not known. All threads of the cluster call it.
 template <int kThreads, typename T, bool kSeen>
-__device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, float rest, float reference) {
+__device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, float rest) {
   const Problem<T>& p = problem<T>();
   Cluster<kThreads> cluster(p.blocks, round);
   Shared& s = cluster.s;
-  const Row<T, kSeen> row;
   constexpr int kOwn = kBins / kThreads;  // bins of a thread
-  constexpr float kSure = 3.5f;           // deviations that the estimates for a bound allow for
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, thread = threadIdx.x;
   const int samples = max(1, kSamplesOf<kThreads, T> >> p.log_blocks);
-  if (isnan(reference)) {
-    reference = count_sample(cluster, row, samples, scale);
-    if (isnan(reference)) return {NAN, NAN, NAN};
-  }
+  const float reference = count_sample(cluster, Row<T, kSeen>(), samples, scale);
+  if (isnan(reference)) return {NAN, NAN, NAN};
   cluster.barrier();
   if (thread == 0) {
-    s.low_bin = 0;
-    s.high_bin = kBins;
+    s.low_bin = s.narrow_low = 0;
+    s.high_bin = s.narrow_high = kBins;
   }
   // a thread's bins, the lower logits first
   const int bin = kBins - 1 - kOwn * thread;
@@ -118,80 +147,95 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) counts[i] += there.v[kOwn - 1 - i];
   }
-  const auto weight = [](int of) { return rough_exp2((static_cast<float>(of) + 0.5f) * (-1.0f / kFine)); };
-  float2 own[kOwn], upto = {};  // sums and sums of squares
+  // sums and sums of squares
+  float2 upto[kOwn + 1], own = {};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const float w = weight(bin - i);
-    own[i] = {static_cast<float>(counts[i]) * w, static_cast<float>(counts[i]) * w * w};
-    upto.x += own[i].x;
-    upto.y += own[i].y;
+    const float w = weight_of_bin(bin - i), of_bin = static_cast<float>(counts[i]) * w;
+    own.x += of_bin;
+    own.y = fmaf(of_bin, w, own.y);
+    upto[i + 1] = own;
   }
+  float2 before = own;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const float a = __shfl_up_sync(0xffffffffu, upto.x, step), b = __shfl_up_sync(0xffffffffu, upto.y, step);
+    const float a = __shfl_up_sync(0xffffffffu, before.x, step),
+                b = __shfl_up_sync(0xffffffffu, before.y, step);
     if (lane >= step) {
-      upto.x += a;
-      upto.y += b;
+      before.x += a;
+      before.y += b;
     }
   }
-  if (lane == 31) s.pairs[warp] = upto;
+  if (lane == 31) s.pairs[warp] = before;
+  before.x -= own.x;
+  before.y -= own.y;
   __syncthreads();
   float2 total = {};
-#pragma unroll 1
+#pragma unroll 4
   for (int w = 0; w < kThreads / 32; ++w) {
     const float2 there = s.pairs[w];
-    if (w < warp) {
-      upto.x += there.x;
-      upto.y += there.y;
-    }
+    before.x += w < warp ? there.x : 0.0f;
+    before.y += w < warp ? there.y : 0.0f;
     total.x += there.x;
     total.y += there.y;
   }
-  // What a part of the row weighs, by the part of it that is in the sample, is within a few deviations; the
-  // deviation is the square root of the sum of the squares, and where the sample has nothing there may still
-  // be some: below a bin, as if four more of its tokens had been found. The whole row weighs at least what
-  // lies below any value, so estimated, and what the sample itself has above; at most six deviations more
-  // than is estimated, where one is less than a twelfth of it. Otherwise there is no upper bound.
-  const float factor = static_cast<float>(row.run) / static_cast<float>(32 * samples);
-  const auto estimate = [&](float sum, float square, float deviations) {
-    return factor * (sum + deviations * sqrtf(fmaxf(0.0f, square)));
-  };
-  const auto most_of_block = [&](float x) {
-    x = warp_max(x);
-    if (lane == 0) s.runs[0][warp] = x;
-    __syncthreads();
-#pragma unroll 1
-    for (int w = 0; w < kThreads / 32; ++w) x = fmaxf(x, static_cast<float>(s.runs[0][w]));
-    return x;
-  };
-  // of what weighs less than the top-p
+  upto[0] = before;
+#pragma unroll
+  for (int i = 1; i <= kOwn; ++i) {
+    upto[i].x += before.x;
+    upto[i].y += before.y;
+  }
+  // for narrow_bounds(), where the counts were
+  if (cluster.blocks == 1) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) s.upto[kOwn * thread + i] = upto[i + 1];
+  }
+  // The deviation of what a part of the row weighs is the square root of the sum of the squares, and where
+  // the sample has nothing there may still be some. The whole row weighs at least what lies below any value,
+  // so estimated, and what the sample itself has above; at most six deviations more than is estimated, where
+  // one is less than a sixth of it. Otherwise there is no upper bound.
+  const Estimate estimate = Estimate::of<kThreads>(p, samples);
   float least = 0.999f * rest, most = 1.001f * rest;
   if (isnan(rest)) {
     const float part = 1.0f - top_p;
-    least = part * most_of_block(estimate(upto.x, upto.y, -3.0f) + (total.x - upto.x));
-    most = total.x * total.x > 150.0f * total.y ? part * estimate(total.x, total.y, 6.0f) : INFINITY;
-  }
+    float all = 0.0f;
 #pragma unroll
-  for (int i = kOwn - 1; i >= 0; --i) {
-    // without this bin, what is below it
-    const float2 below = {upto.x - own[i].x, upto.y - own[i].y};
-    if (estimate(upto.x, upto.y, -kSure) >= most) atomicMin(&s.high_bin, kBins - 1 - bin + i);
-    if (estimate(below.x + 4.0f * weight(bin - i), below.y, kSure) <= least)
-      atomicMax(&s.low_bin, kBins - 1 - bin + i);
-    upto = below;
+    for (int i = 1; i <= kOwn; ++i) all = fmaxf(all, estimate(upto[i], -3.0f) + (total.x - upto[i].x));
+    all = warp_max(all);
+    if (lane == 0) s.runs[0][warp] = all;
+    __syncthreads();
+#pragma unroll 4
+    for (int w = 0; w < kThreads / 32; ++w) all = fmaxf(all, static_cast<float>(s.runs[0][w]));
+    least = part * all;
+    most = total.x * total.x > 40.0f * total.y ? part * estimate(total, 6.0f) : INFINITY;
   }
+  find_places<kThreads>(upto, estimate, least, most, s.low_bin, s.high_bin);
   __syncthreads();
-  const float per = __fdividef(1.0f, kFine * scale);
-  const auto edge = [&](int bin) {
-    return round_down<T>((reference * kFine - static_cast<float>(bin)) * per);
-  };
-  // the bins from s.low_bin to s.high_bin, counted the other way round
-  Bounds bounds;
-  bounds.low = edge(kBins - s.low_bin);
-  bounds.high = s.high_bin >= kBins - 1 ? INFINITY : edge(kBins - 1 - s.high_bin);
-  bounds.reference = reference;
-  return bounds;
+  // the places are those of the bins, counted the other way round
+  const int low = s.low_bin, high = s.high_bin;
+  return {edge_of_bin<T>(kBins - low, scale, reference),
+          high >= kBins - 1 ? INFINITY : edge_of_bin<T>(kBins - 1 - high, scale, reference), reference};
+}
+
+/// Better ones, once the sum of the row is known and with it the rest. The sums of the sample are still in
+/// shared memory; only where one block has the row. Its last access to them is followed by a barrier.
+template <int kThreads, typename T>
+__device__ __forceinline__ Bounds narrow_bounds(const Bounds& bounds, float scale, float rest) {
+  Shared& s = shared();
+  constexpr int kOwn = kBins / kThreads;
+  const int first = kOwn * static_cast<int>(threadIdx.x);
+  float2 upto[kOwn + 1];
+  upto[0] = first > 0 ? s.upto[first - 1] : float2{};
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) upto[i + 1] = s.upto[first + i];
+  find_places<kThreads>(upto, Estimate::of<kThreads>(problem<T>(), kSamplesOf<kThreads, T>), 0.999f * rest,
+                        1.001f * rest, s.narrow_low, s.narrow_high);
+  __syncthreads();
+  const int low = s.narrow_low, high = s.narrow_high;
+  return {fmaxf(bounds.low, edge_of_bin<T>(kBins - low, scale, bounds.reference)),
+          high >= kBins - 1 ? bounds.high
+                            : fminf(bounds.high, edge_of_bin<T>(kBins - 1 - high, scale, bounds.reference)),
+          bounds.reference};
 }
 
 }  // namespace sampling

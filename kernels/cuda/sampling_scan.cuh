@@ -1,6 +1,7 @@
 // The one pass of `sample` over a row.
 #pragma once
 
+#include "../random.h"
 #include "sampling.cuh"
 
 namespace halfbyte::cuda {
@@ -15,13 +16,13 @@ enum Pass {
   kSplit    // or those between two bounds are, and what those above them weigh
 };
 
-/// What a thread, or its warp, has seen.
+/// What a thread has seen.
 struct Seen {
-  float own = -INFINITY;  // the thread's largest, before the temperature
+  float own = -INFINITY;  // its largest, before the temperature
   uint32_t best = 0;      // kBest: its index
   float reference = 0.0f;
-  int items = 0;      // of the warp
-  bool full = false;  // there was no room for an item
+  int items = 0;      // that it remembers
+  bool full = false;  // there was no room for an item of its warp
 };
 
 /// Between what the cut of top-p lies, before the temperature.
@@ -34,23 +35,83 @@ struct Bounds {
 template <typename T, bool kSeen>
 using ItemOf = std::conditional_t<kSeen, float, T>;
 
-/// Dynamic shared memory: the largest values of a thread's groups, in a column; then the items of a warp, in
-/// a row. Tokens that are ranked later lie where they were.
+/// Dynamic shared memory: the largest values of a thread's groups, in a column; how many items a thread has
+/// up to the end of each slot; then the items. Tokens that are ranked later lie where they were.
 template <int kThreads, typename T, bool kSeen>
 struct Area {
   using Item = ItemOf<T, kSeen>;
-  static constexpr int kGroups = sizeof(float) * kSlots * kThreads;
-  static_assert(sizeof(Ranked) <= kGroups);
+  using Group = Item;
+  static constexpr int kGroups = sizeof(Group) * kSlots * kThreads;
+  static constexpr int kEnds = kSlots * kThreads;
+  // what a step may write beyond a full column
+  static constexpr int kSpare = kLoads * 16 / sizeof(T) * sizeof(Item);
+  static constexpr int kFixed = kGroups + kEnds + kSpare;
 
-  static __device__ __forceinline__ float* groups() { return reinterpret_cast<float*>(dynamic_area); }
-  static __device__ __forceinline__ Ranked& ranked() { return *reinterpret_cast<Ranked*>(dynamic_area); }
-  static __device__ __forceinline__ List& listed() {
-    return *reinterpret_cast<List*>(dynamic_area + kGroups);
+  static __device__ __forceinline__ Group* groups() { return reinterpret_cast<Group*>(dynamic_area); }
+  static __device__ __forceinline__ uint8_t* ends() {
+    return reinterpret_cast<uint8_t*>(dynamic_area + kGroups);
   }
-  /// Of this warp.
-  static __device__ __forceinline__ Item* items() {
-    return reinterpret_cast<Item*>(dynamic_area + kGroups) +
-           static_cast<int>(threadIdx.x / 32) * problem<T>().capacity;
+  static __device__ __forceinline__ Item* items() { return reinterpret_cast<Item*>(dynamic_area + kFixed); }
+  static __device__ __forceinline__ List& listed() { return *reinterpret_cast<List*>(dynamic_area + kFixed); }
+  static __device__ __forceinline__ Ranked& ranked() {
+    return *reinterpret_cast<Ranked*>(dynamic_area + kFixed + sizeof(List));
+  }
+};
+
+/// The items of a thread of the block. Two lanes share a column, which one fills from its beginning and the
+/// other from its end.
+template <typename Item>
+struct Column {
+  static constexpr int N = 16 / sizeof(Item);
+  Item* first;  // the thread's first item
+  int step;     // 1 or -1
+  __device__ __forceinline__ Column(Item* items, int thread, int capacity)
+      : first(items + (thread / 32 * 16 + thread % 16) * capacity + (thread & 16 ? capacity - 1 : 0)),
+        step(thread & 16 ? -1 : 1) {}
+  __device__ __forceinline__ float item(int i) const { return to_float(first[i * step]); }
+  /// Calls see(x) for each of the thread's `count` items, with -infinity for some that there are not, and
+  /// body(x) for those from `low` to `high`. The latter are few: they are found again by their bits.
+  template <typename See, typename Body>
+  __device__ __forceinline__ void each(int count, float low, float high, const See& see,
+                                       const Body& body) const {
+    const uint4* from = reinterpret_cast<const uint4*>(step > 0 ? first : first - (N - 1));
+    const uint4* hits_from = from;
+    uint32_t hits = 0;
+    int bit = 0;
+#pragma unroll 1
+    for (int left = count; left > 0; left -= N) {
+      const uint4 v = *from;
+      Words<Item> words{{v.x, v.y, v.z, v.w}};
+      if (left < N) {
+        const uint32_t valid = step > 0 ? (1u << left) - 1 : 0xffu << (N - left);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t keep =
+              N == 4 ? (valid >> i & 1 ? ~0u : 0u)
+                     : (valid >> (2 * i) & 1 ? 0xffffu : 0u) | (valid >> (2 * i) & 2 ? 0xffff0000u : 0u);
+          words.w[i] = (words.w[i] & keep) | (Words<Item>::nothing().w[i] & ~keep);
+        }
+      }
+      uint32_t here = 0;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float x = words.value(j);
+        see(x);
+        if (x >= low && x <= high) here |= 1u << j;
+      }
+      hits |= here << bit;
+      bit += N;
+      from += step;
+      if (bit < 32 && left > N) continue;
+#pragma unroll 1
+      while (hits != 0) {
+        const int at = __ffs(static_cast<int>(hits)) - 1;
+        hits &= hits - 1;
+        body(to_float(reinterpret_cast<const Item*>(hits_from + at / N * step)[at % N]));
+      }
+      hits_from = from;
+      bit = 0;
+    }
   }
 };
 
@@ -75,96 +136,95 @@ __device__ __forceinline__ float largest_of(const Words<T>& vector) {
   }
 }
 
-/// A bit for each of the thread's elements that is from `low` to `high` (kTail: from `low` up), of the i-th
-/// vector of a step: bit bit_of(i, j) for element j.
-template <typename T, bool kSeen>
-struct Hits {
-  static constexpr int N = 16 / sizeof(T);
-  static constexpr bool kPairs = N == 8 && !kSeen;  // compared two at once
-  static_assert(kLoads * N <= 32);
-  using Pair = PairOf<T>;
-  std::conditional_t<kPairs, Pair, float> low, high;
-
-  __device__ __forceinline__ explicit Hits(const Bounds& bounds) {
-    if constexpr (kPairs) {
-      low.x = low.y = from_float<T>(bounds.low);
-      high.x = high.y = from_float<T>(bounds.high);
-    } else {
-      low = bounds.low;
-      high = bounds.high;
-    }
-  }
-  static __device__ __forceinline__ constexpr int bit_of(int i, int j) {
-    return kPairs ? i * (N / 2) + j / 2 + j % 2 * 16 : i * N + j;
-  }
-  template <Pass kPass>
-  __device__ __forceinline__ uint32_t of(const Words<T>& vector, const float (&x)[N], int i) const {
-    uint32_t hits = 0;
-    if constexpr (kPairs) {
-      const Pair* pairs = reinterpret_cast<const Pair*>(&vector);
-#pragma unroll
-      for (int j = 0; j < N / 2; ++j) {
-        uint32_t both = __hge2_mask(pairs[j], low);
-        if constexpr (kPass == kSplit) both &= ~__hgt2_mask(pairs[j], high);
-        hits |= both & 0x10001u << bit_of(i, 2 * j);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j)
-        hits |= x[j] >= low && (kPass == kTail || !(x[j] > high)) ? 1u << bit_of(i, j) : 0u;
-    }
-    return hits;
-  }
-};
-
-/// Where `bit` of `hits` is set, x is put at `to`, which goes on. Written out, so that nothing is a branch.
-__device__ __forceinline__ void put(float x, uint32_t hits, uint32_t bit, uint32_t& to) {
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b32 hit;\n"
-      "and.b32 hit, %1, %2;\n"
-      "setp.ne.u32 p, hit, 0;\n"
-      "@p st.shared.f32 [%0], %3;\n"
-      "@p add.u32 %0, %0, 4;\n}\n"
-      : "+r"(to)
-      : "r"(hits), "r"(bit), "f"(x)
-      : "memory");
+/// Adds w to a sum where x is above a bound.
+__device__ __forceinline__ void add_above(float& sum, float x, float bound, float w) {
+  asm("{\n.reg .pred p;\n"
+      "setp.gt.f32 p, %1, %2;\n"
+      "@p add.f32 %0, %0, %3;\n}\n"
+      : "+f"(sum)
+      : "f"(x), "f"(bound), "f"(w));
 }
-/// The same of the two halves of a word.
-__device__ __forceinline__ void put_pair(uint32_t word, uint32_t hits, uint32_t low, uint32_t high,
-                                         uint32_t& to) {
-  asm volatile(
-      "{\n.reg .pred p, q;\n.reg .b32 hit;\n.reg .b16 one, two;\n"
-      "mov.b32 {one, two}, %4;\n"
-      "and.b32 hit, %1, %2;\n"
-      "setp.ne.u32 p, hit, 0;\n"
-      "@p st.shared.u16 [%0], one;\n"
-      "@p add.u32 %0, %0, 2;\n"
-      "and.b32 hit, %1, %3;\n"
-      "setp.ne.u32 q, hit, 0;\n"
-      "@q st.shared.u16 [%0], two;\n"
-      "@q add.u32 %0, %0, 2;\n}\n"
-      : "+r"(to)
-      : "r"(hits), "r"(low), "r"(high), "r"(word)
-      : "memory");
+/// A value of 16 bits in both halves of a word.
+template <typename T>
+__device__ __forceinline__ uint32_t bits_twice(float x) {
+  const T value = from_float<T>(x);
+  return *reinterpret_cast<const uint16_t*>(&value) * 0x10001u;
 }
-/// Room among the items of a warp for those that its lanes have hit, in their order: where this lane's begin,
-/// 0 where there is not enough.
-template <typename Item>
-__device__ __forceinline__ uint32_t room_for(uint32_t hits, uint32_t items, int capacity, Seen& seen) {
-  const int own = __popc(hits), lane = threadIdx.x % 32;
-  int upto = own;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, upto, step);
-    if (lane >= step) upto += other;
+/// Puts x at `to`, which goes on by `step` bytes, where it is from `low` to `high` (kTail: from `low` up).
+/// Written out, so that nothing is a branch.
+template <Pass kPass>
+__device__ __forceinline__ void put(float x, const Bounds& bounds, uint32_t& to, int step) {
+  if constexpr (kPass == kSplit) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.ge.f32 p, %2, %3;\n"
+        "setp.le.and.f32 p, %2, %4, p;\n"
+        "@p st.shared.f32 [%0], %2;\n"
+        "@p add.s32 %0, %0, %1;\n}\n"
+        : "+r"(to)
+        : "r"(step), "f"(x), "f"(bounds.low), "f"(bounds.high)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.ge.f32 p, %2, %3;\n"
+        "@p st.shared.f32 [%0], %2;\n"
+        "@p add.s32 %0, %0, %1;\n}\n"
+        : "+r"(to)
+        : "r"(step), "f"(x), "f"(bounds.low)
+        : "memory");
   }
-  const int before = seen.items, all = before + __shfl_sync(0xffffffffu, upto, 31);
-  if (all > capacity) {
-    seen.full = true;
-    return 0;
+}
+/// The same of the two halves of a word, x and y as floats. `lows` and `highs` have the bounds twice.
+template <Pass kPass, typename T>
+__device__ __forceinline__ void put_pair(uint32_t word, float x, float y, const Bounds& bounds, uint32_t lows,
+                                         uint32_t highs, uint32_t& to, int step) {
+#define HALFBYTE_PUT_BOTH                  \
+  "@p st.shared.u16 [%0], one;\n"          \
+  "@p add.s32 %0, %0, %1;\n"               \
+  "@q st.shared.u16 [%0], two;\n"          \
+  "@q add.s32 %0, %0, %1;\n}\n" : "+r"(to) \
+      : "r"(step), "r"(word)
+#define HALFBYTE_PUT_PAIR(type)                              \
+  if constexpr (kPass == kSplit) {                           \
+    asm volatile(                                            \
+        "{\n.reg .pred p, q, r, s;\n.reg .b16 one, two;\n"   \
+        "mov.b32 {one, two}, %2;\n"                          \
+        "setp.ge." type                                      \
+        " p|q, %2, %3;\n"                                    \
+        "setp.le." type                                      \
+        " r|s, %2, %4;\n"                                    \
+        "and.pred p, p, r;\n"                                \
+        "and.pred q, q, s;\n" HALFBYTE_PUT_BOTH,             \
+        "r"(lows), "r"(highs)                                \
+        : "memory");                                         \
+  } else {                                                   \
+    asm volatile(                                            \
+        "{\n.reg .pred p, q;\n.reg .b16 one, two;\n"         \
+        "mov.b32 {one, two}, %2;\n"                          \
+        "setp.ge." type " p|q, %2, %3;\n" HALFBYTE_PUT_BOTH, \
+        "r"(lows)                                            \
+        : "memory");                                         \
   }
-  seen.items = all;
-  return items + static_cast<uint32_t>(before + upto - own) * static_cast<uint32_t>(sizeof(Item));
+  if constexpr (std::is_same_v<T, half_t>) {
+    HALFBYTE_PUT_PAIR("f16x2")
+  } else {
+#if __CUDA_ARCH__ >= 900
+    HALFBYTE_PUT_PAIR("bf16x2")
+#else
+    const bool is_low = x >= bounds.low && (kPass == kTail || x <= bounds.high);
+    const bool is_high = y >= bounds.low && (kPass == kTail || y <= bounds.high);
+    asm volatile(
+        "{\n.reg .pred p, q;\n.reg .b16 one, two;\n"
+        "mov.b32 {one, two}, %2;\n"
+        "setp.ne.u32 p, %3, 0;\n"
+        "setp.ne.u32 q, %4, 0;\n" HALFBYTE_PUT_BOTH,
+        "r"(is_low), "r"(is_high)
+        : "memory");
+#endif
+  }
+#undef HALFBYTE_PUT_PAIR
+#undef HALFBYTE_PUT_BOTH
 }
 
 /// A step under way.
@@ -184,6 +244,17 @@ struct Step {
     for (int i = 0; i < kLoads; ++i)
       vectors[i] = Words<T>::load(from + 32 * i * (16 / static_cast<int>(sizeof(T))));
   }
+  /// The marks of such a step, aligned.
+  __device__ __forceinline__ void read_whole_marks(const uint8_t* from) {
+    constexpr int N = 16 / static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if constexpr (N == 8)
+        *reinterpret_cast<uint2*>(&marks[i]) = *reinterpret_cast<const uint2*>(from + 32 * i * N);
+      else
+        marks[i].words[0] = *reinterpret_cast<const uint32_t*>(from + 32 * i * N);
+    }
+  }
   __device__ __forceinline__ void read_marks(const Row<T, kSeen>& row, int first) {
     if constexpr (kSeen) {
       if (row.seen) row.read_marks(marks, first, row.end);
@@ -191,19 +262,40 @@ struct Step {
   }
 };
 
+/// Has the first kilobytes of this warp's run brought to L2, by the lane that is told to.
+template <typename T, bool kSeen>
+__device__ __forceinline__ void prefetch_run(const Row<T, kSeen>& row, bool by_this_lane) {
+  const int first = max(row.begin, row.whole), stop = min(min(row.end, row.whole_end), row.begin + kAhead);
+#if __CUDA_ARCH__ >= 900
+  if (by_this_lane && first < stop) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row.x + row.index(first)),
+                 "r"((stop - first) * 16)
+                 : "memory");
+  }
+#endif
+}
+
 /// The pass over this warp's run, with weights of 2^(logit * scale - reference). Sums and items of slots go
 /// to Shared, groups and items to Area. A NaN for the reference of kSums: one that the first step asks for.
 template <Pass kPass, int kThreads, typename T, bool kSeen>
 __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
   constexpr int N = 16 / sizeof(T);
   constexpr bool kRemembers = kPass == kTail || kPass == kSplit, kWeighs = kPass == kSums || kRemembers;
+  constexpr bool kPairs = N == 8 && !kSeen && kPass != kBest;  // maxima are taken two at once
   using Item = ItemOf<T, kSeen>;
   using Store = Area<kThreads, T, kSeen>;
   Shared& s = shared();
   const Row<T, kSeen> row;
   const int lane = threadIdx.x % 32;
+  if constexpr (kPass == kSums) prefetch_run(row, lane == 0);
   Step<T, kSeen> next;
   next.read(row, row.begin);
+  // while these are on their way; not by the first thread, which has had other things to do
+  if (kPass != kBest && threadIdx.x == kThreads - 32) {
+    const Problem<T>& p = problem<T>();
+    const int64_t* const rng = p.rng + 2 * p.row();
+    s.uniform = uniform(rng[0], rng[1]);
+  }
   Seen seen;
   seen.reference = bounds.reference;
   if (kPass == kSums && isnan(seen.reference)) {
@@ -213,10 +305,21 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
     seen.reference = reference_of(warp_max(first), scale);
   }
   [[maybe_unused]] const float reference = seen.reference;
-  [[maybe_unused]] const Hits<T, kSeen> hits_of(bounds);
-  [[maybe_unused]] const uint32_t items = shared_address(Store::items());
   const T* from = row.x + row.index(row.begin + lane);
-  [[maybe_unused]] const int capacity = problem<T>().capacity;
+  [[maybe_unused]] const bool aligned = !row.seen || is_aligned(row.seen + row.offset, N);
+  // where the next item goes
+  [[maybe_unused]] uint32_t to = 0, to_first = 0;
+  [[maybe_unused]] int to_step = 0;
+  [[maybe_unused]] uint32_t lows = 0, highs = 0;
+  if constexpr (kRemembers) {
+    const Column<Item> column(Store::items(), static_cast<int>(threadIdx.x), problem<T>().capacity);
+    to = to_first = shared_address(column.first);
+    to_step = column.step * static_cast<int>(sizeof(Item));
+    if constexpr (sizeof(Item) == 2) {
+      lows = bits_twice<T>(bounds.low);
+      highs = bits_twice<T>(bounds.high);
+    }
+  }
   const int in_slot = problem<T>().slot();
   const int last_whole = min(row.end, row.whole_end) - kStep;
   int first = row.begin;
@@ -224,14 +327,19 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
   for (int slot = 0; first < row.end; ++slot) {
     const int stop = min(row.end, first + in_slot);
     float group = -INFINITY;
+    [[maybe_unused]] PairOf<T> groups;
+    *reinterpret_cast<uint32_t*>(&groups) = Words<T>::nothing().w[0];
     // of the slot: two chains of additions, and what is above the upper bound
     [[maybe_unused]] float sums[2] = {}, above = 0.0f;
 #pragma unroll 1
     for (; first < stop; first += kStep) {
       const Step<T, kSeen> in = next;
       from += kStep * N;
-      if (!kSeen && first + kStep <= last_whole) {
+      if (first + kStep <= last_whole && (!kSeen || aligned)) {
         next.read_whole(from);
+        if constexpr (kSeen) {
+          if (row.seen) next.read_whole_marks(row.seen + (from - row.x));
+        }
       } else if (first + kStep < row.end) {
         // rare where nothing is penalised: the row is then made anew rather than kept in registers
         if constexpr (kSeen)
@@ -239,11 +347,9 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
         else
           next.read(Row<T, kSeen>(), first + kStep);
       }
-      float top = -INFINITY;
-      [[maybe_unused]] uint32_t hits = 0;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        float x[N], here = -INFINITY;
+        [[maybe_unused]] float x[N], here = -INFINITY;
         if constexpr (kWeighs || kSeen) {
 #pragma unroll
           for (int j = 0; j < N; ++j) x[j] = in.vectors[i].value(j);
@@ -257,6 +363,9 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
           }
 #pragma unroll
           for (int j = 0; j < N; ++j) here = fmaxf(here, x[j]);
+        } else if constexpr (kPairs) {
+          const PairOf<T>* pairs = reinterpret_cast<const PairOf<T>*>(&in.vectors[i]);
+          groups = __hmax2(groups, __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3])));
         } else {
           here = largest_of(in.vectors[i]);
         }
@@ -276,51 +385,43 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
             }
             seen.best = static_cast<uint32_t>(row.index(first + 32 * i + lane) + at);
           }
-        } else {
-          top = fmaxf(top, here);
+        } else if constexpr (!kPairs) {
+          group = fmaxf(group, here);
         }
         if constexpr (kWeighs) {
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             const float w = rough_exp2(fmaf(x[j], scale, -reference));
             sums[j % 2] += w;
-            if constexpr (kPass == kSplit) above += x[j] > bounds.high ? w : 0.0f;
+            if constexpr (kPass == kSplit) add_above(above, x[j], bounds.high, w);
           }
         }
         if constexpr (kRemembers) {
-          // what is penalised lies in registers of its own: it is put before the next vector needs them
-          hits |= hits_of.template of<kPass>(in.vectors[i], x, i);
-          if constexpr (kSeen) {
-            uint32_t to = room_for<Item>(hits, items, capacity, seen);
-            if (to != 0) {
+          if constexpr (sizeof(Item) == 2) {
 #pragma unroll
-              for (int j = 0; j < N; ++j) put(x[j], hits, 1u << hits_of.bit_of(i, j), to);
-            }
-            hits = 0;
+            for (int j = 0; j < 4; ++j)
+              put_pair<kPass, T>(in.vectors[i].w[j], x[2 * j], x[2 * j + 1], bounds, lows, highs, to,
+                                 to_step);
+          } else {
+#pragma unroll
+            for (int j = 0; j < N; ++j) put<kPass>(x[j], bounds, to, to_step);
           }
         }
       }
-      if constexpr (kRemembers && !kSeen) {
-        uint32_t to = room_for<Item>(hits, items, capacity, seen);
-        if (to != 0) {
-#pragma unroll
-          for (int i = 0; i < kLoads; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              if constexpr (N == 8)
-                put_pair(in.vectors[i].w[j], hits, 1u << hits_of.bit_of(i, 2 * j),
-                         1u << hits_of.bit_of(i, 2 * j + 1), to);
-              else
-                put(in.vectors[i].value(j), hits, 1u << hits_of.bit_of(i, j), to);
-            }
-          }
+      if constexpr (kRemembers) {
+        const int apart = static_cast<int>(to - __shfl_xor_sync(0xffffffffu, to, 16));
+        if (__any_sync(0xffffffffu, apart * to_step > static_cast<int>(sizeof(Item) * sizeof(Item)))) {
+          // two lanes have met: from now on what is put is lost
+          seen.full = true;
+          to = to_first;
+          to_step = 0;
         }
       }
-      group = fmaxf(group, top);
     }
+    if constexpr (kPairs) group = fmaxf(to_float(groups.x), to_float(groups.y));
     if constexpr (kPass != kBest) {
       seen.own = fmaxf(seen.own, group);
-      Store::groups()[slot * kThreads + threadIdx.x] = group;
+      Store::groups()[slot * kThreads + threadIdx.x] = from_float<typename Store::Group>(group);
     }
     if constexpr (kWeighs) {
       const double sum = warp_total(static_cast<double>(sums[0] + sums[1]));
@@ -331,7 +432,8 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
       if (lane == 0) s.above_of[threadIdx.x / 32][slot] = sum;
     }
     if constexpr (kRemembers) {
-      if (lane == 0) s.items_of[threadIdx.x / 32][slot] = seen.items;
+      seen.items = static_cast<int>((to_step > 0 ? to - to_first : to_first - to) / sizeof(Item));
+      Store::ends()[slot * kThreads + threadIdx.x] = static_cast<uint8_t>(seen.items);
     }
   }
   return seen;
