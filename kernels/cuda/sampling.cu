@@ -9,10 +9,11 @@
 //
 // Nothing is sorted but a short list. For top-k, for min-p and for what is peaked, the tokens that can be
 // kept are few: those above a cut, which the threads' own maxima or min-p give, are looked up in their
-// groups, and one block ranks, filters and draws. For top-p a sample of the row gives bounds of the cut
-// before the row is read: what lies between is remembered, what lies above is summed, and the search goes
-// over what is remembered. Where a bound or the room fails, the row is read once more, between better bounds,
-// as its sum is known then; and where those fail, the search goes over the row, read for every step of it.
+// groups, and one block ranks, filters and draws. For top-p, and for a top-k of more than a list, a sample of
+// the row gives bounds of the cut before the row is read: what lies between is remembered, what lies above is
+// summed, and the search goes over what is remembered. Where a bound or the room fails, the row is read once
+// more, between better bounds, as its sum is known then; and where those fail, the search goes over the row,
+// read for every step of it.
 //
 // It is made for vocabularies of about 100k tokens, one row to some hundreds, of 16 bits above all: few rows
 // are shared by clusters, of many a multiprocessor has four at once. Any length works; a row of up to kListed
@@ -512,7 +513,7 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
   /// takes another pass, for which s.rest is known now. `rest`: what s.rest was after the pass before, NaN in
   /// the first one. s.round is where the next pass goes on.
   __device__ __forceinline__ int64_t choose_nucleus(float scale, float top_p, float rest) {
-    const Bounds bounds = find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, rest);
+    const Bounds bounds = find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, rest, 0);
     if (cluster.blocks > 1) ++cluster.round;
     if (isnan(bounds.reference)) {
       if (threadIdx.x == 0) s.round = cluster.round;
@@ -562,6 +563,43 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     __syncthreads();
     return kAgain;
   }
+
+  /// Top-k of more than a list has, and top-p of that: from a bound of the cut up all is remembered. kSlowly:
+  /// there is none, and nothing but a sample is read yet.
+  __device__ __forceinline__ int64_t choose_many(float scale, Weight wanted, float top_p) {
+    const Bounds bounds = find_bounds<kThreads, T, kSeen>(cluster.round, scale, top_p, NAN, wanted);
+    if (cluster.blocks > 1) ++cluster.round;
+    if (isnan(bounds.reference)) {
+      cluster.barrier();  // what comes then begins with the first round
+      return kSlowly;
+    }
+    const Seen seen = scan_run<kTail, kThreads, T, kSeen>(scale, bounds);
+    const int slots = this->slots();
+    const Remembered<kThreads, T, kSeen> remembered(bounds, scale, seen.items);
+    // how many there are; a NaN for want of room
+    const Sums sums = sums_of_row(seen, warp_total(static_cast<double>(seen.items)), seen.full ? NAN : 0.0);
+    if (sums.value == -INFINITY) return in_one_thread(0);
+    const Temperature warmth = temperature();
+    const float most = warmth.warm(sums.value);
+    if (!(sums.above == 0.0 && sums.all >= static_cast<double>(wanted)))
+      return slowly(most, -kLargest, wanted, top_p);
+    const auto all = [](float) { return true; };
+    float cut = remembered.find_count(cluster, sums.value, wanted);
+    if (top_p < 1.0f) {
+      const double unit = unit_of(seen, sums.value, scale);
+      const double weight = sums_of_row(seen, remembered.weigh(cut, slots, all), 0.0).all * unit;
+      if (!isfinite(weight)) return slowly(most, -kLargest, wanted, top_p);
+      const double needed = static_cast<double>(top_p_target(top_p, static_cast<Weight>(weight))) / unit;
+      remembered.find_from(cluster, cut, sums.value, needed, cut);
+    }
+    const typename Base::Kept kept{most, warmth.warm(cut), s.min_p};
+    const double of_warp =
+        kept.min_p > 0.0f
+            ? remembered.weigh(cut, slots, [&](float x) { return kept.weight(warmth.warm(x), most) > 0; })
+            : remembered.weigh(cut, slots, all);
+    return choose_remembered<kThreads, T, kSeen>(cluster.round, of_warp, most, kept.floor, kept.min_p, cut,
+                                                 bounds, scale);
+  }
 };
 
 template <int kThreads, typename T, bool kSeen>
@@ -571,6 +609,10 @@ __device__ __noinline__ int64_t choose_best() {
 template <int kThreads, typename T, bool kSeen>
 __device__ __noinline__ int64_t choose_few(Weight count, float top_p, bool mild) {
   return Chooser<kThreads, T, kSeen>().choose_few(count, top_p, mild);
+}
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_many(float scale, Weight count, float top_p) {
+  return Chooser<kThreads, T, kSeen>().choose_many(scale, count, top_p);
 }
 template <int kThreads, typename T, bool kSeen>
 __device__ __noinline__ int64_t choose_sums(int round, float scale, float top_p) {
@@ -606,9 +648,15 @@ __device__ __forceinline__ int64_t choose(const Problem<T>& p) {
   if (!(divisor > 0.0f) || top_p <= 0.0f) return choose_best<kThreads, T, kSeen>();
   const Weight count = k >= 1.0f && k < static_cast<float>(p.n) ? static_cast<Weight>(k) : 0;
   const bool nucleus = top_p < 1.0f, mild = Temperature::is_mild(divisor);
+  const float scale = divisor == 1.0f ? kLog2E : kLog2E / divisor;
+  // more than the threads' largest tell apart, and not so much that there is no room for it in any case
+  if (mild && p.capacity > 0 && count > static_cast<Weight>(kThreads * p.blocks) &&
+      count < static_cast<Weight>(kThreads * p.blocks * 3 / 8) * p.capacity) {
+    const int64_t token = choose_many<kThreads, T, kSeen>(scale, count, top_p);
+    if (token != kSlowly) return token;
+  }
   if (p.n <= kListed || count > 0 || !mild || (!nucleus && min_p > 0.0f))
     return choose_few<kThreads, T, kSeen>(count, top_p, mild);
-  const float scale = divisor == 1.0f ? kLog2E : kLog2E / divisor;
   int round = 0;
   if (nucleus && p.capacity > 0) {
     float rest = NAN;

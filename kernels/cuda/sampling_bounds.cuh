@@ -121,9 +121,10 @@ __device__ __forceinline__ void find_places(const float2 (&upto)[kBins / kThread
 
 /// Bounds that hold but for a chance in a few hundred, from a sample of the row before penalties; NaN where
 /// there are none. `rest`: what weighs less than the top-p of the row, in units of the reference; NaN while
-/// it is not known. All threads of the cluster call it.
+/// it is not known. `count`: that of top-k, whose cut then has the bounds; 0: top-p. All threads of the
+/// cluster call it.
 template <int kThreads, typename T, bool kSeen>
-__device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, float rest) {
+__device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, float rest, Weight count) {
   const Problem<T>& p = problem<T>();
   Cluster<kThreads> cluster(p.blocks, round);
   Shared& s = cluster.s;
@@ -151,7 +152,7 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   float2 upto[kOwn + 1], own = {};
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) {
-    const float w = weight_of_bin(bin - i), of_bin = static_cast<float>(counts[i]) * w;
+    const float w = count > 0 ? 1.0f : weight_of_bin(bin - i), of_bin = static_cast<float>(counts[i]) * w;
     own.x += of_bin;
     own.y = fmaf(of_bin, w, own.y);
     upto[i + 1] = own;
@@ -193,23 +194,33 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   // The deviation of what a part of the row weighs is the square root of the sum of the squares, and where
   // the sample has nothing there may still be some. The whole row weighs at least what lies below any value,
   // so estimated, and what the sample itself has above; at most six deviations more than is estimated, where
-  // one is less than a sixth of it. Otherwise there is no upper bound.
+  // one is less than a twelfth of it. Otherwise there is no upper bound.
   const Estimate estimate = Estimate::of<kThreads>(p, samples);
-  float least = 0.999f * rest, most = 1.001f * rest;
-  if (isnan(rest)) {
-    const float part = 1.0f - top_p;
-    float all = 0.0f;
+  if (count > 0) {
+    // what lies from a bin up
 #pragma unroll
-    for (int i = 1; i <= kOwn; ++i) all = fmaxf(all, estimate(upto[i], -3.0f) + (total.x - upto[i].x));
-    all = warp_max(all);
-    if (lane == 0) s.runs[0][warp] = all;
-    __syncthreads();
+    for (int i = 0; i < kOwn; ++i) {
+      const float above = total.x - upto[i].x;
+      if (estimate({above, above}, -kSure) > static_cast<float>(count))
+        atomicMax(&s.low_bin, kOwn * thread + i);
+    }
+  } else {
+    float least = 0.999f * rest, most = 1.001f * rest;
+    if (isnan(rest)) {
+      const float part = 1.0f - top_p;
+      float all = 0.0f;
+#pragma unroll
+      for (int i = 1; i <= kOwn; ++i) all = fmaxf(all, estimate(upto[i], -2.0f) + (total.x - upto[i].x));
+      all = warp_max(all);
+      if (lane == 0) s.runs[0][warp] = all;
+      __syncthreads();
 #pragma unroll 4
-    for (int w = 0; w < kThreads / 32; ++w) all = fmaxf(all, static_cast<float>(s.runs[0][w]));
-    least = part * all;
-    most = total.x * total.x > 40.0f * total.y ? part * estimate(total, 6.0f) : INFINITY;
+      for (int w = 0; w < kThreads / 32; ++w) all = fmaxf(all, static_cast<float>(s.runs[0][w]));
+      least = part * all;
+      most = total.x * total.x > 150.0f * total.y ? part * estimate(total, 6.0f) : INFINITY;
+    }
+    find_places<kThreads>(upto, estimate, least, most, s.low_bin, s.high_bin);
   }
-  find_places<kThreads>(upto, estimate, least, most, s.low_bin, s.high_bin);
   __syncthreads();
   // the places are those of the bins, counted the other way round
   const int low = s.low_bin, high = s.high_bin;

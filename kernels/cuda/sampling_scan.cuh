@@ -69,29 +69,44 @@ struct Column {
       : first(items + (thread / 32 * 16 + thread % 16) * capacity + (thread & 16 ? capacity - 1 : 0)),
         step(thread & 16 ? -1 : 1) {}
   __device__ __forceinline__ float item(int i) const { return to_float(first[i * step]); }
-  /// Calls see(x) for each of the thread's `count` items, with -infinity for some that there are not, and
-  /// body(x) for those from `low` to `high`. The latter are few: they are found again by their bits.
+  /// The thread's items from `from` on, of which `left` are still to be seen; -infinity for what is not of
+  /// them.
+  __device__ __forceinline__ Words<Item> read(const uint4* from, int left) const {
+    const uint4 v = *from;
+    Words<Item> words{{v.x, v.y, v.z, v.w}};
+    if (left < N) {
+      const uint32_t valid = step > 0 ? (1u << left) - 1 : 0xffu << (N - left);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t keep =
+            N == 4 ? (valid >> i & 1 ? ~0u : 0u)
+                   : (valid >> (2 * i) & 1 ? 0xffffu : 0u) | (valid >> (2 * i) & 2 ? 0xffff0000u : 0u);
+        words.w[i] = (words.w[i] & keep) | (Words<Item>::nothing().w[i] & ~keep);
+      }
+    }
+    return words;
+  }
+  __device__ __forceinline__ const uint4* vectors() const {
+    return reinterpret_cast<const uint4*>(step > 0 ? first : first - (N - 1));
+  }
+  /// Calls body(words) for 16 bytes of the thread's `count` items after the other.
+  template <typename Body>
+  __device__ __forceinline__ void each_vector(int count, const Body& body) const {
+    const uint4* from = vectors();
+#pragma unroll 1
+    for (int left = count; left > 0; left -= N, from += step) body(read(from, left));
+  }
+  /// Calls see(x) for each item, and body(x) for those from `low` to `high`: they are few, and are found
+  /// again by their bits.
   template <typename See, typename Body>
   __device__ __forceinline__ void each(int count, float low, float high, const See& see,
                                        const Body& body) const {
-    const uint4* from = reinterpret_cast<const uint4*>(step > 0 ? first : first - (N - 1));
-    const uint4* hits_from = from;
+    const uint4 *from = vectors(), *hits_from = from;
     uint32_t hits = 0;
     int bit = 0;
 #pragma unroll 1
     for (int left = count; left > 0; left -= N) {
-      const uint4 v = *from;
-      Words<Item> words{{v.x, v.y, v.z, v.w}};
-      if (left < N) {
-        const uint32_t valid = step > 0 ? (1u << left) - 1 : 0xffu << (N - left);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t keep =
-              N == 4 ? (valid >> i & 1 ? ~0u : 0u)
-                     : (valid >> (2 * i) & 1 ? 0xffffu : 0u) | (valid >> (2 * i) & 2 ? 0xffff0000u : 0u);
-          words.w[i] = (words.w[i] & keep) | (Words<Item>::nothing().w[i] & ~keep);
-        }
-      }
+      const Words<Item> words = read(from, left);
       uint32_t here = 0;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
@@ -212,8 +227,8 @@ __device__ __forceinline__ void put_pair(uint32_t word, float x, float y, const 
 #if __CUDA_ARCH__ >= 900
     HALFBYTE_PUT_PAIR("bf16x2")
 #else
-    const bool is_low = x >= bounds.low && (kPass == kTail || x <= bounds.high);
-    const bool is_high = y >= bounds.low && (kPass == kTail || y <= bounds.high);
+    const uint32_t is_low = x >= bounds.low && (kPass == kTail || x <= bounds.high);
+    const uint32_t is_high = y >= bounds.low && (kPass == kTail || y <= bounds.high);
     asm volatile(
         "{\n.reg .pred p, q;\n.reg .b16 one, two;\n"
         "mov.b32 {one, two}, %2;\n"
@@ -238,21 +253,27 @@ struct Step {
     row.read_step(vectors, first, row.end);
     read_marks(row, first);
   }
-  /// A step that lies inside the row; this lane's first vector is at `from`.
-  __device__ __forceinline__ void read_whole(const T* from) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      vectors[i] = Words<T>::load(from + 32 * i * (16 / static_cast<int>(sizeof(T))));
-  }
-  /// The marks of such a step, aligned.
-  __device__ __forceinline__ void read_whole_marks(const uint8_t* from) {
+  /// Vector i of a step that lies inside the row; this lane's first vector is at `from`, and its marks, if
+  /// there are any, at `marks_from`, aligned.
+  __device__ __forceinline__ void read_whole(int i, const T* from, const uint8_t* marks_from) {
     constexpr int N = 16 / static_cast<int>(sizeof(T));
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if constexpr (N == 8)
-        *reinterpret_cast<uint2*>(&marks[i]) = *reinterpret_cast<const uint2*>(from + 32 * i * N);
-      else
-        marks[i].words[0] = *reinterpret_cast<const uint32_t*>(from + 32 * i * N);
+    vectors[i] = Words<T>::load(from + 32 * i * N);
+    if constexpr (kSeen) {
+      if (marks_from) {
+        if constexpr (N == 8)
+          *reinterpret_cast<uint2*>(&marks[i]) = *reinterpret_cast<const uint2*>(marks_from + 32 * i * N);
+        else
+          marks[i].words[0] = *reinterpret_cast<const uint32_t*>(marks_from + 32 * i * N);
+      }
+    }
+  }
+  /// Vector i of a step anywhere. This is rare: the row is made anew rather than kept in registers.
+  __device__ __forceinline__ void read_slowly(int i, int first) {
+    const Row<T, kSeen> row;
+    const int v = first + 32 * i + static_cast<int>(threadIdx.x % 32);
+    vectors[i] = v < row.end ? row.read(v) : Words<T>::nothing();
+    if constexpr (kSeen) {
+      if (row.seen) marks[i] = v < row.end ? row.read_marks(v) : typename Row<T, kSeen>::Bytes{};
     }
   }
   __device__ __forceinline__ void read_marks(const Row<T, kSeen>& row, int first) {
@@ -288,8 +309,8 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
   const Row<T, kSeen> row;
   const int lane = threadIdx.x % 32;
   if constexpr (kPass == kSums) prefetch_run(row, lane == 0);
-  Step<T, kSeen> next;
-  next.read(row, row.begin);
+  Step<T, kSeen> step;
+  step.read(row, row.begin);
   // while these are on their way; not by the first thread, which has had other things to do
   if (kPass != kBest && threadIdx.x == kThreads - 32) {
     const Problem<T>& p = problem<T>();
@@ -301,7 +322,7 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
   if (kPass == kSums && isnan(seen.reference)) {
     float first = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) first = fmaxf(first, largest_of(next.vectors[i]));
+    for (int i = 0; i < kLoads; ++i) first = fmaxf(first, largest_of(step.vectors[i]));
     seen.reference = reference_of(warp_max(first), scale);
   }
   [[maybe_unused]] const float reference = seen.reference;
@@ -333,41 +354,29 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
     [[maybe_unused]] float sums[2] = {}, above = 0.0f;
 #pragma unroll 1
     for (; first < stop; first += kStep) {
-      const Step<T, kSeen> in = next;
       from += kStep * N;
-      if (first + kStep <= last_whole && (!kSeen || aligned)) {
-        next.read_whole(from);
-        if constexpr (kSeen) {
-          if (row.seen) next.read_whole_marks(row.seen + (from - row.x));
-        }
-      } else if (first + kStep < row.end) {
-        // rare where nothing is penalised: the row is then made anew rather than kept in registers
-        if constexpr (kSeen)
-          next.read(row, first + kStep);
-        else
-          next.read(Row<T, kSeen>(), first + kStep);
-      }
+      const bool quick = first + kStep <= last_whole && (!kSeen || aligned);
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         [[maybe_unused]] float x[N], here = -INFINITY;
         if constexpr (kWeighs || kSeen) {
 #pragma unroll
-          for (int j = 0; j < N; ++j) x[j] = in.vectors[i].value(j);
+          for (int j = 0; j < N; ++j) x[j] = step.vectors[i].value(j);
         }
         if constexpr (kSeen) {
-          if (row.seen && in.marks[i].any()) {
+          if (row.seen && step.marks[i].any()) {
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-              if (in.marks[i].at(j)) x[j] = row.penalised(row.clean(x[j]));
+              if (step.marks[i].at(j)) x[j] = row.penalised(row.clean(x[j]));
             }
           }
 #pragma unroll
           for (int j = 0; j < N; ++j) here = fmaxf(here, x[j]);
         } else if constexpr (kPairs) {
-          const PairOf<T>* pairs = reinterpret_cast<const PairOf<T>*>(&in.vectors[i]);
+          const PairOf<T>* pairs = reinterpret_cast<const PairOf<T>*>(&step.vectors[i]);
           groups = __hmax2(groups, __hmax2(__hmax2(pairs[0], pairs[1]), __hmax2(pairs[2], pairs[3])));
         } else {
-          here = largest_of(in.vectors[i]);
+          here = largest_of(step.vectors[i]);
         }
         if constexpr (kPass == kBest) {
           here = row.clean(here);  // it is NaN where all of the vector is
@@ -380,7 +389,7 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
               if constexpr (kSeen)
                 value = x[j];
               else
-                value = in.vectors[i].value(j);
+                value = step.vectors[i].value(j);
               if (value >= here) at = j;  // above it is only infinity, which counts as equal
             }
             seen.best = static_cast<uint32_t>(row.index(first + 32 * i + lane) + at);
@@ -388,24 +397,35 @@ __device__ __forceinline__ Seen scan_run(float scale, const Bounds& bounds) {
         } else if constexpr (!kPairs) {
           group = fmaxf(group, here);
         }
+        // the weights are on their way while items are put
+        [[maybe_unused]] float w[N];
         if constexpr (kWeighs) {
 #pragma unroll
-          for (int j = 0; j < N; ++j) {
-            const float w = rough_exp2(fmaf(x[j], scale, -reference));
-            sums[j % 2] += w;
-            if constexpr (kPass == kSplit) add_above(above, x[j], bounds.high, w);
-          }
+          for (int j = 0; j < N; ++j) w[j] = rough_exp2(fmaf(x[j], scale, -reference));
         }
         if constexpr (kRemembers) {
           if constexpr (sizeof(Item) == 2) {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-              put_pair<kPass, T>(in.vectors[i].w[j], x[2 * j], x[2 * j + 1], bounds, lows, highs, to,
+              put_pair<kPass, T>(step.vectors[i].w[j], x[2 * j], x[2 * j + 1], bounds, lows, highs, to,
                                  to_step);
           } else {
 #pragma unroll
             for (int j = 0; j < N; ++j) put<kPass>(x[j], bounds, to, to_step);
           }
+        }
+        if constexpr (kWeighs) {
+#pragma unroll
+          for (int j = 0; j < N; ++j) {
+            sums[j % 2] += w[j];
+            if constexpr (kPass == kSplit) add_above(above, x[j], bounds.high, w[j]);
+          }
+        }
+        // what was seen makes room for the same vector of the next step
+        if (quick) {
+          step.read_whole(i, from, row.seen ? row.seen + (from - row.x) : nullptr);
+        } else if (first + kStep < row.end) {
+          step.read_slowly(i, first + kStep);
         }
       }
       if constexpr (kRemembers) {

@@ -1,4 +1,7 @@
-// The search for the cut of top-p in what a pass has remembered of a row.
+// The search for the cut of top-p, or of a long top-k, in what a pass has remembered of a row: columns of
+// items in shared memory, one for two lanes. With the sum of the row known, better bounds leave a window of
+// the cut. Of 16 bits it has so few values that every warp counts its items of each; of 32 the search is over
+// histograms. Blocks of 256 threads have the former, of 512 the latter.
 #pragma once
 
 #include "sampling_bounds.cuh"
@@ -49,6 +52,13 @@ struct Remembered {
     return find_cut<kZero, false>(cluster, column(), count, bounds.low, fminf(value, bounds.high), scale,
                                   bounds.reference, needed - above, cut, none);
   }
+  /// The same of what is remembered from `low` up.
+  __device__ __forceinline__ bool find_from(const Cluster<kThreads>& cluster, float low, float value,
+                                            double needed, float& cut) const {
+    float none;
+    return find_cut<kZero, false>(cluster, column(), count, low, value, scale, bounds.reference, needed, cut,
+                                  none);
+  }
   /// The same between better bounds, now that the sum of the row is known, and with it the `rest` beyond what
   /// is needed: little goes through the histograms. Only where one block has the row: where several have it,
   /// each has few items. `of_warp` is then what the warp keeps.
@@ -75,13 +85,24 @@ struct Remembered {
     of_warp = static_cast<double>(warp_total(own)) + this->above(slots);
     return true;
   }
+  /// What threshold() searches, before the temperature.
+  struct Items {
+    const Remembered& remembered;
+    template <typename Body>
+    __device__ __forceinline__ void each(const Body& body) const {
+      remembered.each_item([&](float x) { body(fminf(x, kLargest)); });
+    }
+  };
+  /// The cut of top-k, of `wanted` of all that is remembered.
+  __device__ __forceinline__ float find_count(const Cluster<kThreads>& cluster, float value,
+                                              Weight wanted) const {
+    return threshold<false>(cluster, Items{*this}, value, bounds.low, value, wanted);
+  }
   /// What the warp keeps; of all that `keeps` too.
   template <typename Keeps>
   __device__ __forceinline__ double weigh(float cut, int slots, const Keeps& keeps) const {
     float sum = 0.0f;
-    column().each(
-        count, INFINITY, -INFINITY, [&](float x) { sum += x >= cut && keeps(x) ? weight(x) : 0.0f; },
-        [](float) {});
+    each_item([&](float x) { sum += x >= cut && keeps(x) ? weight(x) : 0.0f; });
     return static_cast<double>(warp_total(sum)) + above(slots);
   }
   /// The same of each slot of one warp, to s.sums_of, by all warps.
@@ -110,6 +131,13 @@ struct Remembered {
   }
 
  private:
+  template <typename Body>
+  __device__ __forceinline__ void each_item(const Body& body) const {
+    column().each_vector(count, [&](const Words<Item>& words) {
+#pragma unroll
+      for (int j = 0; j < Column<Item>::N; ++j) body(words.value(j));
+    });
+  }
   static __device__ __forceinline__ int bits_of(float x) {
     const T value = from_float<T>(x);
     return *reinterpret_cast<const uint16_t*>(&value);
@@ -117,6 +145,20 @@ struct Remembered {
   static __device__ __forceinline__ float value_of_bits(int bits) {
     const uint16_t word = static_cast<uint16_t>(bits);
     return to_float(*reinterpret_cast<const T*>(&word));
+  }
+  /// Adds the weight w of x to a sum where it is above `high`, and counts it at `at` where it is from `low`
+  /// to `high`. Written out, so that nothing is a branch.
+  static __device__ __forceinline__ void see(float x, float w, float low, float high, uint32_t at,
+                                             uint32_t one, float& sum) {
+    asm volatile(
+        "{\n.reg .pred p, q;\n"
+        "setp.gt.f32 p|q, %1, %4;\n"
+        "setp.ge.and.f32 q, %1, %3, q;\n"
+        "@p add.f32 %0, %0, %2;\n"
+        "@q red.shared.add.u32 [%5], %6;\n}\n"
+        : "+f"(sum)
+        : "f"(x), "f"(w), "f"(low), "f"(high), "r"(at), "r"(one)
+        : "memory");
   }
   /// find_narrowly() where the items from `low` to `high`, whose bits begin at `from`, have few values: every
   /// warp counts its own of each, so that what it keeps is known at once.
@@ -133,15 +175,16 @@ struct Remembered {
         shared_address(s.warp_counts) + static_cast<uint32_t>(warp * kWindow * 4 - from * step);
     uint32_t one;  // see count_sample()
     asm volatile("mov.u32 %0, 1;" : "=r"(one));
-    float sum = 0.0f;
-    column().each(
-        count, low, high, [&](float x) { sum += x > high ? weight(x) : 0.0f; },
-        [&](float x) {
-          asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(base + static_cast<uint32_t>(bits_of(x) * step)),
-                       "r"(one)
-                       : "memory");
-        });
-    const double own = static_cast<double>(warp_total(sum)) + this->above(slots);
+    float sums[2] = {};
+    column().each_vector(count, [&](const Words<Item>& words) {
+#pragma unroll
+      for (int j = 0; j < Column<Item>::N; ++j) {
+        const float x = words.value(j);
+        const int bits = static_cast<int>(j % 2 == 0 ? words.w[j / 2] & 0xffff : words.w[j / 2] >> 16);
+        see(x, weight(x), low, high, base + static_cast<uint32_t>(bits * step), one, sums[j % 2]);
+      }
+    });
+    const double own = static_cast<double>(warp_total(sums[0] + sums[1])) + this->above(slots);
     if (lane == 0) s.runs[1][warp] = own;
     __syncthreads();
     // every warp for itself: a lane has four values, the first the largest of all
