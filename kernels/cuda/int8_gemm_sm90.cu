@@ -69,12 +69,12 @@ __device__ __forceinline__ void finish(const Gemm8<T>& p, float (&acc)[kTokens /
 
 template <int kSplits, int kTokens, typename T, typename V>
 __device__ __forceinline__ void finish_divided(const Gemm8<T>& p, const V (&acc)[kTokens / 2], char* ring,
-                                               char* staging, int group, int64_t first_row,
+                                               uint32_t arrived, char* staging, int group, int64_t first_row,
                                                int64_t first_token) {
   constexpr int kShare = kTokens / kSplits;
   if constexpr (kShare >= 16 && kTokens < 256) {  // more would not fit into registers
     V total[kShare / 2];
-    exchange_sums<kSplits, kConsumers>(total, acc, ring);
+    exchange_sums<kSplits, kConsumers>(total, acc, ring, arrived);
     first_token += cluster_rank() * kShare;
     if constexpr (std::is_same_v<V, float>) {
       finish<kShare>(p, total, staging, group, first_row, first_token);
@@ -105,10 +105,11 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
       reinterpret_cast<int*>(space + S::kSlotsAt);  // of this round; + kMore: not the last
   int* const columns_gathered = outlier_slots + 1;  // and those beyond
   // a round is there; it is multiplied and another comes; an item has begun, those before have left;
-  // the reader may fill a stage; what all tokens have in outlier columns is gathered
+  // the reader may fill a stage; what all tokens have in outlier columns is gathered. Sums of other blocks of
+  // the cluster are there
   const uint32_t outliers_full = empty + kStages * 8, outliers_empty = outliers_full + 8,
                  outliers_free = outliers_full + 16, outliers_asked = outliers_full + 24,
-                 outliers_gathered = outliers_full + 32;
+                 outliers_gathered = outliers_full + 32, sums_arrived = outliers_full + 40;
   constexpr int kMore = 1 << 16;
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
@@ -127,6 +128,10 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
       init_barrier(outliers_free, 2);
       init_barrier(outliers_asked, 1);
       init_barrier(outliers_gathered, 1);
+    }
+    if (!kPair && p.splits > 1) {
+      init_barrier(sums_arrived, 1);
+      arrive_expecting(sums_arrived, kTokens * kRows * 4 / p.splits * (p.splits - 1));
     }
     publish_barriers();
   }
@@ -152,15 +157,25 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
     for (; early < min(kStages, work.steps); ++early)
       fetch_rows(early, maps.b, row, early_column + early * kStep);
   }
-  wait_for_results();
-  for (int i = 0; !kPair && i < early; ++i) fetch_tokens(i, maps.a, early_token, early_column + i * kStep);
+  const bool gathers = outliers && (kInRing || (p.rest && p.rounds != 0));  // there are whole items
+  const int own = warp - kConsumers / 32 - 1, reader = own - kPickers;      // pickers come first
+  // steps beyond K have no columns
+  const auto end_of = [&](const Work& work) {
+    return min(work.first_step + work.steps, static_cast<int>((p.k + kStep - 1) / kStep));
+  };
+  Work first_work = {0, 0, p.steps};  // whose marks come first; who gathers wants those of all columns
+  if (!(gathers && reader >= 0)) find_work<kPair>(p, 0, &first_work);
   if (kPair)
     cluster_barrier();
   else
     __syncthreads();
+  // each kind of warp waits for the kernels before by itself, where it first needs what they have made
   if (warp >= kConsumers / 32) {
     give_registers<(kTokens > 128 ? 56 : 88)>();
     if (threadIdx.x == kConsumers) {
+      wait_for_results();
+      for (int i = 0; !kPair && i < early; ++i)
+        fetch_tokens(i, maps.a, early_token, early_column + i * kStep);
       int stage = 0, columns = 0;
       uint32_t parity = 1;
       const auto next = [&] {
@@ -197,24 +212,16 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
                      full + stage * 8);
         }
       }
-    } else if (outliers && warp > kConsumers / 32) {
-      const int own = warp - kConsumers / 32 - 1, reader = own - kPickers;  // pickers come first
+    } else if (outliers && own >= 0) {
       Gatherer<kTokens, T> gatherer{p, outlier_rows,
                                     reinterpret_cast<int*>(space + S::kColumnsAt) + own * kRoundSlots, 0};
       constexpr int kColumns = kRoundColumns<T>;
-      const bool gathers = kInRing || (p.rest && p.rounds != 0);  // there are whole items
-      if (gathers && reader >= 0) {
-        const int columns = gatherer.gather_all(reader);
-        if (reader == 0 && columns > 0) {
-          wait_for_count(p.gathered, kReaders * gridDim.x);
-          __syncwarp();
-        }
-        if (kInRing && lane == 0) {
-          *columns_gathered = columns;
-          arrive(outliers_gathered);
-        }
-      }
-      int stage = 0, all = 0, more_rounds = 0, asked = 0;
+      FirstMarks first_marks;
+      wait_for_results();
+      first_marks.fetch(p.marks, first_work.first_step, end_of(first_work));
+      const uint32_t* const set = p.marks->bits[first_marks.second];
+      uint4 bits = first_marks.bits();
+      int stage = 0, all = 0, more_rounds = 0;
       uint32_t parity = 0;
       const auto next = [&] {
         if (++stage == kStages) stage = 0, parity ^= 1;
@@ -223,106 +230,149 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
       // waits for that before it writes there, at first only before it says that its part is there: once an
       // item, and before the consumers can begin another.
       const auto wait_for_memory = [&](int n) { wait_barrier(outliers_free, n & 1); };
+      const auto list_round = [&](const Work& work, const uint4& first, int from) {
+        all = list_columns(set, first, work.first_step * kStep, end_of(work) * kStep, from, kColumns,
+                           gatherer.columns);
+      };
       Work work;
-      for (int n = 0; find_work<kPair>(p, n, &work); ++n) {
-        const Place place = place_of(p, work.item);
-        const int64_t first_row = static_cast<int64_t>(place.rows * kBlocks + rank) * kRows;
-        const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
-        const int begin = work.first_step * kStep;
-        const int end = min(begin + work.steps * kStep, static_cast<int>((p.k + kStep - 1) / kStep) * kStep);
-        int from = 0;
-        do {
-          if (n == 0 || n == p.rounds || all > kColumns)  // else they are those of the item before
-            all = list_columns(p.marks, begin, end, from, kColumns, gatherer.columns);
-          const int here = gatherer.here = min(all - from, kColumns);
-          if (from > 0)
-            wait_barrier(outliers_empty, more_rounds++ & 1);
-          else if (reader >= 0 && n > 0)
-            wait_for_memory(n);
-          const bool waits = from == 0 && n == 0;
-          if (reader < 0) {
-            if (from > 0) {
-              gatherer.fetch_rows(first_row, own);
-            } else {
-              bool waited = false;
-              const int held[2] = {lane < here ? gatherer.columns[lane] : -kStep,
-                                   lane + 32 < here ? gatherer.columns[lane + 32] : -kStep};
-              for (int i = 0; i < work.steps; ++i, next()) {
-                if (stage % kPickers != own) continue;
-                wait_barrier(full + stage * 8, parity);
-                const uint32_t picked[2] = {
-                    __ballot_sync(0xffffffffu, held[0] / kStep == work.first_step + i),
-                    __ballot_sync(0xffffffffu, held[1] / kStep == work.first_step + i)};
-                if ((picked[0] | picked[1]) != 0) {
-                  if (!waited && n > 0) {
-                    wait_for_memory(n);
-                    waited = true;
-                  }
-                  gatherer.pick(space + stage * S::kStage, picked, held);
-                }
-                __syncwarp();
-                if (lane == 0) arrive(empty + stage * 8);
-              }
-              if (!waited) wait_for_memory(n);
+      if (reader < 0) {
+        MarkedColumns marked;
+        for (int n = 0; find_work<kPair>(p, n, &work); ++n) {
+          bool may_write = n == 0, cleared = false;
+          for (int i = 0; i < work.steps; ++i, next()) {
+            // an item has the columns of the one before, but for divided ones
+            if (i % 32 == 0 &&
+                (n == 0 || n == p.rounds || n + 1 == p.rounds || work.steps > 32 || all > kColumns)) {
+              const uint4 now = bits;
+              Work then;  // the next item
+              if (i + 32 < work.steps)
+                bits = fetch_marks(set, work.first_step + i + 32, end_of(work));
+              else if ((work.steps > 32 || n + 1 == p.rounds) && find_work<kPair>(p, n + 1, &then))
+                bits = fetch_marks(set, then.first_step, end_of(then));
+              marked.take(now, i == 0 ? 0 : marked.all, work.first_step + i, 0, kColumns, gatherer.columns);
             }
-            gatherer.clear_rest(own);
+            // one picker for all uses of a stage, which waits for what they leave: it never is two of them
+            // ahead, where parities are equal
+            if (stage % kPickers != own) continue;
+            wait_barrier(empty + stage * 8, parity ^ 1);
+            if (marked.groups >> (i % 32) & 1) {
+              if (!may_write) wait_for_memory(n);
+              may_write = true;
+              const int first = __shfl_sync(0xffffffffu, marked.before, i % 32);
+              const int behind = first + __shfl_sync(0xffffffffu, marked.own, i % 32);
+              wait_barrier(full + stage * 8, parity);
+              gatherer.pick(space + stage * S::kStage, first, min(behind, kColumns));
+            }
+            __syncwarp();
+            if (lane == 0) arrive(empty + stage * 8);
+            if (!cleared && may_write && i / 32 == (work.steps - 1) / 32) {  // all are known
+              gatherer.clear_rest(own, min(marked.all, kColumns));
+              cleared = true;
+            }
+          }
+          all = marked.all;
+          if (n == 0 || !may_write) wait_for_memory(n);
+          if (!cleared) gatherer.clear_rest(own, min(all, kColumns));
+          int from = 0;
+          do {
+            const int here = min(all - from, kColumns);
+            if (from > 0) {
+              list_round(work, fetch_marks(set, work.first_step, end_of(work)), from);
+              wait_barrier(outliers_empty, more_rounds++ & 1);
+              gatherer.here = here;
+              gatherer.fetch_rows(static_cast<int64_t>(place_of(p, work.item).rows * kBlocks + rank) * kRows,
+                                  own);
+              gatherer.clear_rest(own, here);
+            }
             if (own == 0 && lane == 0)
               *outlier_slots = here * gatherer.kPieces + (from + here < all ? kMore : 0);
             __syncwarp();
             if (lane == 0) arrive(outliers_full);
             if (kInRing && here > 0) {  // the stage with the tokens
               if (stage % kPickers == own) {
-                wait_barrier(full + stage * 8, parity);
+                wait_barrier(empty + stage * 8, parity ^ 1);
                 if (lane == 0) arrive(empty + stage * 8);
               }
               next();
             }
-          } else if (kInRing) {
-            if (waits) wait_for_memory(n);
-            if (lane == 0) arrive(outliers_full);
-            if (from == 0) {
-              for (int i = 0; i < work.steps; ++i) next();
-            }
-            if (here > 0) {
-              if (from >= kRestRounds * kColumns) {
-                wait_barrier(outliers_asked, asked++ & 1);
-                gatherer.fetch_tokens(space + stage * S::kStage + kRowBytes, first_token, reader);
-                publish_shared();
-                __syncwarp();
-                if (lane == 0) arrive(full + stage * 8);
-              }
-              next();
-            }
-          } else if (gathers && n != p.rounds && from < kRestRounds * kColumns && here > 0) {
-            // of a part of K the columns do not lie together there
-            if (lane == 0 && reader == 0)
-              fetch_tile(shared_address(outlier_rows) + kRowBytes, maps.rest, static_cast<int>(first_token),
-                         from / kColumns * kRoundSlots, outliers_full);
-            if (waits) wait_for_memory(n);
-            if (lane == 0 && reader == 0)
-              arrive_expecting(outliers_full, kTokens * kStep);
-            else if (lane == 0)
-              arrive(outliers_full);
-          } else {
-            gatherer.fetch_tokens(outlier_rows + kRowBytes, first_token, reader);
-            publish_shared();
-            if (waits) wait_for_memory(n);
+            from += kColumns;
+          } while (from < all);
+        }
+      } else {
+        int gathered = 0, asked = 0;
+        if (gathers) {
+          gathered = gatherer.gather_all(set, bits, reader);
+          if (reader == 0 && gathered > 0) {
+            if (lane == 0) wait_for_count(p.gathered, kReaders * gridDim.x);
             __syncwarp();
-            if (lane == 0) arrive(outliers_full);
           }
-          from += kColumns;
-        } while (from < all);
+          if (kInRing && lane == 0) {
+            *columns_gathered = gathered;
+            arrive(outliers_gathered);
+          }
+        }
+        for (int n = 0; find_work<kPair>(p, n, &work); ++n) {
+          const int64_t first_token = static_cast<int64_t>(place_of(p, work.item).tokens) * kTokens;
+          int from = 0;
+          do {
+            // p.rest has them, of all K
+            const bool are_gathered = gathers && n != p.rounds && from < kRestRounds * kColumns;
+            if (are_gathered)
+              all = gathered;
+            else if (n == 0 && from == 0)
+              list_round(work, bits, 0);
+            else if (n == p.rounds || all > kColumns)  // else they are those of the item before
+              list_round(work, fetch_marks(set, work.first_step, end_of(work)), from);
+            const int here = gatherer.here = min(all - from, kColumns);
+            if (from > 0)
+              wait_barrier(outliers_empty, more_rounds++ & 1);
+            else if (n > 0)
+              wait_for_memory(n);
+            const bool waits = from == 0 && n == 0;
+            if (kInRing) {
+              if (waits) wait_for_memory(n);
+              if (lane == 0) arrive(outliers_full);
+              if (from == 0) {
+                for (int i = 0; i < work.steps; ++i) next();
+              }
+              if (here > 0) {
+                if (!are_gathered) {
+                  wait_barrier(outliers_asked, asked++ & 1);
+                  gatherer.fetch_tokens(space + stage * S::kStage + kRowBytes, first_token, reader);
+                  publish_shared();
+                  __syncwarp();
+                  if (lane == 0) arrive(full + stage * 8);
+                }
+                next();
+              }
+            } else if (are_gathered && here > 0) {
+              if (lane == 0 && reader == 0)
+                fetch_tile(shared_address(outlier_rows) + kRowBytes, maps.rest, static_cast<int>(first_token),
+                           from / kColumns * kRoundSlots, outliers_full);
+              if (waits) wait_for_memory(n);
+              if (lane == 0 && reader == 0)
+                arrive_expecting(outliers_full, kTokens * kStep);
+              else if (lane == 0)
+                arrive(outliers_full);
+            } else {
+              gatherer.fetch_tokens(outlier_rows + kRowBytes, first_token, reader);
+              publish_shared();
+              if (waits) wait_for_memory(n);
+              __syncwarp();
+              if (lane == 0) arrive(outliers_full);
+            }
+            from += kColumns;
+          } while (from < all);
+        }
       }
     }
     __syncwarp();
-    if (Work work; !kPair && p.splits > 1 && find_work<kPair>(p, p.rounds, &work)) {
-      cluster_meet();
-      cluster_barrier();
-    }
+    if (Work work; !kPair && p.splits > 1 && find_work<kPair>(p, p.rounds, &work)) cluster_meet();
     if (outliers && warp == kConsumers / 32 + kPickers + kReaders)
       p.marks->clear_other(blockIdx.x * 32 + lane, gridDim.x * 32);
   } else {
     take_registers<(kTokens > 128 ? 224 : 168)>();
+    wait_for_results();
     const int group = warp / 4;
     char* const staging = space + S::kStagingAt + group * (2 * kStaging);
     float* const scales = reinterpret_cast<float*>(space + S::kScalesAt) + group * kTokens;
@@ -428,11 +478,11 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
         }
         cluster_meet();
         if (p.splits == 2)
-          finish_divided<2, kTokens>(p, sums, free, staging, group, first_row, first_token);
+          finish_divided<2, kTokens>(p, sums, free, sums_arrived, staging, group, first_row, first_token);
         else if (p.splits == 4)
-          finish_divided<4, kTokens>(p, sums, free, staging, group, first_row, first_token);
+          finish_divided<4, kTokens>(p, sums, free, sums_arrived, staging, group, first_row, first_token);
         else
-          finish_divided<8, kTokens>(p, sums, free, staging, group, first_row, first_token);
+          finish_divided<8, kTokens>(p, sums, free, sums_arrived, staging, group, first_row, first_token);
       } else {
         const bool divided = !kPair && n == p.rounds;
         const auto keep_results = [&](const auto& of) __attribute__((always_inline)) {
@@ -524,11 +574,11 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
         results = {};
         cluster_meet();  // nothing more comes, the rings of the cluster are free
         if (p.splits == 2)
-          finish_divided<2, kTokens>(p, acc, free, staging, group, first_row, first_token);
+          finish_divided<2, kTokens>(p, acc, free, sums_arrived, staging, group, first_row, first_token);
         else if (p.splits == 4)
-          finish_divided<4, kTokens>(p, acc, free, staging, group, first_row, first_token);
+          finish_divided<4, kTokens>(p, acc, free, sums_arrived, staging, group, first_row, first_token);
         else
-          finish_divided<8, kTokens>(p, acc, free, staging, group, first_row, first_token);
+          finish_divided<8, kTokens>(p, acc, free, sums_arrived, staging, group, first_row, first_token);
       }
     }
     if (pending) write_rest();
@@ -605,6 +655,7 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
   shape.block = dim3(Warps<kTokens>::kThreads);
   shape.shared = Space<kTokens>::kBytes;
   shape.cluster = kPair ? 2 : static_cast<unsigned>(cut.splits);
+  shape.together = p.rest && p.rounds != 0;  // its blocks wait for each other
   return launch_kernel(on, shape, int8_gemm_kernel<T, kTokens, kPair>, p, maps);
 }
 

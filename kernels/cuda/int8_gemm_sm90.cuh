@@ -29,8 +29,8 @@ struct Warps {
   static constexpr int kThreads = (9 + kPickers + kReaders) * 32;
 };
 
-/// Shared memory: the ring, results, token scales, barriers (two for each stage and five for outlier
-/// columns), counts of outlier columns, and for each warp that brings them their list.
+/// Shared memory: the ring, results, token scales, barriers (two for each stage, five for outlier
+/// columns and one for sums), counts of outlier columns, and for each warp that brings them their list.
 template <int kTokens>
 struct Space {
   static constexpr int kStage = kRowBytes + kTokens * kStep;
@@ -111,7 +111,7 @@ __device__ __forceinline__ Place place_of(const Gemm8<T>& p, int item) {
 }
 
 /// After a thread has written memory that the copy engine reads, and before a thread asks it to.
-__device__ __forceinline__ void publish_memory() { asm volatile("fence.proxy.async;\n" ::: "memory"); }
+__device__ __forceinline__ void publish_memory() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
 
 /// 16 bytes of a row of a stage: 8 slots.
 __device__ __forceinline__ char* piece_at(char* stage, int row, int piece) {
@@ -122,15 +122,15 @@ __device__ __forceinline__ char* piece_at(char* stage, int row, int piece) {
 __device__ __forceinline__ void count_warp(uint32_t* count) {
   publish_memory();
   __syncwarp();
-  if (threadIdx.x % 32 != 0) return;
-  __threadfence();
-  atomicAdd(count, 1u);
+  if (threadIdx.x % 32 == 0)
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;\n" ::"l"(count) : "memory");
 }
 /// By a thread, until that many have counted. All blocks run at once: there are no more than fit, and the
 /// next launch begins when all of these have.
 __device__ __forceinline__ void wait_for_count(const uint32_t* count, uint32_t most) {
-  while (*static_cast<const volatile uint32_t*>(count) != most) __nanosleep(40);
-  __threadfence();
+  uint32_t now;
+  while (*static_cast<const volatile uint32_t*>(count) != most) __nanosleep(64);
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(now) : "l"(count) : "memory");
   publish_memory();
 }
 
@@ -146,7 +146,7 @@ struct Gatherer {
   static constexpr int kPieces = OutlierType<T>::kPieces;
   static constexpr int kPickers = Warps<kTokens>::kPickers, kReaders = Warps<kTokens>::kReaders;
   static constexpr int kOwnRows = kRows / kPickers;        // of a picker
-  static constexpr int kTogether = kTokens > 128 ? 1 : 2;  // loads of 32 tokens x 8 slots under way
+  static constexpr int kTogether = kTokens > 128 ? 1 : 3;  // loads of 32 tokens x 8 slots under way
   const Gemm8<T>& p;
   char* const rows;  // [kRows][kRoundSlots] of b
   int* const columns;
@@ -183,14 +183,15 @@ struct Gatherer {
   }
   /// What all columns hold of x, as far as there is room in p.rest, by the readers of all blocks: each takes
   /// a share. Returns how many columns there are.
-  __device__ __forceinline__ int gather_all(int reader) {
+  __device__ __forceinline__ int gather_all(const uint32_t* set, uint4 bits, int reader) {
     constexpr int kColumns = kRoundColumns<T>;
     const int lane = threadIdx.x % 32, groups = (p.m + 31) / 32;
     const int end = static_cast<int>((p.k + kStep - 1) / kStep) * kStep;
     int all = 0, from = 0;
 #pragma unroll 1
     do {
-      all = list_columns(p.marks, 0, end, from, kColumns, columns);
+      if (from > 0) bits = fetch_marks(set, 0, end / kMarkedTogether);
+      all = list_columns(set, bits, 0, end, from, kColumns, columns);
       here = min(all - from, kColumns);
       const int parts = filled_slots(here * kPieces) / 8;
 #pragma unroll 1
@@ -211,9 +212,9 @@ struct Gatherer {
     if (all > 0) count_warp(p.gathered);
     return all;
   }
-  /// Of the rows of picker `picker`: what the columns leave of the slots.
-  __device__ __forceinline__ void clear_rest(int picker) const {
-    const int slots = here * kPieces;
+  /// Of the rows of picker `picker`: what `columns` of a round leave of its slots.
+  __device__ __forceinline__ void clear_rest(int picker, int columns) const {
+    const int slots = columns * kPieces;
 #pragma unroll
     for (int i = 0; i < kOwnRows / 32; ++i) {
       const int row = picker * kOwnRows + i * 32 + threadIdx.x % 32;
@@ -233,19 +234,38 @@ struct Gatherer {
       *reinterpret_cast<Half*>(piece_at(rows, row, slot / 8) + slot % 8 * 2) = from_float<Half>(code);
     }
   }
-  /// Of all rows, those columns whose lanes are `picked`, which are in this stage. A lane holds two columns.
-  __device__ __forceinline__ void pick(char* stage, const uint32_t (&picked)[2], const int (&held)[2]) const {
-    const int lane = threadIdx.x % 32;
+  /// Of all rows, columns `from` to `to` of the list, which are in this stage.
+  __device__ __forceinline__ void pick(const char* stage, int from, int to) const {
+    const unsigned lane = threadIdx.x % 32, turned = lane % 8 * 16;
+    const uint8_t* const in = reinterpret_cast<const uint8_t*>(stage) + lane * kStep;
+    char* const out = rows + lane * kStep;
+#pragma unroll 1
+    for (int column = from; column < to;) {
+      const bool pair = kPieces == 1 && column % 2 == 0 && column + 1 < to;  // their slots are one word
+      const uint8_t* const first = in + ((columns[column] % unsigned{kStep}) ^ turned);
+      uint8_t codes[2][kRows / 32];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      for (uint32_t left = picked[h]; left; left &= left - 1) {
-        const int from = __ffs(static_cast<int>(left)) - 1;
-        const int byte = __shfl_sync(0xffffffffu, held[h], from) % kStep;
-        int8_t code[kRows / 32];
+      for (int i = 0; i < kRows / 32; ++i) codes[0][i] = first[i * 32 * kStep];
+      if (pair) {
+        const uint8_t* const second = in + ((columns[column + 1] % unsigned{kStep}) ^ turned);
 #pragma unroll
-        for (int i = 0; i < kRows / 32; ++i) code[i] = piece_at(stage, i * 32 + lane, byte / 16)[byte % 16];
+        for (int i = 0; i < kRows / 32; ++i) codes[1][i] = second[i * 32 * kStep];
+        char* const word = out + ((column * 2u) ^ turned);
 #pragma unroll
-        for (int i = 0; i < kRows / 32; ++i) put(i * 32 + lane, h * 32 + from, code[i]);
+        for (int i = 0; i < kRows / 32; ++i)
+          *reinterpret_cast<uint32_t*>(word + i * 32 * kStep) =
+              pair_of<Half>(static_cast<int8_t>(codes[0][i]), static_cast<int8_t>(codes[1][i]));
+        column += 2;
+      } else {
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          char* const half = out + (((column * kPieces + piece) * 2u) ^ turned);
+#pragma unroll
+          for (int i = 0; i < kRows / 32; ++i)
+            *reinterpret_cast<Half*>(half + i * 32 * kStep) =
+                from_float<Half>(static_cast<int8_t>(codes[0][i]));
+        }
+        ++column;
       }
     }
   }

@@ -47,52 +47,77 @@ __host__ __device__ constexpr int filled_slots(int slots) {
   return slots == 0 ? 0 : slots <= 16 ? 16 : kRoundSlots;
 }
 
-/// By one warp: of the marked columns from `begin` to `end`, multiples of 128, those behind the first `skip`,
-/// up to `most` of them. Returns how many there are, whatever skip and most.
-__device__ __forceinline__ int list_columns(const ColumnMarks* marks, int begin, int end, int skip, int most,
-                                            int* columns) {
-  constexpr int kTogether = 2, kEach = 128;  // loads of a set under way; columns of one
-  const int lane = threadIdx.x % 32;
-  uint32_t second = 0;  // known when both sets are there; of lane 0, or all would wait for it first
-  if (lane == 0) second = marks->marked;
-  int count = 0;
+constexpr int kMarkedTogether = 128;  // columns whose marks a lane has
+
+/// Marks of 32 times 128 columns, 128 a lane: from group `from` of them on, before group `end`.
+__device__ __forceinline__ uint4 fetch_marks(const uint32_t* set, int from, int end) {
+  const int at = from + threadIdx.x % 32;
+  return at < end ? reinterpret_cast<const uint4*>(set)[at] : make_uint4(0, 0, 0, 0);
+}
+/// The first ones, on their way from memory: of both sets, as which of them was marked comes from there, too.
+struct FirstMarks {
+  uint4 sets[2];
+  uint32_t second;
+
+  __device__ __forceinline__ void fetch(const ColumnMarks* marks, int from, int end) {
+#pragma unroll
+    for (int set = 0; set < 2; ++set) sets[set] = fetch_marks(marks->bits[set], from, end);
+    second = marks->marked;
+  }
+  __device__ __forceinline__ uint4 bits() const { return second ? sets[1] : sets[0]; }
+};
+
+/// What a warp knows of 32 groups of 128 columns, one a lane.
+struct MarkedColumns {
+  int own, before;  // columns of the group, and in front of it
+  int all;          // in front of what is behind the 32 groups
+  uint32_t groups;  // which have columns
+
+  /// `bits`: of the groups from `group` on, with `in_front` columns before. Lists those behind the first
+  /// `skip` columns, up to `most` of them.
+  __device__ __forceinline__ void take(const uint4& bits, int in_front, int group, int skip, int most,
+                                       int* columns) {
+    const int lane = threadIdx.x % 32;
+    uint64_t low = bits.x | static_cast<uint64_t>(bits.y) << 32;
+    uint64_t high = bits.z | static_cast<uint64_t>(bits.w) << 32;
+    own = __popcll(low) + __popcll(high);
+    groups = __ballot_sync(0xffffffffu, own != 0);
+    before = all = in_front;
+    if (groups == 0) return;
+    int through = own;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int left = __shfl_up_sync(0xffffffffu, through, step);
+      if (lane >= step) through += left;
+    }
+    before += through - own;
+    all += __shfl_sync(0xffffffffu, through, 31);
+    int column = (group + lane) * kMarkedTogether;
 #pragma unroll 1
-  for (int base = begin / kEach + lane; base - lane < end / kEach; base += kTogether * 32) {
-    uint4 bits[2][kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int at = base + i * 32;
-#pragma unroll
-      for (int set = 0; set < 2; ++set)
-        bits[set][i] =
-            at < end / kEach ? reinterpret_cast<const uint4*>(marks->bits[set])[at] : make_uint4(0, 0, 0, 0);
+    for (int at = before - skip; (low | high) != 0; ++at) {
+      if (low == 0) low = high, high = 0, column += 64;
+      if (at >= 0 && at < most) columns[at] = column + __ffsll(static_cast<long long>(low)) - 1;
+      low &= low - 1;
     }
-    second = __shfl_sync(0xffffffffu, second, 0);
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const uint4 of = second ? bits[1][i] : bits[0][i];
-      const uint32_t words[4] = {of.x, of.y, of.z, of.w};
-      const int own = __popc(words[0]) + __popc(words[1]) + __popc(words[2]) + __popc(words[3]);
-      if (!__any_sync(0xffffffffu, own != 0)) continue;
-      int through = own;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int left = __shfl_up_sync(0xffffffffu, through, step);
-        if (lane >= step) through += left;
-      }
-      int at = count - skip + through - own;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        for (uint32_t word = words[w]; word; word &= word - 1, ++at) {
-          if (at >= 0 && at < most)
-            columns[at] = (base + i * 32) * kEach + w * 32 + __ffs(static_cast<int>(word)) - 1;
-        }
-      }
-      count += __shfl_sync(0xffffffffu, through, 31);
-    }
+    __syncwarp();
+  }
+};
+
+/// By one warp: of the marked columns from `begin` to `end`, multiples of 128, those behind the first `skip`,
+/// up to `most` of them. `bits`: the first marks of `set`. Returns how many there are, whatever skip and most
+/// are.
+__device__ __forceinline__ int list_columns(const uint32_t* set, uint4 bits, int begin, int end, int skip,
+                                            int most, int* columns) {
+  MarkedColumns marked;
+  marked.all = 0;
+#pragma unroll 1
+  for (int from = begin / kMarkedTogether; from < end / kMarkedTogether; from += 32) {
+    const uint4 now = bits;
+    if (from + 32 < end / kMarkedTogether) bits = fetch_marks(set, from + 32, end / kMarkedTogether);
+    marked.take(now, marked.all, from, skip, most, columns);
   }
   __syncwarp();
-  return count;
+  return marked.all;
 }
 
 /// What the codes leave of an element of x in an outlier column, to be multiplied in 16 bits: all of it where

@@ -11,7 +11,7 @@ namespace halfbyte::cuda {
 
 /// What the end needs beside the sums. Fetched while products run.
 struct Ending {
-  float scale[2];  // of rows r and r + 8 of this thread
+  float scb[2];  // of rows r and r + 8 of this thread
   float bias[2];
 };
 
@@ -22,7 +22,7 @@ __device__ __forceinline__ void fetch_ending(Ending* ending, const Output<T>& ou
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t at = min(row + h * 8, out.n - 1);
-    ending->scale[h] = scb[at] * kInt8Scale;
+    ending->scb[h] = scb[at];  // nothing waits for it here
     ending->bias[h] = out.bias ? out.bias_at(at) : 0.0f;
   }
 }
@@ -53,7 +53,7 @@ struct Results {
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        v[e] = __fmul_rn(v[e], ending.scale[e / 2]);
+        v[e] = __fmul_rn(v[e], ending.scb[e / 2] * kInt8Scale);
         if (kBias) v[e] = __fadd_rn(v[e], ending.bias[e / 2]);
       }
       pairs[i * 2] = pair_of<T>(v[0], v[1]);

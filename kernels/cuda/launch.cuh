@@ -38,7 +38,8 @@ __device__ __forceinline__ bool count_arrival(uint32_t* counter, uint32_t blocks
 struct LaunchShape {
   dim3 grid, block;
   size_t shared = 0;
-  unsigned cluster = 1;  // blocks along x
+  unsigned cluster = 1;   // blocks along x
+  bool together = false;  // all blocks run at once, whatever else the device does, or the launch fails
 };
 
 template <typename... Parameters, typename... Arguments>
@@ -49,7 +50,7 @@ cudaError_t launch_kernel(const Launch& on, const LaunchShape& shape, void (*ker
                                                    static_cast<int>(shape.shared));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
@@ -59,6 +60,10 @@ cudaError_t launch_kernel(const Launch& on, const LaunchShape& shape, void (*ker
   if (on.early) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.together) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
   }
   if (shape.cluster > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;

@@ -100,15 +100,6 @@ __device__ __forceinline__ void exchange_sums(V (&total)[kShare], const V (&acc)
     }
   }
 }
-/// The same with a barrier of the cluster between.
-template <int kSplits, int kThreads, int kShare, typename V>
-__device__ __forceinline__ void exchange_sums(V (&total)[kShare], const V (&acc)[kShare * kSplits],
-                                              char* received) {
-  exchange_sums<kSplits, kThreads>(
-      total, acc, received,
-      [](uint4* own, int rank) { return [=](int at, uint4 v) { store_at(own + at, rank, v); }; },
-      [] { cluster_barrier(); });
-}
 /// The same where what is sent counts on the barrier `arrived` of each block, which has been told how many
 /// bytes come and completes its first phase with them: a block waits for what it gets, not for what it sends.
 template <int kSplits, int kThreads, int kShare, typename V>
