@@ -16,79 +16,17 @@
 //   reduce  over the columns' tiles by shuffles; over warps, and over the blocks of a cluster where K is
 //           divided among them, through shared memory after several row tiles at once; in a fixed order
 //
+// One and two rows of x on sm_90: gemv4_sm90.cu.
+//
 // Fast where K / 256 divides among 8 to 16 warps without a rest and there are 132 row tiles or more. K beyond
 // 16384 (8192 where there are more than 2 rows of x) is divided among blocks.
 #include <algorithm>
-#include <utility>
 
-#include "activation.cuh"
-#include "cluster.cuh"
-#include "gemv4.cuh"
+#include "gemv4_product.cuh"
 #include "launch.cuh"
-#include "table4.cuh"
 
 namespace halfbyte::cuda {
 namespace {
-
-constexpr int kMaxWarps = 16;
-
-template <typename T>
-struct Gemv {
-  Tiled4 w[kMaxGroup];
-  Output<T> out[kMaxGroup];
-  int before[kMaxGroup + 1];  // row tiles of the weights before
-  int each, rest;             // row tiles (pairs, when gated) of a cluster; the first `rest` have one more
-  Book4 book;
-  int count;
-  bool gated;  // two weights whose row tiles alternate
-  Activation act;
-  const T* x;
-  int m, tiles;  // rows of x; k tiles
-  int units;     // of a block's share of K
-  int chunk;     // row tiles between two reductions
-};
-
-template <typename T>
-__device__ __forceinline__ RowTile locate(const Gemv<T>& p, int row_tile, bool nested) {
-  int part = 0, local = row_tile;
-  if (p.gated) {
-    part = row_tile % 2;
-    local = row_tile / 2;
-  } else {
-    while (part + 1 < p.count && row_tile >= p.before[part + 1]) ++part;
-    local -= p.before[part];
-  }
-  const Absmax& absmax = p.w[part].absmax;
-  const void* const scales = nested ? static_cast<const void*>(absmax.codes) : absmax.plain;
-  return row_tile_of(p.w[part].codes, scales, absmax.nested, nested, int64_t{local} * p.tiles, part);
-}
-
-/// Words of 32 k, of each half of a tile, that lanes of a quad hold four each, in order, to those that each
-/// needs: lane t gets t, 4 + t, ...
-__device__ __forceinline__ void transpose_quad(uint32_t (&x)[8], int t) {
-  const bool odd = t & 1, high = t & 2;
-#pragma unroll
-  for (int half = 0; half < 8; half += 4) {
-    uint32_t* const r = x + half;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? r[i] : r[i + 1], 1);
-      (odd ? r[i] : r[i + 1]) = other;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, high ? r[i] : r[i + 2], 2);
-      (high ? r[i] : r[i + 2]) = other;
-    }
-  }
-}
-
-/// body(0), body(1), ... with compile-time numbers: loops whose registers the compiler would else put into
-/// memory.
-template <typename Body, int... i>
-__device__ __forceinline__ void for_each(std::integer_sequence<int, i...>, const Body& body) {
-  (body(std::integral_constant<int, i>{}), ...);
-}
 
 /// kTokens rows of x in the columns of a product, kUnits units of a warp in every row tile, an even number
 /// where kTokens is 1.
@@ -168,16 +106,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
         const int of_warp = i / kPasses * kJoined + column_tile / kUnit, unit = first_unit + of_warp * warps;
         const int tile = first_tile(of_warp) + kPass * kGroup + column_tile % kUnit;
         const bool there = token < p.m && tile >= unit * kUnit && unit < (rank + 1) * p.units;
-        const T* at = p.x + (static_cast<int64_t>(token) * p.tiles + tile) * kTileK + t * 8;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint4 piece = make_uint4(0, 0, 0, 0);
-          if (there) piece = *reinterpret_cast<const uint4*>(at + half * 32);
-          x[i][half * 4] = piece.x;
-          x[i][half * 4 + 1] = piece.y;
-          x[i][half * 4 + 2] = piece.z;
-          x[i][half * 4 + 3] = piece.w;
-        }
+        load_x(x[i], p, token, tile, there, t);
       });
   same_map = __syncthreads_and(same_map);
 #pragma unroll
@@ -268,67 +197,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
         });
     part = from.part;
 
-    // rows g and g + 8, tokens 2 t % kTokens and the next
-#pragma unroll
-    for (int e = 0; e < 4; e += kTokens == 1 ? 2 : 1) {
-#pragma unroll
-      for (int between = 2; between >= (kTokens + 1) / 2; between /= 2)
-        acc[e] += __shfl_xor_sync(0xffffffffu, acc[e], between);
-    }
-    float* const to = partial + ((slot * warps + warp) * kTileRows + g) * kTokens + 2 * t;
-    if constexpr (kTokens == 1) {
-      if (t == 0) {
-        to[0] = acc[0];
-        to[8] = acc[2];
-      }
-    } else if (t < kTokens / 2) {
-      *reinterpret_cast<float2*>(to) = make_float2(acc[0], acc[1]);
-      *reinterpret_cast<float2*>(to + 8 * kTokens) = make_float2(acc[2], acc[3]);
-    }
+    put_sums<kTokens>(acc, partial + slot * warps * kTileRows * kTokens, warp, lane);
     if (++slot < p.chunk && row_tile + 1 < end) continue;
-
-    __syncthreads();
-    constexpr int kSums = kTileRows * kTokens;  // of a row tile
-    const auto sum_of = [&](int slot, int at) {
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int w = 0; w < warps; ++w) sum += partial[(slot * warps + w) * kSums + at];
-      return sum;
-    };
-    if (splits > 1) {  // each block's sums in the place of its first warp's, then all blocks together
-      for (int i = threadIdx.x; i < slot * kSums; i += blockDim.x)
-        partial[i / kSums * warps * kSums + i % kSums] = sum_of(i / kSums, i % kSums);
-      cluster_barrier();
-    }
-    const auto total_of = [&](int slot, int at) {
-      if (splits == 1) return sum_of(slot, at);
-      float sum = 0.0f;
-      for (int r = 0; r < splits; ++r) sum += cluster_value(partial + slot * warps * kSums + at, r);
-      return sum;
-    };
-    const int first = row_tile + 1 - slot;
-    const int results = slot / step * kSums;
-    for (int i = threadIdx.x + rank * blockDim.x; i < results; i += splits * blockDim.x) {
-      const int at = i / kSums * step, row = i % kTileRows, token = i % kSums / kTileRows;
-      if (token >= p.m) continue;
-      const float total = total_of(at, row * kTokens + token);
-      if (p.gated) {
-        const int64_t column = int64_t{(first + at) / 2} * kTileRows + row;
-        float gate = total, up = total_of(at + 1, row * kTokens + token);
-        if (p.out[0].bias) gate += p.out[0].bias_at(column);
-        if (p.out[1].bias) up += p.out[1].bias_at(column);
-        p.out[0].y[token * p.out[0].n + column] = from_float<T>(activate<true>(p.act, gate) * up);
-      } else {
-        int part = 0;
-        while (part + 1 < p.count && first + at >= p.before[part + 1]) ++part;
-        p.out[part].store(token, int64_t{first + at - p.before[part]} * kTileRows + row, total);
-      }
-    }
+    finish_row_tiles<kTokens>(p, partial, row_tile + 1 - slot, slot);
     slot = 0;
-    if (splits > 1)
-      cluster_barrier();
-    else
-      __syncthreads();
   }
 }
 
@@ -427,8 +299,9 @@ cudaError_t run(const Launch& on, Gemv<T>& gemv) {
   gemv.tiles = static_cast<int>(gemv.w[0].k / kTileK);
   gemv.before[0] = 0;
   for (int i = 0; i < gemv.count; ++i) gemv.before[i + 1] = gemv.before[i] + gemv.w[i].n / kTileRows;
-  const Plan plan = plan_for(on.arch, gemv.m, gemv.tiles, gemv.before[gemv.count] / on.multiprocessors);
   gemv.book = book_of<T>(gemv.w[0].type);
+  if (gemv4_sm90_takes(on, gemv)) return gemv4_sm90(on, gemv);
+  const Plan plan = plan_for(on.arch, gemv.m, gemv.tiles, gemv.before[gemv.count] / on.multiprocessors);
   const int units = (gemv.tiles + kUnit - 1) / kUnit;
   gemv.units = (units + plan.splits - 1) / plan.splits;
   return nested ? launch<T, true>(on, plan, gemv) : launch<T, false>(on, plan, gemv);

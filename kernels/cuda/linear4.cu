@@ -1,9 +1,9 @@
 // y [M, N] = x [M, K] w^T + bias + residual with a 4-bit weight, alone or several together: the choice of a
 // kernel.
 //
-//   tiled, 16-bit x   up to M = 8 (4 or 2, the larger the weight) gemv4.cu, then skinny4_sm90.cu, above
-//                     kSkinny gemm4_sm90.cu; without wgmma skinny4_sm80.cu and gemm4_sm80.cu, the latter
-//                     while that is faster than dequantising
+//   tiled, 16-bit x   up to M = 8 (4 or 2, the larger the weight) gemv4.cu and gemv4_sm90.cu, then
+//                     skinny4_sm90.cu, above kSkinny gemm4_sm90.cu; without wgmma skinny4_sm80.cu and
+//                     gemm4_sm80.cu, the latter while that is faster than dequantising
 //   a few rows        stream4.cu: fp32 multiply-adds, both layouts, any K
 //   else              the weight is dequantised to x's dtype in the workspace, then the dense product runs
 #include <algorithm>

@@ -76,6 +76,33 @@ __device__ __forceinline__ float map_value(const char* table, uint32_t code, uin
   return *reinterpret_cast<const float*>(table + (code << 8 | lane4) + 128);
 }
 
+/// The same without gaps: entry e of lane l at 128 e + 4 l. Addresses take a multiply-add of bytes, and the
+/// nested map follows once, so that its look-ups may collide.
+constexpr int kCompactTable4Bytes = 256 * 128, kCompactMap4Bytes = 256 * 4;
+
+/// By so many threads, from number 0 on; the block synchronises afterwards. `map` as above.
+__device__ __forceinline__ void fill_compact_table4(char* table, const Book4& book, const float* map,
+                                                    int threads) {
+  const int thread = threadIdx.x;
+  const float value = map && thread < 256 ? map[thread] : 0.0f;  // under way meanwhile
+  for (int i = thread; i < 256 * 8; i += threads) {
+    const int byte = i / 8;
+    const uint32_t pair = book.bits[byte >> 4] | static_cast<uint32_t>(book.bits[byte & 15]) << 16;
+    *reinterpret_cast<uint4*>(table + i * 16) = make_uint4(pair, pair, pair, pair);
+  }
+  if (!map) return;
+  float* const to = reinterpret_cast<float*>(table + kCompactTable4Bytes);
+  if (thread < 256) to[thread] = value;
+  for (int i = thread + threads; i < 256; i += threads) to[i] = map[i];
+}
+/// As look_up(): a byte times 128 + 4 * lane is an address.
+__device__ __forceinline__ void look_up_compact(uint32_t (&a)[4], const char* table, uint32_t word,
+                                                uint32_t lane4) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    a[i] = *reinterpret_cast<const uint32_t*>(table + __dp4a(word, 128u << (8 * i), lane4));
+}
+
 /// Both halves of `pair` times those of `scale`.
 __device__ __forceinline__ uint32_t scale_pair(uint32_t pair, uint32_t scale, half_t) {
   const __half2 scaled = __hmul2(*reinterpret_cast<__half2*>(&pair), *reinterpret_cast<__half2*>(&scale));

@@ -33,7 +33,8 @@ struct Product4 {
 
 /// Whether gemv4() takes m rows of x: up to 8, with K >= 256. On sm_80 very long K takes fewer.
 bool gemv4_takes(int arch, int64_t m, int64_t k);
-/// One to kMaxGroup products of one x, their weights all plain or all nested and of one type. gemv4.cu
+/// One to kMaxGroup products of one x, their weights all plain or all nested and of one type. gemv4.cu,
+/// gemv4_sm90.cu
 template <typename T>
 cudaError_t gemv4(const Launch& on, const Product4<T>* products, int count);
 /// The same of two, gate and up, of as many rows: gate's out.y = act(x gate^T + bias) * (x up^T + bias).
