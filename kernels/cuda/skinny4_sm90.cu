@@ -16,7 +16,8 @@
 //           more, which lets the product of a tile run while the next one is decoded. There nested absmax
 //           would keep every product waiting: warps of their own decode it when a stage has come
 //   reduce  warpgroups through shared memory, blocks through memory, both in a fixed order: all but the last
-//           block of an item put their part down, the last one waits for them
+//           block of an item put their part down, the last one waits for them. More than 32 tokens: where an
+//           item is that of an even number of blocks, these are clusters of two, which first exchange halves
 //
 // Blocks go from their last item to their first: what others wait for comes first, what a block has to wait
 // for itself comes last. It waits for blocks of lower numbers only, which started before it.
@@ -35,7 +36,7 @@ namespace {
 
 constexpr int kRows = 128, kRowTiles = kRows / 16;  // of an item
 constexpr int kMostStages = 16;                     // of the ring
-constexpr int kTable = 256 * 128, kMap = 1024, kBarriers = 1024;
+constexpr int kTable = kCompactTable4Bytes, kMap = kCompactMap4Bytes, kBarriers = 1024;
 constexpr int kPartFloats = 64 * kRows;  // of a block, the most
 
 /// A block. Shared memory: the table and the nested map, barriers, sums for another warpgroup, the ring.
@@ -52,6 +53,8 @@ struct Shape {
   static constexpr bool kPairs = kNested && kTokens > 16;
   static constexpr int kPairsAt = kX + kCodes + (kAbsmax + 127) / 128 * 128;  // in a stage
   static constexpr int kStage = (kPairsAt + (kPairs ? kRowTiles * kTiles * 64 : 0) + 1023) / 1024 * 1024;
+  // blocks of an item may be dealt, or paired
+  static constexpr bool kDealt = kTokens == 32 && kDepth == 2, kPaired = kTokens == 64 && kDepth == 2;
   static constexpr int kSumsAt = kTable + kMap + kBarriers;
   static constexpr int kRingAt = kSumsAt + (kDepth - 1) * kTokens / 4 * kConsumers * 4;
 };
@@ -67,6 +70,8 @@ struct Skinny {
   int token_blocks;
   int stages;         // of the ring
   bool absmax_apart;  // it lies where the copy engine cannot read it
+  bool dealt;         // an item's blocks are far apart: first ones of all items, second ones, ...
+  bool paired;        // blocks are clusters of two of an item, which exchange sums
 };
 
 #if HALFBYTE_WGMMA
@@ -76,6 +81,23 @@ constexpr int kDecoders = 96;  // threads that decode nested absmax: the rest of
 // whose x, from 32 tokens on, comes late behind more.
 constexpr int kMostEarly = 4, kFewSteps = 16, kFewEarly = 3;
 constexpr uint32_t kAbsent = 0xffffffffu;  // in place of a part: a NaN that no sum is
+
+/// Steps of a block: the first one, and how many. Blocks of the highest numbers start last. Where items are
+/// dealt these are the ones that add the parts of the others, and have a step less.
+struct Line {
+  int first, steps;
+};
+template <bool kDealt, typename T>
+__device__ __forceinline__ Line line_of(const Skinny<T>& p, int block) {
+  if (!kDealt || !p.dealt) {
+    const int first = block * p.share;
+    return {first, min(p.share, p.total - first)};
+  }
+  const int items = p.total / p.steps, item = block % items, place = block / items;
+  const int parts = p.steps / p.share - 1, rest = p.steps - max(p.share - 1, 1);
+  const int begin = place * rest / parts, end = place < parts ? (place + 1) * rest / parts : p.steps;
+  return {item * p.steps + begin, end - begin};
+}
 
 /// Steps of a block that are of one item.
 struct Span {
@@ -88,24 +110,15 @@ __device__ __forceinline__ Span span_of(const Skinny<T>& p, int first_step, int 
   return {item, begin - item * p.steps, end - begin};
 }
 
-/// Fills the table: entry e of lane l at 128 e + 4 l, then the nested map.
-template <int kThreads>
-__device__ __forceinline__ void fill_table(char* table, const Book4& book, const float* map) {
-  const float value = map && threadIdx.x < 256 ? map[threadIdx.x] : 0.0f;  // under way meanwhile
-  for (int i = threadIdx.x; i < 256 * 8; i += kThreads) {
-    const int byte = i / 8;
-    const uint32_t pair = book.bits[byte >> 4] | static_cast<uint32_t>(book.bits[byte & 15]) << 16;
-    *reinterpret_cast<uint4*>(table + i * 16) = make_uint4(pair, pair, pair, pair);
-  }
-  if (map && threadIdx.x < 256) reinterpret_cast<float*>(table + kTable)[threadIdx.x] = value;
+/// Until the table and the barriers are there. Where absmax is decoded apart, the warp that asks does not
+/// wait for the others to meet and is at its first weights meanwhile.
+template <typename S>
+__device__ __forceinline__ void meet_at_start() {
+  if (S::kPairs)
+    asm volatile("bar.sync 9, %0;\n" ::"n"(S::kThreads) : "memory");
+  else
+    __syncthreads();
 }
-/// The A fragment that a word of a tile stands for: a byte times 128 + 4 * lane is an address.
-__device__ __forceinline__ void decode(uint32_t (&a)[4], const char* table, uint32_t word, uint32_t lane4) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    a[i] = *reinterpret_cast<const uint32_t*>(table + __dp4a(word, 128u << (8 * i), lane4));
-}
-
 /// What the copy engine does with absmax, by a warp, where they are not on 16 bytes.
 template <typename S>
 __device__ __forceinline__ void copy_absmax(const Tiled4& w, char* to, int row_tile, int tile, int tiles) {
@@ -122,7 +135,7 @@ __device__ __forceinline__ void copy_absmax(const Tiled4& w, char* to, int row_t
 
 /// Decodes nested absmax of all steps of a block, as they come, by the warps beside the one that asks.
 template <typename T, typename S>
-__device__ __forceinline__ void decode_absmax(const Skinny<T>& p, char* table, uint32_t full,
+__device__ __forceinline__ void decode_absmax(const Skinny<T>& p, char* table, uint32_t coded,
                                               uint32_t decoded, int stages, int first_step, int mine) {
   constexpr int kWords = kRowTiles * S::kTiles * 4;  // of codes: 4 are rows 2 j, 2 j + 8, 2 j + 1, 2 j + 9
   constexpr int kOwn = (kWords + kDecoders - 1) / kDecoders;
@@ -130,6 +143,8 @@ __device__ __forceinline__ void decode_absmax(const Skinny<T>& p, char* table, u
   const float* const map = reinterpret_cast<const float*>(table + kTable);
   const float offset = *p.w.absmax.offset;
   const int last_row = static_cast<int>(p.w.n - 1);
+  constexpr uint32_t kBlock = kNestedBlocksize;
+  float scale[kOwn][4] = {};
   int stage = 0;
   uint32_t parity = 0;
   for (int rest = mine, steps; rest > 0; rest -= steps) {
@@ -139,20 +154,25 @@ __device__ __forceinline__ void decode_absmax(const Skinny<T>& p, char* table, u
     const float* const nested = p.w.absmax.nested + first / kNestedBlocksize;
     const int nested_rest = static_cast<int>(first % kNestedBlocksize);
     const int rows = last_row - span.item / p.token_blocks * kRows;  // number of the last one here
+    uint32_t flat[kOwn][4];                                          // number of an absmax in tile 0
+#pragma unroll
+    for (int o = 0; o < kOwn; ++o) {
+      const int word = thread + o * kDecoders, row = word / (4 * S::kTiles) * 16 + word % 4 * 2;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) flat[o][e] = nested_rest + min(row + e / 2 + e % 2 * 8, rows) * p.tiles;
+    }
     for (int i = 0; i < steps; ++i) {
-      float scale[kOwn][4];
+      const int tile = min((span.begin + i) * S::kTiles + thread / 4 % S::kTiles, p.tiles - 1);
 #pragma unroll
       for (int o = 0; o < kOwn; ++o) {
-        const int word = min(thread + o * kDecoders, kWords - 1);
-        const int tile = min((span.begin + i) * S::kTiles + word / 4 % S::kTiles, p.tiles - 1);
-        const int row = word / (4 * S::kTiles) * 16 + word % 4 * 2;
+        if (thread + o * kDecoders >= kWords) break;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int at = min(row + e / 2 + e % 2 * 8, rows);
-          scale[o][e] = nested[(nested_rest + at * p.tiles + tile) / static_cast<int>(kNestedBlocksize)];
+          const uint32_t block = flat[o][e] + tile;
+          if (i == 0 || block % kBlock < S::kTiles) scale[o][e] = nested[block / kBlock];
         }
       }
-      wait_barrier(full + stage * 8, parity);
+      wait_barrier(coded + stage * 8, parity);
       char* const here = table + S::kRingAt + stage * S::kStage;
 #pragma unroll
       for (int o = 0; o < kOwn; ++o) {
@@ -209,6 +229,80 @@ struct Piece {
   }
 };
 
+/// The blocks that have parts of an item before the one that adds them: every stride-th from `first` on.
+struct Others {
+  int first, stride, count;
+  bool puts;  // this one is one of them
+};
+
+template <bool kDealt, typename T>
+__device__ __forceinline__ Others others_of(const Skinny<T>& p, int item) {
+  const int self = static_cast<int>(blockIdx.x);
+  if (kDealt && p.dealt) {
+    const int items = p.total / p.steps, parts = p.steps / p.share - 1;
+    return {item, items, parts, self / items < parts};
+  }
+  const int from = item * p.steps / p.share, to = (item * p.steps + p.steps - 1) / p.share;
+  return {from, 1, to - from, to > self};
+}
+
+/// Adds to the sums the parts of other blocks, whose places it leaves absent, or puts them down: then false.
+template <int kThreads, int kCount>
+__device__ __forceinline__ bool join(float (&sums)[kCount], uint32_t* all_parts, const Others& others) {
+  constexpr int kWidth = kCount % 4 == 0 ? 4 : 2, kPieces = kCount / kWidth;
+  constexpr int kPieceStride = kThreads * kWidth;
+  uint32_t* const parts = all_parts + threadIdx.x * kWidth;
+  if (others.puts) {
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      Piece<kWidth> piece;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const uint32_t bits = __float_as_uint(sums[j * kWidth + i]);
+        piece.v[i] = bits == kAbsent ? 0x7fffffffu : bits;
+      }
+      piece.put(parts + blockIdx.x * kPartFloats + j * kPieceStride);
+    }
+    return false;
+  }
+  constexpr int kOnce = 8 / kPieces < 4 ? 8 / kPieces : 4;  // parts
+  for (int b = 0; b < others.count; b += kOnce) {
+    Piece<kWidth> pieces[kOnce][kPieces];
+    const auto place = [&](int o, int j) {
+      const int block = others.first + min(b + o, others.count - 1) * others.stride;
+      return parts + block * kPartFloats + j * kPieceStride;
+    };
+    bool there;
+    do {
+#pragma unroll
+      for (int o = 0; o < kOnce; ++o) {
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) pieces[o][j].look(place(o, j));
+      }
+      there = true;
+#pragma unroll
+      for (int o = 0; o < kOnce; ++o) {
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) there = there && pieces[o][j].is_there();
+      }
+    } while (!there);
+#pragma unroll
+    for (int o = 0; o < kOnce; ++o) {
+      if (b + o >= others.count) break;
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          sums[j * kWidth + i] += __uint_as_float(pieces[o][j].v[i]);
+          pieces[o][j].v[i] = kAbsent;
+        }
+        pieces[o][j].put(place(o, j));
+      }
+    }
+  }
+  return true;
+}
+
 #endif  // HALFBYTE_WGMMA
 
 template <typename T, int kTokens, bool kNested, int kDepth>
@@ -226,17 +320,19 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const int stages = p.stages;
   const uint32_t ring = shared_address(table) + S::kRingAt;
-  // of each stage: all is there; all warps that read it have done so; absmax is decoded, too
+  // of each stage: all is there, but nested absmax; all warps that read it have done so; nested absmax is
+  // there; it is decoded
   const uint32_t full = shared_address(table) + kTable + kMap, empty = full + kMostStages * 8;
-  const uint32_t decoded = empty + kMostStages * 8;
+  const uint32_t coded = empty + kMostStages * 8, decoded = coded + kMostStages * 8;
   let_next_start();
-  const int first_step = blockIdx.x * p.share, mine = min(p.share, p.total - first_step);
+  const Line line = line_of<S::kDealt>(p, blockIdx.x);
+  const int first_step = line.first, mine = line.steps;
 
   if (warp >= S::kConsumers / 32) {
     give_registers<kDepth == 2 ? 56 : 48>();
     if (warp > S::kConsumers / 32) {
-      __syncthreads();
-      if constexpr (S::kPairs) decode_absmax<T, S>(p, table, full, decoded, stages, first_step, mine);
+      meet_at_start<S>();
+      if constexpr (S::kPairs) decode_absmax<T, S>(p, table, coded, decoded, stages, first_step, mine);
       wait_for_results();
       return;
     }
@@ -269,14 +365,23 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
         __syncwarp();
       }
       if (lane == 0) {
-        arrive_expecting(there, S::kX + S::kCodes + (p.absmax_apart ? 0 : S::kAbsmax));
+        const int absmax_bytes = p.absmax_apart ? 0 : S::kAbsmax;
+        const uint32_t absmax_there = S::kPairs ? coded + stage * 8 : there;
+        const auto fetch_absmax = [&] {
+          if (!p.absmax_apart)
+            fetch_tile_once(at + S::kCodes, absmax_tiles, weights.row_tile,
+                            weights.i * (S::kTiles * S::kAbsmaxBytes / 4), absmax_there);
+        };
+        if (S::kPairs) {
+          arrive_expecting(absmax_there, absmax_bytes);
+          fetch_absmax();
+        }
+        arrive_expecting(there, S::kX + S::kCodes + (S::kPairs ? 0 : absmax_bytes));
 #pragma unroll
         for (int d = 0; d < kDepth; ++d)
           fetch_tile_once(at + d * (S::kCodes / kDepth), code_tiles, weights.row_tile,
                           (weights.i * S::kTiles + d * 2) * 128, there);
-        if (!p.absmax_apart)
-          fetch_tile_once(at + S::kCodes, absmax_tiles, weights.row_tile,
-                          weights.i * (S::kTiles * S::kAbsmaxBytes / 4), there);
+        if (!S::kPairs) fetch_absmax();
       }
       advance(weights);
     };
@@ -297,15 +402,19 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
       for (int i = 0; i < stages; ++i) {
         init_barrier(full + i * 8, 1);
         init_barrier(empty + i * 8, S::kConsumers / 32);
-        if (S::kPairs) init_barrier(decoded + i * 8, kDecoders / 32);
+        if (S::kPairs) {
+          init_barrier(coded + i * 8, 1);
+          init_barrier(decoded + i * 8, kDecoders / 32);
+        }
       }
       publish_barriers();
     }
     __syncwarp();
+    if (S::kPairs) asm volatile("bar.arrive 9, %0;\n" ::"n"(S::kThreads) : "memory");
     const int most_early = kTokens >= 32 && mine <= kFewSteps ? kFewEarly : kMostEarly * S::kBlocks;
     const int early = min(min(stages, most_early), (mine + 1) / 2);
     for (int i = 0; i < early; ++i) fetch_weights(i);
-    __syncthreads();
+    if (!S::kPairs) __syncthreads();
     wait_for_results();
     int stage = 0;
     uint32_t parity = 1;
@@ -324,9 +433,9 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
   take_registers<kDepth == 2 ? 104 : 96>();
   const int depth = kDepth == 1 ? 0 : warp / kRowTiles, row_warp = warp % kRowTiles;
   const uint32_t lane4 = lane * 4;
-  fill_table<S::kConsumers>(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
+  fill_compact_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr, S::kConsumers);
   const float offset = kNested && !S::kPairs ? *p.w.absmax.offset : 0.0f;
-  __syncthreads();
+  meet_at_start<S>();
   wait_for_results();
 
   int stage = 0, awaited = mine - stages;  // place in the ring; stages that will be asked for again
@@ -400,7 +509,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
         scale[q] = make_float2(__shfl_sync(0xffffffffu, own, q, 4), __shfl_sync(0xffffffffu, own, q + 2, 4));
       const uint32_t words[4] = {codes[q].x, codes[q].y, codes[q].z, codes[q].w};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) decode(a[q][j], table, words[j], lane4);
+      for (int j = 0; j < 4; ++j) look_up_compact(a[q][j], table, words[j], lane4);
       if (!kExact) {
         const uint32_t low = S::kPairs ? __float_as_uint(scale[q].x) : pair_of<T>(scale[q].x, scale[q].x);
         const uint32_t high = S::kPairs ? __float_as_uint(scale[q].y) : pair_of<T>(scale[q].y, scale[q].y);
@@ -471,74 +580,60 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
       meet();
 #pragma unroll
       for (int e = 0; e < kOwn; ++e) sums[e] += there[e * S::kConsumers + (threadIdx.x ^ S::kConsumers / 2)];
-
-      if (steps < p.steps) {
-        constexpr int kWidth = kOwn % 4 == 0 ? 4 : 2, kPieces = kOwn / kWidth;
-        uint32_t* const parts = reinterpret_cast<uint32_t*>(p.parts) + threadIdx.x * kWidth;
-        constexpr int kPieceStride = S::kConsumers * kWidth;
-        const int from = item * p.steps / p.share, to = (item * p.steps + p.steps - 1) / p.share;
-        if (to > static_cast<int>(blockIdx.x)) {
+    }
+    const int first_token = item % p.token_blocks * kTokens;
+    // sums of the registers from `first` on, of those of this depth, with the parts of other blocks into y
+    const auto deliver = [&](auto& own, int first, const Others& others) __attribute__((always_inline)) {
+      if (kDepth == 2 && steps < p.steps &&
+          !join<S::kConsumers>(own, reinterpret_cast<uint32_t*>(p.parts), others))
+        return;
+      constexpr int kCount = sizeof(own) / sizeof(float);
+      const bool odd = g % 2;
+      // lanes of neighbouring rows exchange, so that each has two rows of one token
 #pragma unroll
-          for (int j = 0; j < kPieces; ++j) {
-            Piece<kWidth> piece;
+      for (int j = 0; j < kCount; j += 2) {
+        const int e = first + j + depth * kOwn;
+        const float other = __shfl_xor_sync(0xffffffffu, odd ? own[j] : own[j + 1], 4);
+        const int token = first_token + e / 4 * 8 + 2 * t + odd;
+        const int64_t row = first_row + g / 2 * 2 + e % 4 / 2 * 8;
+        if (token < p.m && row < p.w.n)
+          p.out.store2(token, row, odd ? other : own[j], odd ? own[j + 1] : other);
+      }
+    };
+    if constexpr (S::kPaired) {
+      if (p.paired) {
+        // each of two blocks gets the other's sums of half of the registers
+        constexpr int kHalf = kOwn / 2;
+        const int self = static_cast<int>(blockIdx.x), rank = self % 2, blocks = p.steps / p.share;
+        float4* const there = reinterpret_cast<float4*>(table + S::kSumsAt) + threadIdx.x;
+        float own[kHalf];
+        cluster_barrier();  // the other one's warps have read what they exchanged
 #pragma unroll
-            for (int i = 0; i < kWidth; ++i) {
-              const uint32_t bits = __float_as_uint(sums[j * kWidth + i]);
-              piece.v[i] = bits == kAbsent ? 0x7fffffffu : bits;
-            }
-            piece.put(parts + blockIdx.x * kPartFloats + j * kPieceStride);
+        for (int j = 0; j < kHalf; j += 4) {
+          float other[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            other[i] = rank ? sums[j + i] : sums[kHalf + j + i];
+            own[j + i] = rank ? sums[kHalf + j + i] : sums[j + i];
           }
-          continue;
+          store_at(reinterpret_cast<uint4*>(there + j / 4 * S::kConsumers), 1 - rank,
+                   *reinterpret_cast<const uint4*>(other));
         }
-        constexpr int kOnce = 8 / kPieces < 4 ? 8 / kPieces : 4;  // parts
-        for (int b = from; b < to; b += kOnce) {
-          Piece<kWidth> pieces[kOnce][kPieces];
-          const auto place = [&](int o, int j) {
-            return parts + min(b + o, to - 1) * kPartFloats + j * kPieceStride;
-          };
-          bool there;
-          do {
+        cluster_barrier();
 #pragma unroll
-            for (int o = 0; o < kOnce; ++o) {
-#pragma unroll
-              for (int j = 0; j < kPieces; ++j) pieces[o][j].look(place(o, j));
-            }
-            there = true;
-#pragma unroll
-            for (int o = 0; o < kOnce; ++o) {
-#pragma unroll
-              for (int j = 0; j < kPieces; ++j) there = there && pieces[o][j].is_there();
-            }
-          } while (!there);
-#pragma unroll
-          for (int o = 0; o < kOnce; ++o) {
-            if (b + o >= to) break;
-#pragma unroll
-            for (int j = 0; j < kPieces; ++j) {
-#pragma unroll
-              for (int i = 0; i < kWidth; ++i) {
-                sums[j * kWidth + i] += __uint_as_float(pieces[o][j].v[i]);
-                pieces[o][j].v[i] = kAbsent;
-              }
-              pieces[o][j].put(place(o, j));
-            }
-          }
+        for (int j = 0; j < kHalf; j += 4) {
+          const float4 other = there[j / 4 * S::kConsumers];
+          own[j] += other.x;
+          own[j + 1] += other.y;
+          own[j + 2] += other.z;
+          own[j + 3] += other.w;
         }
+        const int from = item * blocks;
+        deliver(own, rank * kHalf, Others{from + rank, 2, blocks / 2 - 1, self / 2 * 2 + 2 < from + blocks});
+        return;
       }
     }
-
-    const int first_token = item % p.token_blocks * kTokens;
-    const bool odd = g % 2;
-    // lanes of neighbouring rows exchange, so that each has two rows of one token
-#pragma unroll
-    for (int j = 0; j < kOwn; j += 2) {
-      const int e = j + depth * kOwn;
-      const float other = __shfl_xor_sync(0xffffffffu, odd ? sums[j] : sums[j + 1], 4);
-      const int token = first_token + e / 4 * 8 + 2 * t + odd;
-      const int64_t row = first_row + g / 2 * 2 + e % 4 / 2 * 8;
-      if (token < p.m && row < p.w.n)
-        p.out.store2(token, row, odd ? other : sums[j], odd ? sums[j + 1] : other);
-    }
+    deliver(sums, 0, others_of<S::kDealt>(p, item));
   }
 #endif
 }
@@ -596,9 +691,14 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, float* parts) {
   const int room = std::min(on.shared / S::kBlocks - 1024, 227 << 10) - S::kRingAt;
   p.stages = std::min(room / S::kStage, kMostStages);
   p.absmax_apart = !is_aligned(absmax_data, 16);
+  const int blocks = (p.total + p.share - 1) / p.share;
+  const int of_item = p.steps % p.share == 0 ? p.steps / p.share : 0;  // blocks, where they have no other
+  p.dealt = S::kDealt && of_item > 2;
+  p.paired = S::kPaired && of_item > 0 && of_item % 2 == 0 && blocks <= 2 * on.clusters_of(2);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>((p.total + p.share - 1) / p.share));
+  shape.grid = dim3(static_cast<unsigned>(blocks));
   shape.block = dim3(S::kThreads);
+  shape.cluster = p.paired ? 2 : 1;
   shape.shared = static_cast<size_t>(S::kRingAt + p.stages * S::kStage);
   CUtensorMap codes, absmax = {}, x;
   constexpr DType dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;

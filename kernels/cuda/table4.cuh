@@ -93,6 +93,7 @@ __device__ __forceinline__ void fill_compact_table4(char* table, const Book4& bo
   if (!map) return;
   float* const to = reinterpret_cast<float*>(table + kCompactTable4Bytes);
   if (thread < 256) to[thread] = value;
+  if (threads >= 256) return;
   for (int i = thread + threads; i < 256; i += threads) to[i] = map[i];
 }
 /// As look_up(): a byte times 128 + 4 * lane is an address.
