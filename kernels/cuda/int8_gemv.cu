@@ -4,63 +4,103 @@
 // Blocks take row tiles (16 rows of the weight) in turn, so that all read in one neighbourhood; a block's
 // warps divide K, and where its codes of x would take too much room, the blocks of a cluster do so too.
 //
-//   weights   unit = 64 k of a row tile: 16 bytes a lane of row g and of row g + 8, straight into registers,
-//             kAhead units ahead. Those bytes are the A fragments of two mma m16n8k32 as they are: the order
-//             of k within a unit is free as long as x has the same
+//   weights   step = 128 k of a row tile, 2 KiB, which a warp has fetched into a ring of its own: by the copy
+//             engine on sm_90, where loads of x need not wait behind them, else each lane what it reads. A
+//             lane's 16 bytes of row g and of row g + 8 are the A fragments of two mma m16n8k32 as they are:
+//             the order of k is free as long as x has the same. A step has two units: the even pieces of 16
+//             bytes, and the odd ones, so that a warp reads without bank conflicts
 //   x         every block quantises its part of x itself while its first weights are on their way: codes in
 //             shared memory [unit][row of x][64], from where 16 bytes a lane are the B fragments
-//   outliers  each block sees all rows of its columns, so it finds the outlier columns of its part itself.
-//             Their x is kept in shared memory, and as their weights come by, those are put there too: of the
-//             first kPicked columns; what is beyond is read again
+//   outliers  an outlier has code 0. What the codes leave of x in its column is multiplied in 16 bits by the
+//             warp whose unit has the column, while the weights are in its registers: one more mma takes up
+//             to four columns of each lane's 16. A warp makes the B fragments once, and which bytes are the
+//             A fragments; where there is no room for all, units are left out and read again (late units)
 //   reduce    over warps, and over the blocks of a cluster, through shared memory after several row tiles at
-//             once; in a fixed order. Then the outliers' sums, in fp32
+//             once; in a fixed order. Sums of a block that has outlier columns are floats
 //
-// Shared memory is taken from the L1 cache, which holds the lines that loads in flight wait for: with little
-// of it left they wait for each other. Hence kSumBytes.
-// Fast where K / 64 divides among 16 warps without a rest and there are 132 row tiles or more.
+// Fast where K / 128 divides among 16 warps without a rest and there are 132 row tiles or more.
 #include "int8_gemv.cuh"
 
 #include <algorithm>
+#include <array>
 
 #include "cluster.cuh"
-#include "int8_rows.cuh"
+#include "int8_outliers.cuh"
+#include "tma_sm90.cuh"
 
 namespace halfbyte::cuda {
 namespace {
 
-constexpr int kAhead = 4;  // units
 constexpr int kMaxWarps = 16, kUnit = 64, kTile = 16, kMaxRows = 16;
+constexpr int kStep = 2 * kUnit, kStepBytes = kStep * kTile;
+constexpr int kMostDepth = 4;          // steps of a warp under way
+constexpr int kEarly = 2;              // of them asked for before the wait, and before x
 constexpr int kSumStride = kTile + 4;  // of sums of a row of x: without bank conflicts
 constexpr int kScales = 2048;          // rows of a block whose scb is fetched ahead
-constexpr int kPicked = 128;           // outlier columns of a block that are picked from the stream
-constexpr int kSumBytes = 24 << 10;    // of sums and picked weights between two reductions
-constexpr int kCodeBytes = 136 << 10;  // of codes of x in a block
+constexpr int kCodeBytes = 128 << 10;  // of codes of x in a block
 
+/// n / d for small numbers: n * 16 and d * 16 are less than 2^16.
+struct Divisor {
+  int d, factor;
+
+  Divisor() = default;
+  explicit Divisor(int d) : d(d), factor((65536 + d - 1) / d) {}
+  __device__ __forceinline__ int divide(int n) const { return n * factor >> 16; }
+};
+
+/// What a block would have to divide for is here: it starts sooner without.
 template <typename T>
 struct Gemv8 {
   Linear8<T> layer;
   int m, k;
-  int units;           // of 64 k, of all blocks of a cluster together
-  int64_t each, rest;  // row tiles of a cluster; the first `rest` have one more
-  int chunk;           // row tiles between two reductions
+  int split_bits;             // 2^ this blocks of a cluster divide K
+  int share, rest_of_share;   // steps of a block; the first `rest_of_share` of a cluster have one more
+  int warp_share, warp_rest;  // those of a warp, of `share`
+  Divisor rows_of_x, teams;   // m, and teams of warps, of which each takes a row of x
+  int64_t each, rest;         // row tiles of a cluster; the first `rest` have one more
+  int chunk;                  // row tiles between two reductions
+  int fragments;              // for which a warp has room
+  int depth;                  // steps under way
+  CUtensorMap map;            // sm_90: of the weight, in tiles of 16 rows
+};
+
+/// Bytes of a fragment: which bytes a lane takes, and x of up to 16 columns.
+__host__ __device__ constexpr int fragment_bytes(int m, int pieces) { return 32 + 32 * m * pieces; }
+
+/// What a block's threads tell each other.
+struct Shared {
+  unsigned most_of[kMaxRows], part_most[kMaxRows];
+  int found;           // not 0: this block has outlier columns
+  float outlier_part;  // the same, to be read by other blocks
 };
 
 /// Where the parts of a block's shared memory begin.
 struct Room {
-  int codes, scales, bits, prefix, values, picked, sums, total;
+  int codes, scales, bits, fragments, sums, barriers, common, total;
 
-  __host__ __device__ Room(int m, int units, int64_t rows, int chunk, int warps, bool threshold) {
-    const int columns = threshold ? units * kUnit : 0;
-    codes = 0;
-    scales = codes + units * kUnit * m;
+  __host__ __device__ Room(int depth, int m, int steps, int64_t rows, int chunk, int warps,
+                           int fragment_bytes) {
+    codes = depth * warps * kStepBytes;
+    scales = codes + steps * kStep * m;
     bits = scales + static_cast<int>(rows < kScales ? rows : kScales) * 4;
-    prefix = bits + columns / 8;
-    values = prefix + columns / 16;
-    picked = values + (threshold ? kPicked * m * 4 : 0);
-    sums = picked + (threshold ? chunk * kPicked * kTile : 0);
-    total = sums + chunk * warps * m * kSumStride * 4;
+    fragments = bits + (fragment_bytes > 0 ? steps * (kStep / 8) : 0);
+    sums = fragments + fragment_bytes;
+    barriers = sums + chunk * warps * m * kSumStride * 4;
+    common = barriers + depth * warps * 8;
+    total = common + static_cast<int>(sizeof(Shared));
   }
 };
+
+/// 16 bytes of a weight, which nobody reads again, to shared memory.
+__device__ __forceinline__ void copy_weight(uint32_t shared, const int8_t* from) {
+#if __CUDA_ARCH__ >= 800
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(from),
+               "l"(policy)
+               : "memory");
+#endif
+}
 
 __device__ __forceinline__ void multiply8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                           uint32_t b0, uint32_t b1) {
@@ -73,109 +113,157 @@ __device__ __forceinline__ void multiply8(int (&c)[4], uint32_t a0, uint32_t a1,
 #endif
 }
 
-__device__ __forceinline__ float most_of_warp(float x) {  // x >= 0
+__device__ __forceinline__ int largest_of_warp(int x) {  // x >= 0
 #if __CUDA_ARCH__ >= 800
-  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x)));
+  return static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(x)));
 #else
-  return warp_max(x);
+  return static_cast<int>(warp_max(static_cast<float>(x)));
 #endif
 }
 
-__device__ __forceinline__ int sum_of_warp(int x) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_add_sync(0xffffffffu, x);
-#else
+/// Up to 16 outlier columns of a unit as mma m16n8k16 multiplies them: lane (g, t) takes up to four of its 16
+/// bytes of rows g and g + 8, and what the codes leave of rows g (and g + 8) of x there.
+template <typename T, int kGroups>
+struct Fragment {
+  using Half = typename OutlierType<T>::type;
+  static constexpr int kPieces = OutlierType<T>::kPieces;
+  static constexpr uint32_t kMore = 1 << 16;  // in `select`: another one of this unit follows
+  uint32_t select, upper;                     // bytes among the lower and the upper 8; those of the upper
+  uint2 x[kPieces][kGroups];
+
+  /// The four bytes.
+  __device__ __forceinline__ uint32_t pick(const uint4& v) const {
+    const uint32_t low = __byte_perm(v.x, v.y, select), high = __byte_perm(v.z, v.w, select);
+    return (low & ~upper) | (high & upper);
+  }
+  /// Codes 2 i and 2 i + 1 of four, exact.
+  static __device__ __forceinline__ uint32_t pair(uint32_t codes, int i) {
+    const uint32_t at = i ? 0x4342 : 0x4140;
+    if constexpr (std::is_same_v<Half, half_t>) {  // 1024 + 128 + code
+      const uint32_t word = __byte_perm(codes ^ 0x80808080u, 0x64646464u, at), base = 0x64806480u;
+      const __half2 pair =
+          __hsub2(*reinterpret_cast<const __half2*>(&word), *reinterpret_cast<const __half2*>(&base));
+      return *reinterpret_cast<const uint32_t*>(&pair);
+    } else {  // 128 + its lower 7 bits, and 128, or 256 where it is negative
+      const uint32_t word = __byte_perm(codes & 0x7f7f7f7fu, 0x43434343u, at),
+                     base = __byte_perm(codes & 0x80808080u, 0x43434343u, at);
+      const __nv_bfloat162 pair = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&word),
+                                          *reinterpret_cast<const __nv_bfloat162*>(&base));
+      return *reinterpret_cast<const uint32_t*>(&pair);
+    }
+  }
+  __device__ __forceinline__ void add(float (&sums)[kGroups][4], const uint4& low, const uint4& high) const {
+    const uint32_t first = pick(low), second = pick(high);
+    const uint32_t a[4] = {pair(first, 0), pair(second, 0), pair(first, 1), pair(second, 1)};
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-#endif
-}
-
-/// Outlier columns are added up so many at a time, with zeros behind the last.
-__device__ __forceinline__ int padded(int count) { return (count + 7) / 8 * 8; }
-
-__device__ __forceinline__ uint32_t byte_of(const uint4& v, int i) {
-  const uint32_t low = i & 4 ? v.y : v.x, high = i & 4 ? v.w : v.z;
-  return (i & 8 ? high : low) >> (i % 4 * 8) & 255;
-}
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        float more[4];
+        multiply_first(more, a, x[piece][group].x, x[piece][group].y, Half{});
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[group][e] += more[e];
+      }
+    }
+  }
+};
 
 /// kGroups: of 8 rows of x. kKept: pieces of x in a lane's registers. kThreshold: there may be outliers.
 template <typename T, int kGroups, int kKept, bool kThreshold>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_constant__ Gemv8<T> p) {
-  extern __shared__ __align__(16) char shared[];
-  __shared__ unsigned most_of[kMaxRows], part_most[kMaxRows];
-  __shared__ int counts[kMaxWarps], found;
-  __shared__ float outlier_part;  // not 0: this block's sums are floats
+  extern __shared__ __align__(1024) char shared[];
   let_next_start();
 
   const Linear8<T>& layer = p.layer;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int g = lane / 4, t = lane % 4, m = p.m;
-  const int splits = cluster_size(), rank = cluster_rank();
-  const int unit_share = p.units / splits, unit_rest = p.units % splits;
-  const int block_unit = rank * unit_share + min(rank, unit_rest);
-  const int block_units = unit_share + (rank < unit_rest ? 1 : 0);
-  const int own = block_units / warps + (warp < block_units % warps ? 1 : 0);  // units of this warp
+  const int splits = 1 << p.split_bits, rank = p.split_bits > 0 ? cluster_rank() : 0;
+  const int extra = rank < p.rest_of_share ? 1 : 0;
+  const int block_step = rank * p.share + min(rank, p.rest_of_share), block_steps = p.share + extra;
+  const int own = p.warp_share + (warp < p.warp_rest + extra ? 1 : 0);  // steps of this warp
 
-  const int64_t cluster = blockIdx.x / splits, clusters = gridDim.x / splits;
+  const int64_t cluster = blockIdx.x >> p.split_bits, clusters = gridDim.x >> p.split_bits;
   const int64_t tiles = p.each + (cluster < p.rest ? 1 : 0);
-  const Room room(m, (p.units + splits - 1) / splits, (p.each + 1) * kTile, p.chunk, warps, kThreshold);
+  using Outliers = Fragment<T, kGroups>;
+  constexpr int kPieces = Outliers::kPieces;
+  const int fragment_size = fragment_bytes(m, kPieces);
+  const Room room(p.depth, m, p.share + (p.rest_of_share > 0 ? 1 : 0), (p.each + 1) * kTile, p.chunk, warps,
+                  kThreshold ? warps * p.fragments * fragment_size : 0);
   int8_t* const codes = reinterpret_cast<int8_t*>(shared + room.codes);
   float* const scales = reinterpret_cast<float*>(shared + room.scales);
   uint32_t* const bits = reinterpret_cast<uint32_t*>(shared + room.bits);
-  uint16_t* const prefix = reinterpret_cast<uint16_t*>(shared + room.prefix);  // outliers before each word
-  float* const values = reinterpret_cast<float*>(shared + room.values);        // [kPicked][m] of x
-  int8_t* const picked = reinterpret_cast<int8_t*>(shared + room.picked);      // [chunk][kPicked][kTile]
+  char* const fragments = shared + room.fragments + warp * p.fragments * fragment_size;
   int* const sums = reinterpret_cast<int*>(shared + room.sums);  // [chunk][warps][m][kSumStride]
+  Shared& common = *reinterpret_cast<Shared*>(shared + room.common);
 
-  // the stream of this warp's weights: unit after unit of a row tile, tile after tile
+  // the stream of this warp's weights: step after step of a row tile, tile after tile
   const int64_t last_row = layer.out.n - 1;
   const auto row_at = [&](int64_t tile, int row) {
     return layer.weight + min((cluster + tile * clusters) * kTile + row, last_row) * layer.k;
   };
-  const int lane_k = (block_unit + warp) * kUnit + t * 16;
+  char* const ring = shared + warp * p.depth * kStepBytes;
+  // of rows g and g + 8 of a step: piece 2 t + h, swizzled
+  const auto piece_at = [&](int h) { return g * kStep + ((2 * t + h) ^ g) * 16; };
   int64_t next_tile = 0;
-  int next_unit = 0;
-  const int8_t *next_low = row_at(0, g), *next_high = row_at(0, g + 8);
-  uint4 low[kAhead], high[kAhead];
-  const auto fetch = [&](int slot) {
-    if (next_tile >= tiles) return;
-    // the rest of the last unit meets zeros of x
-    const int at = min(lane_k + next_unit * warps * kUnit, p.k - 16);
-    low[slot] = __ldcs(reinterpret_cast<const uint4*>(next_low + at));
-    high[slot] = __ldcs(reinterpret_cast<const uint4*>(next_high + at));
-    if (++next_unit < own) return;
-    next_unit = 0;
-    ++next_tile;
-    next_low = row_at(next_tile, g);
-    next_high = row_at(next_tile, g + 8);
+  int next_step = 0, next_place = 0;  // of the ring
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const uint32_t barriers = shared_address(shared + room.barriers) + warp * p.depth * 8;
+  if (lane == 0) {
+    prefetch_map(p.map);
+    for (int i = 0; i < p.depth; ++i) init_barrier(barriers + i * 8, 1);
+    publish_barriers();
+  }
+  const auto fetch = [&] {
+    if (next_tile < tiles) {
+      if (lane == 0) {
+        const uint32_t barrier = barriers + next_place * 8;
+        arrive_expecting(barrier, kStepBytes);
+        fetch_tile_once(shared_address(ring) + next_place * kStepBytes, p.map,
+                        static_cast<int>((cluster + next_tile * clusters) * kTile),
+                        (block_step + warp + next_step * warps) * kStep, barrier);
+      }
+      if (++next_step == own) next_step = 0, ++next_tile;
+    }
+    if (++next_place == p.depth) next_place = 0;
   };
+#else
+  const auto fetch = [&] {
+    if (next_tile < tiles) {
+      const int8_t *const low = row_at(next_tile, g), *const high = row_at(next_tile, g + 8);
+      const uint32_t to = shared_address(ring) + next_place * kStepBytes;
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) fetch(i);
+      for (int h = 0; h < 2; ++h) {
+        // what is beyond K meets zeros of x
+        const int at = min((block_step + warp + next_step * warps) * kStep + (2 * t + h) * 16, p.k - 16);
+        copy_weight(to + piece_at(h), low + at);
+        copy_weight(to + piece_at(h) + 8 * kStep, high + at);
+      }
+      if (++next_step == own) next_step = 0, ++next_tile;
+    }
+    commit_copies();
+    if (++next_place == p.depth) next_place = 0;
+  };
+#endif
+  const int early = min(kEarly, p.depth);
+#pragma unroll 1
+  for (int i = 0; i < early; ++i) fetch();
 
   if (kThreshold) {
-    for (int i = threadIdx.x; i < block_units * 2; i += blockDim.x) bits[i] = 0;
-    if (threadIdx.x == 0) found = 0;
+    for (int i = threadIdx.x; i < block_steps * 4; i += blockDim.x) bits[i] = 0;
+    if (threadIdx.x == 0) common.found = 0;
   }
-  if (threadIdx.x < kMaxRows) part_most[threadIdx.x] = 0;
+  if (threadIdx.x < kMaxRows) common.part_most[threadIdx.x] = 0;
   __syncthreads();
   wait_for_results();
-
-  // this thread's first of scb is on its way while the largest of x are found
-  const int scales_here = min(static_cast<int>(tiles) * kTile, kScales), own_scale = threadIdx.x;
-  const auto scb_at = [&](int i) {
-    return layer.scb[min((cluster + i / kTile * clusters) * kTile + i % kTile, last_row)];
-  };
-  const float first_scale = own_scale < scales_here ? scb_at(own_scale) : 0.0f;
 
   // x: teams of warps take a row each; a warp's pieces of it are 32 lanes wide, `teams` apart
   using Part = Piece<T, 16 / sizeof(T)>;
   constexpr int kWide = 16 / sizeof(T);
-  const int first_k = block_unit * kUnit, columns = block_units * kUnit;
+  const int first_k = block_step * kStep, columns = block_steps * kStep;
   const int pieces = (columns + 32 * kWide - 1) / (32 * kWide);
-  const int teams = max(warps / m, 1), team = warps >= m ? warp / m : 0;
-  const int first_row = warps >= m ? warp % m : warp;
-  const int mine = team < teams && team < pieces ? (pieces - team + teams - 1) / teams : 0;
+  const int teams = p.teams.d, team = warps >= m ? p.rows_of_x.divide(warp) : 0;
+  const int first_row = warps >= m ? warp - team * m : warp;
+  const int mine = team < teams && team < pieces ? p.teams.divide(pieces - team + teams - 1) : 0;
   const Threshold<T> threshold(layer.threshold);
   const auto column_of = [&](int i) { return ((team + i * teams) * 32 + lane) * kWide; };
   const auto fetch_x = [&](int row, int i) {
@@ -190,146 +278,195 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
       if (at + i < mine) kept[i] = fetch_x(row, at + i);
     }
   };
-  for (int row = first_row; row < m && mine > 0; row += warps) {
-    float most = 0.0f;
+  if (first_row < m) fetch_some(first_row, 0);
+  // this thread's first of scb is on its way while the largest of x are found
+  const int scales_here = min(static_cast<int>(tiles) * kTile, kScales), own_scale = threadIdx.x;
+  const auto scb_at = [&](int i) {
+    return layer.scb[min((cluster + i / kTile * clusters) * kTile + i % kTile, last_row)];
+  };
+  const float first_scale = own_scale < scales_here ? scb_at(own_scale) : 0.0f;
 #pragma unroll 1
-    for (int at = 0; at < mine; at += kKept) {
-      fetch_some(row, at);
-      unsigned hot = 0;
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        if (at + i >= mine) continue;
-        const float here = kept[i].most();
-        if (kThreshold && here >= layer.threshold)
-          hot |= 1u << i;
-        else
-          most = fmaxf(most, here);
-      }
-      for (; kThreshold && hot; hot &= hot - 1) {
-        const int i = at + __ffs(static_cast<int>(hot)) - 1, column = column_of(i);
-        Part part = fetch_x(row, i);
-        atomicOr(bits + column / 32, part.take_outliers(threshold) << (column % 32));
-        found = 1;
-        most = fmaxf(most, part.most());
-      }
-    }
-    most = most_of_warp(most);
-    if (lane == 0) atomicMax(part_most + row, __float_as_uint(most));
-  }
-  if (own_scale < scales_here) scales[own_scale] = first_scale;
-  for (int i = own_scale + blockDim.x; i < scales_here; i += blockDim.x) scales[i] = scb_at(i);
-  __syncthreads();
-
-  int count = 0;  // of this block's outlier columns
-  if (kThreshold && found) {
-    const int words = block_units * 2, each = (words + warps - 1) / warps;
-    const int from = warp * each, to = min(from + each, words);
-    int here = 0;
-    for (int w = from + lane; w < to; w += 32) here += __popc(bits[w]);
-    here = sum_of_warp(here);
-    if (lane == 0) counts[warp] = here;
-    __syncthreads();
-    const int other = lane < warps ? counts[lane] : 0;
-    int before = sum_of_warp(lane < warp ? other : 0);
-    count = sum_of_warp(other);
-    for (int base = from; base < to; base += 32) {
-      const int w = base + lane;
-      const uint32_t word = w < to ? bits[w] : 0;
-      int through = __popc(word);
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int left = __shfl_up_sync(0xffffffffu, through, step);
-        if (lane >= step) through += left;
-      }
-      if (w < to) prefix[w] = static_cast<uint16_t>(before + through - __popc(word));
-      before += __shfl_sync(0xffffffffu, through, 31);
-    }
-    for (int i = threadIdx.x + count * m; i < min(padded(count), kPicked) * m; i += blockDim.x)
-      values[i] = 0.0f;
-  }
-  if (kThreshold && threadIdx.x == 0) outlier_part = count > 0 ? 1.0f : 0.0f;
-  const unsigned* most = part_most;
-  if (splits > 1) {
-    cluster_barrier();
-    if (threadIdx.x < m) {
-      unsigned all = 0;
-      for (int r = 0; r < splits; ++r) {
-        const float part = cluster_value(reinterpret_cast<const float*>(part_most) + threadIdx.x, r);
-        all = max(all, __float_as_uint(part));
-      }
-      most_of[threadIdx.x] = all;
-    }
-    __syncthreads();
-    most = most_of;
-  } else if (count > 0) {
-    __syncthreads();
-  }
+  for (int i = early; i < p.depth; ++i) fetch();
 
   const auto encode = [&](int row, int column, const RowScale& scale, Part part) {
     part.forget();
     Vec<uint32_t, kWide / 4> words;
     part.encode(scale, words.v);
-    int8_t* const to = codes + (column / kUnit * m + row) * kUnit + column % kUnit;
+    const int unit = column / kStep * 2 + column / 16 % 2;
+    int8_t* const to = codes + (unit * m + row) * kUnit + column % kStep / 32 * 16 + column % 16;
     *reinterpret_cast<Vec<uint32_t, kWide / 4>*>(to) = words;
   };
-  const auto outliers_at = [&](int column) {
-    return bits[column / 32] >> (column % 32) & ((1u << kWide) - 1);
+  unsigned unclean = 0;  // bits for turns in which this thread has found outliers or NaN
+  const auto clean = [&](int at, unsigned turn) {
+    bool cleaned = false;
+    const float largest =
+        look_at<kThreshold>(kept, mine - at, threshold, &cleaned, [&](int i, unsigned outliers) {
+          const int column = column_of(at + i);
+          atomicOr(bits + column / 32, outliers << (column % 32));
+          common.found = 1;
+        });
+    if (cleaned) unclean |= turn;
+    return largest;
   };
+  unsigned turn = 1;
+  for (int row = first_row; row < m && mine > 0; row += warps, turn *= 2) {
+    float largest = 0.0f;
+#pragma unroll 1
+    for (int at = 0; at < mine; at += kKept) {
+      if (row > first_row || at > 0) fetch_some(row, at);
+      largest = fmaxf(largest, clean(at, turn));
+    }
+    largest = most_of_warp(largest);
+    if (lane == 0) atomicMax(common.part_most + row, __float_as_uint(largest));
+  }
+  if (own_scale < scales_here) scales[own_scale] = first_scale;
+  for (int i = own_scale + blockDim.x; i < scales_here; i += blockDim.x) scales[i] = scb_at(i);
+  __syncthreads();
+
+  const bool outliers = kThreshold && common.found;
+  if (kThreshold && threadIdx.x == 0) common.outlier_part = outliers ? 1.0f : 0.0f;
+  const unsigned* most = common.part_most;
+  if (splits > 1) {
+    cluster_barrier();
+    if (threadIdx.x < m) {
+      unsigned all = 0;
+      for (int r = 0; r < splits; ++r) {
+        const float part = cluster_value(reinterpret_cast<const float*>(common.part_most) + threadIdx.x, r);
+        all = max(all, __float_as_uint(part));
+      }
+      common.most_of[threadIdx.x] = all;
+    }
+    __syncthreads();
+    most = common.most_of;
+  }
+
   const bool all_kept = first_row + warps >= m && mine <= kKept;
-  for (int row = first_row; row < m && mine > 0; row += warps) {
+  turn = 1;
+  for (int row = first_row; row < m && mine > 0; row += warps, turn *= 2) {
     const RowScale scale(__uint_as_float(most[row]));
 #pragma unroll 1
     for (int at = 0; at < mine; at += kKept) {
-      if (!all_kept) fetch_some(row, at);
-      unsigned hot = 0;
+      if (!all_kept) {
+        fetch_some(row, at);
+        if (unclean & turn) clean(at, turn);
+      }
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
         const int column = column_of(at + i);
         if (at + i >= mine || column >= columns) continue;
         encode(row, column, scale, kept[i]);
-        if (kThreshold && count > 0 && outliers_at(column)) hot |= 1u << i;
-      }
-      for (; kThreshold && hot; hot &= hot - 1) {  // again, without the outliers
-        const int i = at + __ffs(static_cast<int>(hot)) - 1, column = column_of(i);
-        const unsigned outliers = outliers_at(column);
-        int index = prefix[column / 32] + __popc(bits[column / 32] & ((1u << (column % 32)) - 1));
-        const T* const x = layer.x + row * layer.k + first_k + column;
-        for (unsigned left = outliers; left && index < kPicked; left &= left - 1, ++index)
-          values[index * m + row] = to_float(x[__ffs(static_cast<int>(left)) - 1]);
-        Part part = fetch_x(row, i);
-        part.clear(outliers);
-        encode(row, column, scale, part);
       }
     }
+  }
+
+  // units of this warp: two of each of its steps. The step's place in the block, marks of a lane's 16 columns
+  const auto step_of = [&](int unit) { return warp + unit / 2 * warps; };
+  const auto marks_of = [&](int unit) { return bits[step_of(unit) * 4 + t] >> (unit % 2 * 16) & 0xffff; };
+  const auto rounds_of = [&](uint32_t marks) { return largest_of_warp((__popc(marks) + 3) / 4); };
+  const auto make_fragment = [&](Outliers* to, int unit, uint32_t* marks) {
+    T in[kGroups][4];
+    bool there[4];
+    to->select = to->upper = 0;
+    const T* const x = layer.x + first_k + step_of(unit) * kStep + (2 * t + unit % 2) * 16;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      there[j] = *marks != 0;
+      const int byte = there[j] ? __ffs(static_cast<int>(*marks)) - 1 : 0;
+      *marks &= *marks - 1;
+      to->select |= (byte & 7) << (j * 4);
+      if (byte & 8) to->upper |= 0xffu << (j * 8);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        if (there[j]) in[group][j] = x[min(g + group * 8, m - 1) * layer.k + byte];
+      }
+    }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      const Rest<T> rest(__uint_as_float(most[min(g + group * 8, m - 1)]), layer.threshold);
+      float left[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) left[j] = there[j] ? rest.of(in[group][j]) : 0.0f;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        using Half = typename Outliers::Half;
+        Vec<Half, 4> four;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if constexpr (kPieces > 1)
+            four.v[j] = piece_of(left[j], piece);
+          else
+            four.v[j] = from_float<Half>(left[j]);
+        }
+        to->x[piece][group] = *reinterpret_cast<const uint2*>(&four);
+      }
+    }
+  };
+  const auto x_of_fragment = [&](int i, int piece, int row) {
+    return reinterpret_cast<uint2*>(fragments + i * fragment_size + 32 + ((piece * m + row) * 4 + t) * 8);
+  };
+  const auto choice_of_fragment = [&](int i) {
+    return reinterpret_cast<uint2*>(fragments + i * fragment_size + t * 8);
+  };
+  uint64_t hot = 0, late = 0;  // units with outliers, whose fragments are there or are not
+  if (outliers) {
+    for (int u = lane; u - lane < 2 * own; u += 32) {
+      uint32_t marks = 0;
+      for (int i = 0; i < 4 && u < 2 * own; ++i) marks |= bits[step_of(u) * 4 + i] >> (u % 2 * 16) & 0xffff;
+      const uint64_t here = __ballot_sync(0xffffffffu, marks != 0);
+      hot |= here << (u - lane);
+    }
+    int made = 0;
+    for (uint64_t left = hot; left; left &= left - 1) {
+      const int u = __ffsll(static_cast<int64_t>(left)) - 1;
+      uint32_t marks = marks_of(u);
+      const int rounds = rounds_of(marks);
+      if (made + rounds > p.fragments) {
+        late |= uint64_t{1} << u;
+        continue;
+      }
+#pragma unroll 1
+      for (int round = 0; round < rounds; ++round, ++made) {
+        Outliers fragment;
+        make_fragment(&fragment, u, &marks);
+        if (g == 0)
+          *choice_of_fragment(made) =
+              make_uint2(fragment.select | (round + 1 < rounds ? Outliers::kMore : 0), fragment.upper);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+          for (int piece = 0; piece < kPieces; ++piece) {
+            if (g + group * 8 < m) *x_of_fragment(made, piece, g + group * 8) = fragment.x[piece][group];
+          }
+        }
+      }
+    }
+    hot &= ~late;
   }
   __syncthreads();
 
   int64_t tile = 0;
-  int unit = 0, slot = 0;
+  int step = 0, slot = 0, next_fragment = 0;
   int acc[kGroups][4] = {};
-  const int8_t* const x_at = codes + warp * kUnit * m + t * 16;
-  const int x_step = warps * kUnit * m;
+  float others[kGroups][4] = {};
+  const int8_t* const x_at = codes + warp * kStep * m + t * 16;
+  const int x_step = warps * kStep * m;
   const int token0 = min(g, m - 1) * kUnit, token1 = min(g + 8, m - 1) * kUnit;
 
-  uint32_t hot = 0;  // units with outliers, where there are more than 32 a bit for every 32nd
-  if (kThreshold && count > 0) {
-    for (int u = lane; u < (own + 31) / 32 * 32; u += 32) {
-      const int at = (warp + u * warps) * 2;
-      hot |= __ballot_sync(0xffffffffu, u < own && (bits[at] | bits[at + 1]) != 0);
-    }
-  }
-  const auto pick = [&](const uint4& low, const uint4& high) {
-    const int word_at = (warp + unit * warps) * 2 + t / 2, shift = t % 2 * 16;
-    const uint32_t word = bits[word_at];
-    uint32_t here = word >> shift & 0xffff;
-    if (here == 0) return;
-    int index = prefix[word_at] + __popc(word & ((1u << shift) - 1));
-    for (; here && index < kPicked; here &= here - 1, ++index) {
-      const int at = __ffs(static_cast<int>(here)) - 1;
-      int8_t* const to = picked + (slot * kPicked + index) * kTile + g;
-      to[0] = static_cast<int8_t>(byte_of(low, at));
-      to[8] = static_cast<int8_t>(byte_of(high, at));
-    }
+  const auto add_outliers = [&](const uint4& low, const uint4& high) {
+    Outliers fragment;
+    do {
+      const uint2 choice = *choice_of_fragment(next_fragment);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece)
+          fragment.x[piece][group] = *x_of_fragment(next_fragment, piece, min(g + group * 8, m - 1));
+      }
+      fragment.select = choice.x;
+      fragment.upper = choice.y;
+      fragment.add(others, low, high);
+      ++next_fragment;
+    } while (fragment.select & Outliers::kMore);
   };
 
   const auto put_sums = [&]() {
@@ -339,23 +476,66 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int token = group * 8 + 2 * t + (e & 1);
-        if (token < m) to[token * kSumStride + g + e / 2 * 8] = acc[group][e];
+        if (token < m) {
+          int sum = acc[group][e];
+          if (outliers) {
+            const float scale = __uint_as_float(most[token]) * kInt8Scale;
+            sum = __float_as_int(fmaf(static_cast<float>(sum), scale, others[group][e]));
+          }
+          to[token * kSumStride + g + e / 2 * 8] = sum;
+        }
         acc[group][e] = 0;
+        others[group][e] = 0.0f;
       }
     }
-    unit = 0;
+    step = next_fragment = 0;
     ++tile;
     ++slot;
   };
 
+  // late units of this warp, of the row tiles since the last reduction
+  const auto add_late = [&]() {
+#pragma unroll 1
+    for (int i = 0; i < slot; ++i) {
+      float more[kGroups][4] = {};
+#pragma unroll 1
+      for (uint64_t left = late; left; left &= left - 1) {
+        const int u = __ffsll(static_cast<int64_t>(left)) - 1;
+        const int column = min((block_step + step_of(u)) * kStep + (2 * t + u % 2) * 16, p.k - 16);
+        const int64_t of = tile - slot + i;
+        const uint4 low = *reinterpret_cast<const uint4*>(row_at(of, g) + column);
+        const uint4 high = *reinterpret_cast<const uint4*>(row_at(of, g + 8) + column);
+        uint32_t marks = marks_of(u);
+#pragma unroll 1
+        for (int rounds = rounds_of(marks); rounds > 0; --rounds) {
+          Outliers fragment;
+          make_fragment(&fragment, u, &marks);
+          fragment.add(more, low, high);
+        }
+      }
+      int* const to = sums + (i * warps + warp) * m * kSumStride;
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int token = group * 8 + 2 * t + (e & 1);
+          if (token >= m) continue;
+          float* const sum = reinterpret_cast<float*>(to + token * kSumStride + g + e / 2 * 8);
+          *sum += more[group][e];
+        }
+      }
+    }
+  };
+
   const auto reduce = [&]() {
+    if (kThreshold && late) add_late();
     __syncthreads();
     const int results = slot * m * kTile;
     struct Place {
       int tile, token, at;  // tile of those since the last reduction, row of x, row of the tile
     };
     const auto place_of = [&](int i) {
-      const int all = i / kTile, tile = all / m;
+      const int all = i / kTile, tile = p.rows_of_x.divide(all);
       return Place{tile, all - tile * m, i % kTile};
     };
     const auto sums_at = [&](const Place& to) {
@@ -366,46 +546,35 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
     };
     const auto whole_of = [&](const Place& to) {
       const int* from = sums_at(to);
+      if (outliers) {
+        float all = 0.0f;
+#pragma unroll 8
+        for (int w = 0; w < warps; ++w) all += __int_as_float(from[w * m * kSumStride]);
+        return __float_as_int(all);
+      }
       int all = 0;
 #pragma unroll 8
       for (int w = 0; w < warps; ++w) all += from[w * m * kSumStride];
       return all;
     };
-    const auto outliers_of = [&](const Place& to) {
-      const int8_t* const weights = picked + to.tile * kPicked * kTile + to.at;
-      float all = 0.0f;
-      for (int c = 0; c < min(padded(count), kPicked); c += 8) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          all = fmaf(values[(c + i) * m + to.token], static_cast<float>(weights[(c + i) * kTile]), all);
-      }
-      if (count > kPicked) {
-        const int8_t* const row = layer.weight + min(row_of(to), last_row) * layer.k + first_k;
-        const T* const x = layer.x + to.token * layer.k + first_k;
-        for (int w = 0; w < block_units * 2; ++w) {
-          int index = prefix[w];
-          for (uint32_t word = bits[w]; word; word &= word - 1, ++index) {
-            const int column = w * 32 + __ffs(static_cast<int>(word)) - 1;
-            if (index >= kPicked) all = fmaf(to_float(x[column]), static_cast<float>(row[column]), all);
-          }
-        }
-      }
-      return all;
-    };
-    const auto store = [&](const Place& to, int whole, float outliers) {
+    const auto store = [&](const Place& to, int whole, float others) {
       const int64_t row = row_of(to), at = (tile - slot + to.tile) * kTile + to.at;
       if (row > last_row) return;
       const float scb = at < kScales ? scales[at] : layer.scb[row];
       const float scaled =
           __fmul_rn(__fmul_rn(static_cast<float>(whole), __uint_as_float(most[to.token])), scb);
       float value = __fmul_rn(scaled, kInt8ProductScale);
-      if (kThreshold) value = fmaf(outliers, scb * kInt8Scale, value);
+      if (kThreshold) value = fmaf(others, scb * kInt8Scale, value);
       layer.out.store(to.token, row, value);
     };
     if (splits == 1) {
       for (int i = threadIdx.x; i < results; i += blockDim.x) {
         const Place to = place_of(i);
-        store(to, whole_of(to), kThreshold && count > 0 ? outliers_of(to) : 0.0f);
+        const int whole = whole_of(to);
+        if (outliers)
+          store(to, 0, __int_as_float(whole));
+        else
+          store(to, whole, 0.0f);
       }
       slot = 0;
       __syncthreads();
@@ -414,11 +583,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
     // each block's sums, in the place of its first warp's
     for (int i = threadIdx.x; i < results; i += blockDim.x) {
       const Place to = place_of(i);
-      int all = whole_of(to);
-      if (kThreshold && count > 0) {
-        const float scale = __uint_as_float(most[to.token]) * kInt8Scale;
-        all = __float_as_int(fmaf(static_cast<float>(all), scale, outliers_of(to)));
-      }
+      const int all = whole_of(to);
       *sums_at(to) = all;
     }
     cluster_barrier();
@@ -428,7 +593,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
       float others = 0.0f;
       for (int r = 0; r < splits; ++r) {
         const float sum = cluster_value(reinterpret_cast<const float*>(sums_at(to)), r);
-        if (kThreshold && cluster_value(&outlier_part, r) != 0.0f)
+        if (kThreshold && cluster_value(&common.outlier_part, r) != 0.0f)
           others += sum;
         else
           whole += __float_as_int(sum);
@@ -439,72 +604,132 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
     cluster_barrier();
   };
 
-  int start = 0;  // where the buffers go on behind a reduction
+  int place = 0;
+  uint32_t parity = 0;
+#pragma unroll 1
   while (tile < tiles) {
-    bool full = false;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    wait_barrier(barriers + place * 8, parity);
+#else
+    if (p.depth == 4)
+      wait_copies<3>();
+    else if (p.depth == 3)
+      wait_copies<2>();
+    else if (p.depth == 2)
+      wait_copies<1>();
+    else
+      wait_copies<0>();
+#endif
+    uint4 low[2], high[2];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (full || i < start) continue;
-      const int8_t* const from = x_at + unit * x_step;
+    for (int h = 0; h < 2; ++h) {
+      const char* const weights = ring + place * kStepBytes + piece_at(h);
+      low[h] = *reinterpret_cast<const uint4*>(weights);
+      high[h] = *reinterpret_cast<const uint4*>(weights + 8 * kStep);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int8_t* const from = x_at + step * x_step + h * kUnit * m;
       const uint4 b0 = *reinterpret_cast<const uint4*>(from + token0);
-      multiply8(acc[0], low[i].x, high[i].x, low[i].y, high[i].y, b0.x, b0.y);
-      multiply8(acc[0], low[i].z, high[i].z, low[i].w, high[i].w, b0.z, b0.w);
+      multiply8(acc[0], low[h].x, high[h].x, low[h].y, high[h].y, b0.x, b0.y);
+      multiply8(acc[0], low[h].z, high[h].z, low[h].w, high[h].w, b0.z, b0.w);
       if (kGroups > 1) {
         const uint4 b1 = *reinterpret_cast<const uint4*>(from + token1);
-        multiply8(acc[kGroups - 1], low[i].x, high[i].x, low[i].y, high[i].y, b1.x, b1.y);
-        multiply8(acc[kGroups - 1], low[i].z, high[i].z, low[i].w, high[i].w, b1.z, b1.w);
+        multiply8(acc[kGroups - 1], low[h].x, high[h].x, low[h].y, high[h].y, b1.x, b1.y);
+        multiply8(acc[kGroups - 1], low[h].z, high[h].z, low[h].w, high[h].w, b1.z, b1.w);
       }
-      if (kThreshold && (hot >> (unit % 32) & 1)) pick(low[i], high[i]);
-      fetch(i);
-      if (++unit < own) continue;
-      put_sums();
-      full = slot == p.chunk || tile == tiles;
-      start = (i + 1) % kAhead;
     }
-    if (full)
-      reduce();
-    else
-      start = 0;
+    __syncwarp();  // all have read
+    fetch();
+    if (++place == p.depth) place = 0, parity ^= 1;
+    if (kThreshold) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (hot >> (step * 2 + h) & 1) add_outliers(low[h], high[h]);
+      }
+    }
+    if (++step < own) continue;
+    put_sums();
+    if (slot == p.chunk || tile == tiles) reduce();
   }
 }
 
 struct Plan {
-  int units, splits, share, warps, kept;
+  int steps, splits, share, warps, kept;
 };
 
 /// How K is divided: among blocks where the codes of x would take too much room in one, which costs a few
 /// microseconds.
 Plan plan_for(const Launch& on, int64_t m, int64_t k, size_t element) {
-  Plan plan = {static_cast<int>((k + kUnit - 1) / kUnit), 1, 0, 0, 0};
+  Plan plan = {static_cast<int>((k + kStep - 1) / kStep), 1, 0, 0, 0};
   const int most = on.arch >= 90 ? 8 : 1;
-  const auto code_bytes = [&] { return plan.units * int64_t{kUnit} * m / plan.splits; };
+  const auto code_bytes = [&] { return plan.steps * int64_t{kStep} * m / plan.splits; };
   while (plan.splits < most && code_bytes() > kCodeBytes) plan.splits *= 2;
-  plan.share = (plan.units + plan.splits - 1) / plan.splits;
-  plan.warps = std::min(kMaxWarps, plan.units / plan.splits);
+  plan.share = (plan.steps + plan.splits - 1) / plan.splits;
+  plan.warps = std::min(kMaxWarps, plan.steps / plan.splits);
   // pieces of x of a lane: little code runs sooner, many are fetched together
-  const int64_t bytes = plan.share * kUnit * element, each = std::max<int64_t>(plan.warps / m, 1) * 512;
+  const int64_t bytes = plan.share * kStep * element, each = std::max<int64_t>(plan.warps / m, 1) * 512;
   plan.kept = bytes <= 2 * each ? 2 : 8;
   return plan;
 }
 
+/// Shared memory of a block, and of it for sums between two reductions.
+struct Choice {
+  int depth, fragments;  // steps of a warp under way; bytes for outlier columns
+};
+constexpr std::array<Choice, 5> kChoices = {
+    {{kMostDepth, 32 << 10}, {3, 32 << 10}, {2, 32 << 10}, {2, 16 << 10}, {1, 8 << 10}}};
+
+struct Budget {
+  int room, sums;
+
+  explicit Budget(const Launch& on) : room(on.shared - 1024), sums(12 << 10) {}
+};
+
+/// Fragments for which a warp gets room: one for each of its units and a few more, where there is so much.
+int fragments_of(const Plan& plan, int m, int pieces, int bytes) {
+  const int units = (plan.share + plan.warps - 1) / plan.warps * 2;
+  return std::min(units + 3, bytes / (plan.warps * fragment_bytes(m, pieces)));
+}
+
 template <typename T, int kGroups, int kKept>
 cudaError_t launch(const Launch& on, const Plan& plan, const Linear8<T>& layer) {
-  Gemv8<T> gemv;
+  Gemv8<T> gemv = {};
   gemv.layer = layer;
   gemv.m = static_cast<int>(layer.m);
   gemv.k = static_cast<int>(layer.k);
-  gemv.units = plan.units;
+  while (1 << gemv.split_bits < plan.splits) ++gemv.split_bits;
+  gemv.share = plan.steps / plan.splits;
+  gemv.rest_of_share = plan.steps % plan.splits;
+  gemv.warp_share = gemv.share / plan.warps;
+  gemv.warp_rest = gemv.share % plan.warps;
+  gemv.rows_of_x = Divisor(gemv.m);
+  gemv.teams = Divisor(std::max(plan.warps / gemv.m, 1));
   const bool threshold = layer.threshold > 0.0f;
   const int64_t tiles = (layer.out.n + kTile - 1) / kTile;
   const int64_t clusters = std::min<int64_t>(tiles, on.clusters_of(plan.splits));
   gemv.each = tiles / clusters;
   gemv.rest = tiles % clusters;
+  constexpr int kPieces = OutlierType<T>::kPieces;
+  const Budget budget(on);
   const auto room_of = [&](int64_t chunk) {
-    return Room(gemv.m, plan.share, (gemv.each + 1) * kTile, static_cast<int>(chunk), plan.warps, threshold)
+    const int bytes = threshold ? plan.warps * gemv.fragments * fragment_bytes(gemv.m, kPieces) : 0;
+    return Room(gemv.depth, gemv.m, plan.share, (gemv.each + 1) * kTile, static_cast<int>(chunk), plan.warps,
+                bytes)
         .total;
   };
   const int64_t longest = gemv.each + (gemv.rest > 0), tile_bytes = room_of(1) - room_of(0);
-  gemv.chunk = static_cast<int>(std::min(longest, std::max<int64_t>(kSumBytes / tile_bytes, 1)));
+  gemv.chunk = static_cast<int>(std::min(longest, std::max<int64_t>(budget.sums / tile_bytes, 1)));
+  // a deep ring first, then room for outlier columns, which it may cost a step of depth
+  for (const auto& [depth, bytes] : kChoices) {
+    gemv.depth = depth;
+    gemv.fragments = fragments_of(plan, gemv.m, kPieces, bytes);
+    if (room_of(gemv.chunk) <= budget.room) break;
+  }
+  if (on.code >= 90) {
+    const cudaError_t error = describe_tiles(&gemv.map, DType::i8, layer.weight, layer.out.n, layer.k, kTile);
+    if (error != cudaSuccess) return error;
+  }
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(clusters * plan.splits));
   shape.block = dim3(plan.warps * 32);
@@ -520,11 +745,14 @@ bool int8_gemv_takes(const Launch& on, int64_t m, int64_t k) {
   if (on.arch < 80 || m > kMaxRows || m < 1 || k < 16 || k % 16 != 0 || k > (1 << 24)) return false;
   const Plan plan = plan_for(on, m, k, 4);
   if (on.clusters_of(plan.splits) == 0) return false;
+  const Budget budget(on);
   const auto room_of = [&](int chunk) {
-    return Room(static_cast<int>(m), plan.share, kScales, chunk, plan.warps, true).total;
+    return Room(kChoices.back().depth, static_cast<int>(m), plan.share, kScales, chunk, plan.warps,
+                kChoices.back().fragments)
+        .total;
   };
-  const int most = room_of(0) + std::max(kSumBytes, room_of(1) - room_of(0));
-  return plan.share * kUnit <= 65536 && most <= on.shared - 1024 - 512;
+  const int most = room_of(0) + std::max(budget.sums, room_of(1) - room_of(0));
+  return plan.share * kStep <= 65536 && most <= budget.room;
 }
 
 template <typename T>

@@ -4,10 +4,14 @@
 // from registers where the row fits (kKept pieces a thread), else read again from cache. A block has as many
 // groups as fit 512 threads, and there are as many blocks as run at once.
 //
+// Where a block has one row it has the registers of a multiprocessor. Few such blocks wait long for the
+// launch in front to end: they go through their code once on numbers of their own meanwhile, as instructions
+// come slowly while the product's first weights do.
+//
 // With a threshold an element at or above it has code 0 and marks its column: in the bits of the block, and
-// when it has seen its last row it adds them to those of all. Who wants to know which they are launches a
-// second kernel, which reads the bits: its last block makes the list of columns, the others zero the columns'
-// codes in all rows; where there are none it ends at once.
+// when it has seen its last row it adds them to those of all; at once in those of all where it has one row.
+// Who wants to know which they are launches a second kernel, which reads the bits: its last block makes the
+// list of columns, the others zero the columns' codes in all rows; where there are none it ends at once.
 //
 // Rules to the letter (bitsandbytes): codes = rint(x * (127 / absmax)); an all-zero row gives zeros; a NaN
 // gives 0.
@@ -29,9 +33,10 @@ __device__ __forceinline__ void group_barrier(int group, int threads) {
     asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "r"(threads) : "memory");
 }
 
-/// N: elements of a piece; kHalf: rounded to float16 first.
-template <typename T, int N, bool kHalf, bool kThreshold>
-__global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant__ Int8Rows p, int threads) {
+/// N: elements of a piece; kHalf: rounded to float16 first; kAlone: a block has one row, all of it kept.
+template <typename T, int N, bool kHalf, bool kThreshold, bool kAlone>
+__global__ void __launch_bounds__(kThreads, kAlone ? 1 : 2)
+    rows_kernel(const __grid_constant__ Int8Rows p, int threads, bool rehearse) {
   using W = std::conditional_t<kHalf, half_t, T>;
   using Part = Piece<W, N>;
   extern __shared__ uint32_t own_bits[];
@@ -44,23 +49,28 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
   const int64_t step = static_cast<int64_t>(threads) * N, first = int64_t{at} * N;
   int pieces = static_cast<int>(first < p.cols ? (p.cols - first + step - 1) / step : 0);
   asm volatile("" : "+r"(group), "+r"(at), "+r"(groups), "+r"(pieces));  // divided before the wait
-  const bool own = p.cols <= kBlockColumns;
+  // bits of the block's own, unless it has one row
+  const bool own = !kAlone && p.cols <= kBlockColumns;
   if (kThreshold && own) {
     for (int i = threadIdx.x; i < (p.cols + 31) / 32; i += blockDim.x) own_bits[i] = 0;
     __syncthreads();
   }
-  wait_for_results();
-  if (p.zero && blockIdx.x == 0 && threadIdx.x == 0) *p.zero = 0;
-  uint32_t set = 0, words[2] = {};  // of thread 0, which needs them late: nobody waits for them here
-  if (kThreshold && threadIdx.x == 0) {
-    set = p.marks->next;
-    if (blockIdx.x == 0) words[0] = p.marks->words[0], words[1] = p.marks->words[1];
-  }
+  uint32_t set = 0, words[2] = {};
 
   const Threshold<W> threshold(p.threshold);
   const int64_t stride = gridDim.x * int64_t{groups};
   int turn = 0;
-  for (int64_t base = blockIdx.x * int64_t{groups}; base < p.rows; base += stride) {
+  bool live = !kAlone || !rehearse, waited = false;
+#pragma unroll 1
+  for (int64_t base = blockIdx.x * int64_t{groups}; base < p.rows; base += live ? stride : 0, live = true) {
+    if (live && !waited) {
+      waited = true;
+      wait_for_results();
+      if (p.zero && blockIdx.x == 0 && threadIdx.x == 0) *p.zero = 0;
+      if (kThreshold && (threadIdx.x == 0 || !own)) set = p.marks->next;  // nobody waits for it here
+      if (kThreshold && threadIdx.x == 0 && blockIdx.x == 0)
+        words[0] = p.marks->words[0], words[1] = p.marks->words[1];
+    }
     const int64_t row = base + group;
     const int mine = row < p.rows ? pieces : 0;
     const T* const in = static_cast<const T*>(p.x) + row * p.cols + first;
@@ -78,45 +88,41 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
       const uint32_t marks = outliers << (column % 32);
       if (own)
         atomicOr(own_bits + word, marks);
-      else
-        atomicOr(p.marks->bits[p.marks->next] + word, marks);
+      else if (live)
+        atomicOr(p.marks->bits[set] + word, marks);
     };
     Part kept[kKept];
-    float most = 0.0f;
+    if (live) {
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      if (i < mine) kept[i] = fetch(i);
+      for (int i = 0; i < kKept; ++i) {
+        if (i < mine) kept[i] = fetch(i);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) kept[i] = Part::filled(threshold.word);
     }
     uint32_t found[2] = {};  // a byte for each of those kept
+    bool cleaned = false;
+    float most = look_at<kThreshold>(kept, mine, threshold, &cleaned, [&](int i, unsigned outliers) {
+      found[i / 4] |= outliers << (i % 4 * 8);
+    });
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      if (i >= mine) continue;
-      float here = kept[i].most();
-      if (kThreshold && here >= p.threshold) {
-        found[i / 4] |= kept[i].take_outliers(threshold) << (i % 4 * 8);
-        here = kept[i].most();
-      }
-      most = fmaxf(most, here);
-    }
-    if (kThreshold && (found[0] | found[1])) {
+    for (int half = 0; half < 2 && kThreshold; ++half) {
 #pragma unroll 1
-      for (int i = 0; i < kKept; ++i) {
-        const unsigned outliers = (i < 4 ? found[0] : found[1]) >> (i % 4 * 8) & 255;
-        if (outliers) mark(i, outliers);
+      while (found[half]) {
+        const int at = (__ffs(static_cast<int>(found[half])) - 1) & 24;
+        mark(half * 4 + at / 8, found[half] >> at & 255);
+        found[half] &= ~(255u << at);
       }
     }
 #pragma unroll 1
     for (int i = kKept; i < mine; ++i) {
-      Part part = fetch(i);
-      float here = part.most();
-      if (kThreshold && here >= p.threshold) {
-        mark(i, part.take_outliers(threshold));
-        here = part.most();
-      }
-      most = fmaxf(most, here);
+      Part part[1] = {fetch(i)};
+      most = fmaxf(most, look_at<kThreshold>(part, 1, threshold, &cleaned,
+                                             [&](int, unsigned outliers) { mark(i, outliers); }));
     }
 
-    most = warp_max(most);
+    most = most_of_warp(most);
     if (warps > 1) {
       float* const shared = most_of[turn] + first_warp;
       turn ^= 1;
@@ -124,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
       group_barrier(group, threads);
       for (int w = 0; w < warps; ++w) most = fmaxf(most, shared[w]);
     }
-    if (at == 0 && row < p.rows) p.absmax[row] = most;
+    if (at == 0 && row < p.rows && live) p.absmax[row] = most;
     if (kThreshold && own && base + stride >= p.rows) {  // the block has seen its last row
       if (threadIdx.x == 0) marked_set = set;
       __syncthreads();
@@ -138,6 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
       part.forget();
       uint32_t codes[(N + 3) / 4];
       part.encode(scale, codes);
+      if (!live) return;
       if constexpr (N == 1)
         to[i * step] = static_cast<int8_t>(codes[0]);
       else
@@ -151,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
 #pragma unroll 1
     for (int i = kKept; i < mine; ++i) {
       Part part = fetch(i);
-      if (kThreshold) part.take_outliers(threshold);
+      part.template clean<kThreshold>(threshold);
       finish(i, part);
     }
   }
@@ -237,16 +244,22 @@ cudaError_t launch(const Launch& on, const Int8Rows& p) {
   LaunchShape shape;
   shape.grid = dim3(blocks_for(p.rows, groups, on.multiprocessors * int64_t{2}));
   shape.block = dim3(threads * groups);
-  if (!(p.threshold > 0.0f)) return launch_kernel(on, shape, rows_kernel<T, N, kHalf, false>, p, threads);
-  if (p.cols <= kBlockColumns) shape.shared = static_cast<size_t>((p.cols + 31) / 32 * 4);
-  cudaError_t error = launch_kernel(on, shape, rows_kernel<T, N, kHalf, true>, p, threads);
+  const bool alone = N > 1 && p.rows <= on.multiprocessors && p.cols <= int64_t{threads} * kKept * N;
+  const bool rehearse = alone && on.early && 2 * p.rows <= on.multiprocessors;
+  const auto run = [&](auto kernel) { return launch_kernel(on, shape, kernel, p, threads, rehearse); };
+  constexpr bool kAlone = N > 1;
+  if (!(p.threshold > 0.0f))
+    return alone ? run(rows_kernel<T, N, kHalf, false, kAlone>) : run(rows_kernel<T, N, kHalf, false, false>);
+  if (p.cols <= kBlockColumns && !alone) shape.shared = static_cast<size_t>((p.cols + 31) / 32 * 4);
+  cudaError_t error =
+      alone ? run(rows_kernel<T, N, kHalf, true, kAlone>) : run(rows_kernel<T, N, kHalf, true, false>);
   if (error != cudaSuccess || (!p.list && !p.mask)) return error;
   Launch next = on;
   next.early = on.arch >= 90;
   LaunchShape columns;
   columns.grid = dim3(blocks_for(p.rows, kThreads / 32, on.multiprocessors) + 1);
   columns.block = dim3(kThreads);
-  columns.shared = shape.shared;
+  if (p.cols <= kBlockColumns) columns.shared = static_cast<size_t>((p.cols + 31) / 32 * 4);
   error = launch_kernel(next, columns, columns_kernel, p);
   if (error != cudaSuccess) forget_marks(on, p.marks);
   return error;

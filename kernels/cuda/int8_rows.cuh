@@ -9,10 +9,12 @@ namespace halfbyte::cuda {
 /// scaled up, elsewhere by one. bitsandbytes' rounding: 127 times the approximate reciprocal.
 struct RowScale {
   float lift, scale;
+  uint32_t mask;  // 0 where all codes are: rows of zeros, and with an infinity
 
   __device__ __forceinline__ explicit RowScale(float absmax) {
     lift = absmax < 1e-35f ? 1.2676506e30f : 1.0f;
     scale = 127.0f * reciprocal(absmax * lift);
+    mask = absmax > 0.0f && absmax < INFINITY ? 0xffffffffu : 0u;
   }
 };
 
@@ -52,10 +54,11 @@ struct Piece {
   static constexpr int kWords = N * sizeof(T) < 4 ? 1 : N * sizeof(T) / 4;
   uint32_t words[kWords];
 
-  static __device__ __forceinline__ Piece zero() {
+  static __device__ __forceinline__ Piece zero() { return filled(0); }
+  static __device__ __forceinline__ Piece filled(uint32_t word) {
     Piece p;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) p.words[i] = 0;
+    for (int i = 0; i < kWords; ++i) p.words[i] = word;
     return p;
   }
   static __device__ __forceinline__ Piece load(const T* from) {
@@ -83,61 +86,74 @@ struct Piece {
       to.words[j / 2] |= static_cast<uint32_t>(__half_as_ushort(__float2half_rn(value(j)))) << (j % 2 * 16);
     return to;
   }
-  __device__ __forceinline__ float most() const {
+  /// The largest of |x|, or NaN, as bits: of both halves of a word where there are two numbers in it.
+  __device__ __forceinline__ uint32_t top() const {
+    uint32_t all = kPairs ? 0 : magnitude(0);
     if constexpr (kPairs) {
-      auto all = __habs2(as_pair(words[0]));
 #pragma unroll
-      for (int i = 1; i < kWords; ++i) all = __hmax2(all, __habs2(as_pair(words[i])));
-      return fmaxf(fmaxf(__low2float(all), __high2float(all)), 0.0f);
+      for (int i = 0; i < kWords; ++i) all = larger(all, words[i]);
     } else {
-      float all = 0.0f;
 #pragma unroll
-      for (int j = 0; j < N; ++j) all = fmaxf(all, fabsf(value(j)));
-      return all;
+      for (int i = 1; i < N; ++i) all = larger(all, magnitude(i));
+    }
+    return all;
+  }
+  /// Of a top and words, or another top.
+  static __device__ __forceinline__ uint32_t larger(uint32_t top, uint32_t other) {
+    if constexpr (kPairs) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+      const auto both = __hmax2_nan(as_pair(top), __habs2(as_pair(other)));
+      return *reinterpret_cast<const uint32_t*>(&both);
+#else
+      return __vmaxu2(top, other & 0x7fff7fffu);  // numbers above zero are ordered as their bits, NaN last
+#endif
+    } else {
+      return max(top, other);
     }
   }
-  /// Elements of at least the threshold become 0; returns one bit for each of them.
-  __device__ __forceinline__ unsigned take_outliers(Threshold<T> threshold) {
+  static __device__ __forceinline__ bool reaches(uint32_t top, Threshold<T> threshold) {
+    if constexpr (kPairs)
+      return __hge2_mask(as_pair(top), as_pair(threshold.word)) != 0;
+    else
+      return number(top) >= number(threshold.word & kNumber);
+  }
+  static __device__ __forceinline__ float value_of(uint32_t top) {
+    return number(kPairs ? max(top & 0xffff, top >> 16) : top);
+  }
+  /// Elements of at least the threshold, where there is one, become 0, and so does NaN; returns one bit for
+  /// each of the former.
+  template <bool kThreshold>
+  __device__ __forceinline__ unsigned clean(Threshold<T> threshold) {
     unsigned bits = 0;
     if constexpr (kPairs) {
-      uint32_t mask[kWords], any = 0;
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        mask[i] = __hge2_mask(__habs2(as_pair(words[i])), as_pair(threshold.word));
-        words[i] &= ~mask[i];
-        any |= mask[i];
+        const auto pair = as_pair(words[i]), size = __habs2(pair), most = as_pair(threshold.word);
+        if (kThreshold) {  // bits of a word to 2 i and 2 i + 1 beyond 16 times its half
+          bits |= __hge2_mask(size, most) & (0x20001u << (2 * i));
+          words[i] &= __hlt2_mask(size, most);
+        } else {
+          words[i] &= __heq2_mask(pair, pair);
+        }
       }
-      if (any) {
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) bits |= ((mask[i] & 1) | (mask[i] >> 30 & 2)) << (2 * i);
-      }
+      bits = (bits | bits >> 16) & 255;
     } else {
-      const float least = Piece<T, N>{{threshold.word}}.value(0);
+      const float least = number(threshold.word & kNumber);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        if (fabsf(value(j)) < least || !(fabsf(value(j)) >= least)) continue;
+        const float size = fabsf(value(j));
+        if (kThreshold ? size < least : size == size) continue;
+        if (kThreshold && size >= least) bits |= 1u << j;
         words[j] = 0;
-        bits |= 1u << j;
       }
     }
     return bits;
   }
-  /// Elements whose bit is set become 0.
-  __device__ __forceinline__ void clear(unsigned bits) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (!(bits >> j & 1)) continue;
-      if constexpr (sizeof(T) == 4)
-        words[j] = 0;
-      else
-        words[j / 2] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
-    }
-  }
-  /// Four codes a word, the first in the lowest byte. A NaN (an element, or 0 * inf in a row of zeros or with
-  /// an infinity) becomes 0; no number goes beyond 127.
+  /// Four codes a word, the first in the lowest byte; no element may be NaN or beyond absmax. A sum with 1.5
+  /// * 2^23 has the rounded number in its lower bits, which takes less time than to convert it.
   __device__ __forceinline__ void encode(const RowScale& by, uint32_t (&codes)[(N + 3) / 4]) const {
     float v[N];
-    int c[N];
+    uint32_t c[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) v[j] = value(j);
     if (!std::is_same_v<T, half_t> && by.lift != 1.0f) {
@@ -145,12 +161,16 @@ struct Piece {
       for (int j = 0; j < N; ++j) v[j] *= by.lift;
     }
 #pragma unroll
-    for (int j = 0; j < N; ++j) c[j] = __float2int_rn(v[j] * by.scale);
+    for (int j = 0; j < N; ++j) c[j] = __float_as_uint(__fadd_rn(__fmul_rn(v[j], by.scale), 12582912.0f));
     if constexpr (N == 1) {
-      codes[0] = static_cast<uint32_t>(c[0]);
+      codes[0] = c[0] & by.mask;
     } else {
 #pragma unroll
-      for (int j = 0; j < N; j += 4) codes[j / 4] = pack(c[j], c[j + 1], c[j + 2], c[j + 3]);
+      for (int j = 0; j < N; j += 4) {
+        const uint32_t low = __byte_perm(c[j], c[j + 1], 0x0040),
+                       high = __byte_perm(c[j + 2], c[j + 3], 0x0040);
+        codes[j / 4] = __byte_perm(low, high, 0x5410) & by.mask;
+      }
     }
   }
   /// What was computed from them is computed again behind this, which takes fewer registers than to keep it.
@@ -160,16 +180,53 @@ struct Piece {
   }
 
  private:
+  static constexpr uint32_t kNumber = sizeof(T) == 4 ? 0xffffffffu : 0xffffu;  // of one of a word's
+
   static __device__ __forceinline__ auto as_pair(uint32_t word) {
     return *reinterpret_cast<const typename PairOf<T>::type*>(&word);
   }
-  static __device__ __forceinline__ uint32_t pack(int a, int b, int c, int d) {
-    uint32_t high, word;
-    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(high) : "r"(d), "r"(c), "r"(0));
-    asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(b), "r"(a), "r"(high));
-    return word;
-  }
+  static __device__ __forceinline__ float number(uint32_t bits) { return Piece<T, 1>{{bits}}.value(0); }
+  __device__ __forceinline__ uint32_t magnitude(int j) const { return words[j] & (kNumber >> 1); }
 };
+
+__device__ __forceinline__ float most_of_warp(float x) {  // x >= 0
+#if __CUDA_ARCH__ >= 800
+  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(x)));
+#else
+  return warp_max(x);
+#endif
+}
+
+/// The largest |x| below the threshold, where there is one, of `count` pieces, in which outliers and NaN
+/// become 0: then `cleaned`. mark(i, bits) is told which elements of piece i are outliers.
+template <bool kThreshold, typename T, int N, int kKept, typename Mark>
+__device__ __forceinline__ float look_at(Piece<T, N> (&pieces)[kKept], int count, Threshold<T> threshold,
+                                         bool* cleaned, const Mark& mark) {
+  using Part = Piece<T, N>;
+  uint32_t top = 0;
+  unsigned unclean = 0;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    if (i >= count) continue;
+    const uint32_t here = pieces[i].top();
+    if (kThreshold && Part::reaches(here, threshold))
+      unclean |= 1u << i;
+    else
+      top = Part::larger(top, here);
+  }
+  float most = Part::value_of(top);
+  if (most != most) unclean = ~0u, top = 0;
+  if (unclean == 0) return most;
+  *cleaned = true;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    if (i >= count || !(unclean >> i & 1)) continue;
+    const unsigned outliers = pieces[i].template clean<kThreshold>(threshold);
+    if (kThreshold && outliers) mark(i, outliers);
+    top = Part::larger(top, pieces[i].top());
+  }
+  return Part::value_of(top);
+}
 
 /// Marks of outlier columns on their way from the launch that quantises to the one that reads them, of one
 /// stream. There are two sets: while one is read the other one is cleared, so that nobody has to wait until
