@@ -54,7 +54,8 @@ struct Shape {
   static constexpr int kPairsAt = kX + kCodes + (kAbsmax + 127) / 128 * 128;  // in a stage
   static constexpr int kStage = (kPairsAt + (kPairs ? kRowTiles * kTiles * 64 : 0) + 1023) / 1024 * 1024;
   // blocks of an item may be dealt (faster where absmax is decoded), or paired
-  static constexpr bool kDealt = kNested && kTokens == 32 && kDepth == 2, kPaired = kTokens == 64 && kDepth == 2;
+  static constexpr bool kDealt = kNested && kTokens == 32 && kDepth == 2,
+                        kPaired = kTokens == 64 && kDepth == 2;
   static constexpr int kSumsAt = kTable + kMap + kBarriers;
   static constexpr int kRingAt = kSumsAt + (kDepth - 1) * kTokens / 4 * kConsumers * 4;
 };
