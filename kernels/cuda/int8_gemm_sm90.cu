@@ -137,7 +137,10 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
   }
   const auto fetch_rows = [&](int stage, const CUtensorMap& map, int row, int column) {
     arrive_expecting(full + stage * 8, S::kStage);
-    fetch_tile(ring + stage * S::kStage, map, row, column, full + stage * 8);
+    if (kTokens <= 128)  // few tiles of tokens, at work at once: x, its codes and y may have L2
+      fetch_tile_once(ring + stage * S::kStage, map, row, column, full + stage * 8);
+    else
+      fetch_tile(ring + stage * S::kStage, map, row, column, full + stage * 8);
   };
   const auto fetch_tokens = [&](int stage, const CUtensorMap& map, int token, int column) {
     constexpr int kHere = kTokens / kBlocks;

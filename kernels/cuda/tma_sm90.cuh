@@ -59,7 +59,7 @@ __device__ __forceinline__ void fetch_tile(uint32_t shared, const CUtensorMap& m
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-/// The same for what no other block reads: it is the first to leave L2.
+/// The same for what will not be read again: it is the first to leave L2.
 __device__ __forceinline__ void fetch_tile_once(uint32_t shared, const CUtensorMap& map, int row, int column,
                                                 uint32_t barrier) {
   uint64_t policy;
