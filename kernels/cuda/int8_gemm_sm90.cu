@@ -11,10 +11,10 @@
 //   scale     sums become fp32, times the token's scale
 //   outliers  64 columns in 16 bits at a time, of what the codes of x leave of x, and codes of b, which are
 //             exact. More warps find the columns among the marks and pick b's from the ring while the product
-//             runs, into the memory of the end. Other ones read x's there; or, with 128 tokens and more,
-//             those of all blocks make rows of them while the first items are multiplied, which the copy
-//             engine fetches, with 256 tokens into the ring. Where blocks divide K each has the columns of
-//             its part. Columns beyond 64 come in further rounds, from memory
+//             runs, into the memory of the end. Other ones read x's there; or, with 128 tokens and more or
+//             with one item a block, those of all blocks make rows of them while the first items are
+//             multiplied, which the copy engine fetches, with 256 tokens into the ring. Where blocks divide K
+//             each has the columns of its part. Columns beyond 64 come in further rounds, from memory
 //   end       times the row's scale, + bias + residual, rounded once and turned round; without a residual the
 //             copy engine writes it between the first products of the next item (int8_output_sm90.cuh)
 //
@@ -621,7 +621,6 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
   p.x = product.x;
   p.marks = product.marks;
   p.threshold = product.threshold;
-  p.rest = product.marks && kTokens >= 128 ? product.rest : nullptr;
   p.gathered = product.gathered;
   p.k = product.k;
   p.m = static_cast<int>(product.m);
@@ -632,6 +631,10 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
   p.band = std::min(p.token_tiles, cut.band);
   const Rounds rounds = rounds_of(on, product.m, n, cut);
   if (rounds.divided == 0) cut.splits = 1;
+  // with fewer tokens to wait for all blocks pays where an item does not hide its own reading
+  const bool one_item = rounds.divided == 0 && rounds.whole == rounds.blocks;
+  const bool gathered = kTokens >= 128 || (product.m > 32 && one_item);
+  p.rest = product.marks && gathered ? product.rest : nullptr;
   p.whole = static_cast<int>(rounds.whole);
   p.items = static_cast<int>(rounds.whole + rounds.divided);
   p.rounds = rounds.divided ? static_cast<int>(rounds.whole / rounds.blocks) : -1;
@@ -678,8 +681,9 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, const Cut& cut)
 }
 
 /// The cut that should end first. Costs are in steps of 256 tokens, as measured: smaller tiles read more,
-/// which with many tokens costs clock rate; the exchange of sums takes longer behind whole items, and less
-/// long with 32 tokens where at most half of the multiprocessors have blocks.
+/// which with many tokens costs clock rate; steps of 64 tokens wait for L2 where all multiprocessors divide
+/// K; outlier columns of x take a while to be there; the exchange of sums takes longer behind whole items,
+/// and less long with 32 tokens where at most half of the multiprocessors have blocks.
 Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
   Cut best = {};
   double least = 0.0;
@@ -689,7 +693,8 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
     const double step = tokens == 256   ? 1.0
                         : tokens == 128 ? (m > 512 ? 0.64 : 0.53)
                         : tokens == 64  ? (m > 256 ? 0.5 : 0.35)
-                                        : 0.3;
+                                        : (m > 96 ? 0.34 : 0.3);
+    const double start = tokens == 256 && m <= 512 ? 4.1 : tokens == 32 && m > 96 ? 1.0 : 0.0;
     const double end = tokens == 256 ? 4.4 : tokens == 128 ? 3.2 : tokens / 128.0;
     for (const int splits : {1, 2, 4, 8}) {
       if (splits > 1 && steps < kFewestSteps * splits) continue;
@@ -699,11 +704,14 @@ Cut cut_of(const Launch& on, int64_t m, int64_t n, int64_t k) {
       if (splits > 1 && rounds.divided == 0) continue;
       cut.pair = tokens == 256 && rounds.whole > 2 * rounds.blocks && 2 * on.clusters_of(2) == rounds.blocks;
       const int64_t whole = (rounds.whole + rounds.blocks - 1) / rounds.blocks;
-      double cost = whole * (steps * step + end);
+      double cost = start + whole * (steps * step + end);
       if (rounds.divided > 0) {
         const bool few = 2 * rounds.blocks <= on.multiprocessors;
-        const double exchange = tokens >= 128 ? (whole > 0 ? 5.0 : 3.0) : tokens == 32 && few ? 4.5 : 6.0;
-        cost += (steps + splits - 1) / splits * step + end + exchange;
+        const bool crowd = tokens == 64 && m > 64 && 4 * rounds.blocks >= 3 * on.multiprocessors;
+        const double exchange = tokens >= 128         ? (whole > 0 ? 5.0 : 3.0) + (m <= 512 ? 4.0 : 0.0)
+                                : tokens == 32 && few ? 4.5
+                                                      : 6.0;
+        cost += (steps + splits - 1) / splits * step * (crowd ? 1.7 : 1.0) + end + exchange;
       }
       if (least != 0.0 && cost >= least) continue;
       least = cost;

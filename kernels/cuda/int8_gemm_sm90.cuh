@@ -34,7 +34,7 @@ struct Warps {
 template <int kTokens>
 struct Space {
   static constexpr int kStage = kRowBytes + kTokens * kStep;
-  static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 128 ? 6 : kTokens == 64 ? 8 : 9;
+  static constexpr int kStages = kTokens == 256 ? 4 : kTokens == 128 ? 6 : 8;  // as many of each picker
   static constexpr int kStagingAt = kStages * kStage;
   static constexpr int kScalesAt = kStagingAt + 4 * kStaging;
   static constexpr int kBarriersAt = kScalesAt + 2 * kTokens * 4;
