@@ -39,7 +39,7 @@ constexpr int kSumStride = kTile + 4;  // of sums of a row of x: without bank co
 constexpr int kScales = 2048;          // rows of a block whose scb is fetched ahead
 constexpr int kCodeBytes = 128 << 10;  // of codes of x in a block
 
-/// n / d for small numbers: n * 16 and d * 16 are less than 2^16.
+/// n / d for small numbers: n * d is less than 2^16.
 struct Divisor {
   int d, factor;
 

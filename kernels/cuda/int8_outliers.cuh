@@ -1,5 +1,5 @@
-// Outlier columns of an LLM.int8() layer on their way from marks to the tensor cores of sm_90a: which they
-// are, and what they hold of x.
+// Outlier columns of an LLM.int8() layer on their way to the tensor cores: which they are, of what is marked,
+// and what the codes leave of x in them.
 #pragma once
 
 #include "int8_rows.cuh"
