@@ -92,7 +92,7 @@ struct Room {
 };
 
 /// 16 bytes of a weight, which nobody reads again, to shared memory.
-__device__ __forceinline__ void copy_weight(uint32_t shared, const int8_t* from) {
+[[maybe_unused]] __device__ __forceinline__ void copy_weight(uint32_t shared, const int8_t* from) {
 #if __CUDA_ARCH__ >= 800
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
