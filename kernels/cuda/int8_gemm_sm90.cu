@@ -435,6 +435,8 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
       };
       const auto store_scales = [&]() __attribute__((always_inline)) {
         if constexpr (!kSums) {
+          // fp32 results are written without the barriers behind which others have read the scales before
+          if constexpr (std::is_same_v<T, float>) group_barrier(group);
           if (threadIdx.x % kGroup == 0) {
             wait_stores<0>();
             if (outliers) arrive(outliers_free);

@@ -584,6 +584,7 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     if (!(sums.above == 0.0 && sums.all >= static_cast<double>(wanted)))
       return slowly(most, -kLargest, wanted, top_p);
     const auto all = [](float) { return true; };
+    __syncthreads();  // all have read the row's sums; a search that has nothing to do does not wait
     float cut = remembered.find_count(cluster, sums.value, wanted);
     if (top_p < 1.0f) {
       const double unit = unit_of(seen, sums.value, scale);
