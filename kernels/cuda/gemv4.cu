@@ -16,7 +16,7 @@
 //   reduce  over the columns' tiles by shuffles; over warps, and over the blocks of a cluster where K is
 //           divided among them, through shared memory after several row tiles at once; in a fixed order
 //
-// One and two rows of x on sm_90: gemv4_sm90.cu.
+// One and two rows of x on sm_90: gemv4_sm90.cu, but for long K and for many rows of a nested weight.
 //
 // Fast where K / 256 divides among 8 to 16 warps without a rest and there are 132 row tiles or more. K beyond
 // 16384 (8192 where there are more than 2 rows of x) is divided among blocks.
