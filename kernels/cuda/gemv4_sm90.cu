@@ -32,27 +32,23 @@ struct Streamed : Gemv<T> {
   bool absmax_apart;  // nested absmax that does not lie on 4 bytes
 };
 
+#if __CUDA_ARCH__ >= 900
 /// 16 bytes that are read by nobody else, and not again.
 __device__ __forceinline__ void copy_once(uint32_t to, const void* from, uint64_t policy) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
                "l"(policy)
                : "memory");
-#endif
 }
 __device__ __forceinline__ uint64_t once_policy() {
   uint64_t policy = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-#endif
   return policy;
 }
 /// 8 bytes on 8 bytes.
 __device__ __forceinline__ void copy_pair(uint32_t to, const void* from) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(to), "l"(from) : "memory");
-#endif
 }
+#endif
 
 /// A unit in shared memory: codes, absmax and, where that is nested, the two nested absmax of every lane.
 template <bool kNested>
@@ -60,6 +56,7 @@ struct Slot {
   static constexpr int kScales = kUnit * 512, kNestedAt = kScales + 64;
   static constexpr int kBytes = kNested ? kNestedAt + 256 : kScales + 256;
 
+#if __CUDA_ARCH__ >= 900
   static __device__ __forceinline__ void fetch(char* to, const RowTile& at, int tile, int tiles, int lane,
                                                bool absmax_apart) {
     const uint32_t there = shared_address(to);
@@ -82,6 +79,7 @@ struct Slot {
       copy_pair(there + kScales + lane * 8, at.absmax + (tile * 64 + lane * 8));
     }
   }
+#endif
 };
 
 /// Parameters that are needed at the end: the first to read them waits for memory.
@@ -94,6 +92,7 @@ __device__ __forceinline__ void read_ahead(const Output<T>& out) {
 /// kTokens rows of x, 1 or 2, in the columns of a product, kUnits units of a warp in every row tile.
 template <typename T, int kTokens, int kUnits, bool kNested>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) streamed_kernel(const __grid_constant__ Streamed<T> p) {
+#if __CUDA_ARCH__ >= 900  // nothing else runs it
   constexpr int kJoined = kTokens == 1 ? 2 : 1;  // units in the columns
   constexpr int kGroups = (kUnits + kJoined - 1) / kJoined;
   using S = Slot<kNested>;
@@ -235,6 +234,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) streamed_kernel(const __gri
     finish_row_tiles<kTokens>(p, partial, row_tile + 1 - slot, slot);
     slot = 0;
   }
+#endif
 }
 
 struct Plan {
