@@ -44,8 +44,9 @@ async function secondsOf(device: Device, graph: Graph, replays: number): Promise
 }
 
 /**
- * Median seconds per call of each contender, over `rounds` samples that they take in turn, there and back: a GPU under load
- * lowers its clock, for all of them alike, and some time after what heated it. `live`: as many as `copies` where results are as large as operands.
+ * Median seconds per call of each contender, over `rounds` samples that they take in turn, there and back: a GPU under
+ * load lowers its clock, for all of them alike, and some time after what heated it. `live`: as many as `copies` where
+ * results are as large as operands.
  */
 export async function timeReplays(
   device: Device,

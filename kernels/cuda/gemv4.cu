@@ -84,17 +84,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
   if (kEven) fetch(from, 1, 1);
   fill_table4(table, p.book, kNested ? p.w[0].absmax.nested_code : nullptr);
   float offset[kMaxGroup] = {};
-  bool same_map = true;  // the maps of all weights are that in the table
-  if (kNested) {
-#pragma unroll
-    for (int i = 0; i < kMaxGroup; ++i) {
-      if (i >= p.count) break;
-      offset[i] = *p.w[i].absmax.offset;
-      if (i == 0) continue;
-      for (int j = threadIdx.x; j < 256; j += blockDim.x)
-        same_map &= p.w[i].absmax.nested_code[j] == p.w[0].absmax.nested_code[j];
-    }
-  }
+  bool same_map = !kNested || read_nested(offset, p);  // the maps of all weights are that in the table
 
   wait_for_results();
   constexpr int kGroups = kUnits / kJoined * kPasses;

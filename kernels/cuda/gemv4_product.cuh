@@ -80,6 +80,21 @@ __device__ __forceinline__ void load_x(uint32_t (&x)[8], const Gemv<T>& p, int t
   }
 }
 
+/// Offsets of the nested absmax of all weights. False for a thread that has seen a map unlike the first one.
+template <typename T>
+__device__ __forceinline__ bool read_nested(float (&offset)[kMaxGroup], const Gemv<T>& p) {
+  bool same_map = true;
+#pragma unroll
+  for (int i = 0; i < kMaxGroup; ++i) {
+    if (i >= p.count) break;
+    offset[i] = *p.w[i].absmax.offset;
+    if (i == 0) continue;
+    for (int j = threadIdx.x; j < 256; j += blockDim.x)
+      same_map &= p.w[i].absmax.nested_code[j] == p.w[0].absmax.nested_code[j];
+  }
+  return same_map;
+}
+
 /// body(0), body(1), ... with compile-time numbers: loops whose registers the compiler would else put into
 /// memory.
 template <typename Body, int... i>

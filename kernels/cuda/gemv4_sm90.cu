@@ -92,7 +92,7 @@ __device__ __forceinline__ void read_ahead(const Output<T>& out) {
 /// kTokens rows of x, 1 or 2, in the columns of a product, kUnits units of a warp in every row tile.
 template <typename T, int kTokens, int kUnits, bool kNested>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) streamed_kernel(const __grid_constant__ Streamed<T> p) {
-#if __CUDA_ARCH__ >= 900  // nothing else runs it
+#if __CUDA_ARCH__ >= 900                         // nothing else runs it
   constexpr int kJoined = kTokens == 1 ? 2 : 1;  // units in the columns
   constexpr int kGroups = (kUnits + kJoined - 1) / kJoined;
   using S = Slot<kNested>;
@@ -133,17 +133,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) streamed_kernel(const __gri
     fetch(ring + i * S::kBytes);
   }
   float offset[kMaxGroup] = {};
-  bool same_map = true;  // the maps of all weights are that in shared memory
-  if (kNested) {
-#pragma unroll
-    for (int i = 0; i < kMaxGroup; ++i) {
-      if (i >= p.count) break;
-      offset[i] = *p.w[i].absmax.offset;
-      if (i == 0) continue;
-      for (int j = threadIdx.x; j < 256; j += blockDim.x)
-        same_map &= p.w[i].absmax.nested_code[j] == p.w[0].absmax.nested_code[j];
-    }
-  }
+  bool same_map = !kNested || read_nested(offset, p);  // the maps of all weights are that in shared memory
 #pragma unroll
   for (int i = 0; i < kMaxGroup; ++i) {
     if (i < p.count) read_ahead(p.out[i]);

@@ -4,9 +4,9 @@
 // An item is 128 rows of the weight times up to 64 tokens. A block has warpgroups that multiply, two with 64
 // rows each and, where kDepth is 2, another two at the same rows and other k; a warp that asks the copy
 // engine for what they need; and three warps beside it that decode nested absmax. A step is 2 k tiles of
-// each. The steps of all items follow each other in one line, of which every block takes as many, so that
-// every multiprocessor has as much work whatever N is. With kDepth 1 two blocks fit on a multiprocessor and
-// an item is one block's.
+// each. The steps of all items follow each other in one line, of which every block takes as many, or nearly
+// where they are dealt, so that every multiprocessor has as much work whatever N is. With kDepth 1 two blocks
+// fit on a multiprocessor and an item is one block's.
 //
 //   ring    a stage has a step: x, [tokens][64 k] a tile, swizzled as wgmma wants it, codes, absmax, and
 //           room for absmax as decoded. Some weights are asked for before what ran before has ended; more

@@ -22,7 +22,7 @@ inline Tiled4 tiled_of(const Weight4& w) {
   return {w.codes.as<const uint8_t>(), absmax_of(w), w.type, w.n, w.k};
 }
 
-/// y [M, N] = x [M, K] w^T + bias + residual; x and y row-major and 16-byte aligned.
+/// y [M, N] = x [M, K] w^T + bias + residual; x and y row-major, x 16-byte aligned.
 template <typename T>
 struct Product4 {
   Output<T> out;
