@@ -33,17 +33,6 @@ struct Streamed : Gemv<T> {
 };
 
 #if __CUDA_ARCH__ >= 900
-/// 16 bytes that are read by nobody else, and not again.
-__device__ __forceinline__ void copy_once(uint32_t to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
-               "l"(policy)
-               : "memory");
-}
-__device__ __forceinline__ uint64_t once_policy() {
-  uint64_t policy = 0;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-  return policy;
-}
 /// 8 bytes on 8 bytes.
 __device__ __forceinline__ void copy_pair(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(to), "l"(from) : "memory");

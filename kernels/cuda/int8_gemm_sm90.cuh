@@ -128,7 +128,7 @@ __device__ __forceinline__ void count_warp(uint32_t* count) {
 /// By a thread, until that many have counted. All blocks run at once: there are no more than fit, and the
 /// next launch begins when all of these have.
 __device__ __forceinline__ void wait_for_count(const uint32_t* count, uint32_t most) {
-  uint32_t now;
+  [[maybe_unused]] uint32_t now;
   while (*static_cast<const volatile uint32_t*>(count) != most) __nanosleep(64);
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(now) : "l"(count) : "memory");
   publish_memory();

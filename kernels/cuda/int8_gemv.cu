@@ -91,17 +91,6 @@ struct Room {
   }
 };
 
-/// 16 bytes of a weight, which nobody reads again, to shared memory.
-[[maybe_unused]] __device__ __forceinline__ void copy_weight(uint32_t shared, const int8_t* from) {
-#if __CUDA_ARCH__ >= 800
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(from),
-               "l"(policy)
-               : "memory");
-#endif
-}
-
 __device__ __forceinline__ void multiply8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                           uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
@@ -231,12 +220,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
     if (next_tile < tiles) {
       const int8_t *const low = row_at(next_tile, g), *const high = row_at(next_tile, g + 8);
       const uint32_t to = shared_address(ring) + next_place * kStepBytes;
+      const uint64_t policy = once_policy();
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         // what is beyond K meets zeros of x
         const int at = min((block_step + warp + next_step * warps) * kStep + (2 * t + h) * 16, p.k - 16);
-        copy_weight(to + piece_at(h), low + at);
-        copy_weight(to + piece_at(h) + 8 * kStep, high + at);
+        copy_once(to + piece_at(h), low + at, policy);
+        copy_once(to + piece_at(h) + 8 * kStep, high + at, policy);
       }
       if (++next_step == own) next_step = 0, ++next_tile;
     }

@@ -32,6 +32,24 @@ __device__ __forceinline__ void copy_word_async(uint32_t shared, const void* glo
                : "memory");
 #endif
 }
+/// For what is not read again: it is the first to leave L2.
+__device__ __forceinline__ uint64_t once_policy() {
+  uint64_t policy = 0;
+#if !HALFBYTE_SM75
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+#endif
+  return policy;
+}
+/// 16 bytes with that policy.
+__device__ __forceinline__ void copy_once(uint32_t shared, const void* global, uint64_t policy) {
+#if HALFBYTE_SM75
+  copy_now(shared, global, 16);
+#else
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
+               "l"(policy)
+               : "memory");
+#endif
+}
 __device__ __forceinline__ void commit_copies() {
 #if !HALFBYTE_SM75
   asm volatile("cp.async.commit_group;\n" ::: "memory");

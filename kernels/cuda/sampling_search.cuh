@@ -211,11 +211,7 @@ struct Remembered {
       parts[i] = static_cast<double>(weights[i]) * counted[i];
       upto += parts[i];
     }
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const double other = __shfl_up_sync(0xffffffffu, upto, distance);
-      if (lane >= distance) upto += other;
-    }
+    upto = warp_upto(upto);
     double before = __shfl_up_sync(0xffffffffu, upto, 1);
     if (lane == 0) before = 0.0;
     int place = -1;

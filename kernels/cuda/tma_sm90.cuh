@@ -62,12 +62,10 @@ __device__ __forceinline__ void fetch_tile(uint32_t shared, const CUtensorMap& m
 /// The same for what will not be read again: it is the first to leave L2.
 __device__ __forceinline__ void fetch_tile_once(uint32_t shared, const CUtensorMap& map, int row, int column,
                                                 uint32_t barrier) {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
       "[%1, {%2, %3}], [%4], %5;\n" ::"r"(shared),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "l"(once_policy())
       : "memory");
 }
 /// fetch_tile() into every block of the cluster that has its bit in `blocks`, at the same place, counting on
