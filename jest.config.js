@@ -1,5 +1,7 @@
 module.exports = {
   testEnvironment: 'node',
+  // references in double precision take seconds where many workers share a machine
+  testTimeout: 30000,
   roots: ['<rootDir>/test'],
   testMatch: ['**/*.test.ts'],
   moduleNameMapper: {

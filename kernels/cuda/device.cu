@@ -4,6 +4,7 @@
 // op allocates without a call into the driver's allocator. During a capture memory is taken on the copy
 // stream and waited for: it is an address that the graph keeps, not a node of it. What is released during a
 // capture is handed out again within it and then belongs to the graph, which frees it at its end.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
@@ -106,7 +107,7 @@ cudaError_t describe(int index, Launch* on) {
     cluster.val.clusterDim.x = 2u << i;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(on->multiprocessors) / 8 * 8);
+    config.gridDim = dim3(static_cast<unsigned>(std::max(on->multiprocessors / 8, 1)) * 8);
     config.blockDim = dim3(512);
     config.dynamicSmemBytes = static_cast<size_t>(room);
     config.attrs = &cluster;

@@ -120,5 +120,5 @@ describe.each(devices())('running on %s', (device) => {
     const deviceMap = { '': device.name, 'transformer.h': 'disk' }
     using model = await AutoModelForCausalLM.fromPretrained(folder, { deviceMap })
     expect(await results(model)).toEqual(await results(whole))
-  }, 30_000)
+  })
 })

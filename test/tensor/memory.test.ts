@@ -182,5 +182,5 @@ describe.each(devices())('memory of %s', (on) => {
       await on.synchronize()
     }
     expect(on.memoryUsage().peak - before).toBeLessThan(40 * 8 * MiB * 0.7)
-  }, 30_000)
+  })
 })
