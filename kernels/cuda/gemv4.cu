@@ -16,7 +16,7 @@
 //   reduce  over the columns' tiles by shuffles; over warps, and over the blocks of a cluster where K is
 //           divided among them, through shared memory after several row tiles at once; in a fixed order
 //
-// One and two rows of x on sm_90: gemv4_sm90.cu, but for long K and for many rows of a nested weight.
+// One and two rows of x on sm_90, and three and four of a small weight: gemv4_sm90.cu, but for long K.
 //
 // Fast where K / 256 divides among 8 to 16 warps without a rest and there are 132 row tiles or more. K beyond
 // 16384 (8192 where there are more than 2 rows of x) is divided among blocks.
@@ -27,6 +27,21 @@
 
 namespace halfbyte::cuda {
 namespace {
+
+/// Offsets of the nested absmax of all weights. False for a thread that has seen a map unlike the first one.
+template <typename T>
+__device__ __forceinline__ bool read_nested(float (&offset)[kMaxGroup], const Gemv<T>& p) {
+  bool same_map = true;
+#pragma unroll
+  for (int i = 0; i < kMaxGroup; ++i) {
+    if (i >= p.count) break;
+    offset[i] = *p.w[i].absmax.offset;
+    if (i == 0) continue;
+    for (int j = threadIdx.x; j < 256; j += blockDim.x)
+      same_map &= p.w[i].absmax.nested_code[j] == p.w[0].absmax.nested_code[j];
+  }
+  return same_map;
+}
 
 /// kTokens rows of x in the columns of a product, kUnits units of a warp in every row tile, an even number
 /// where kTokens is 1.
@@ -96,7 +111,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv_kernel(const __grid_co
         const int of_warp = i / kPasses * kJoined + column_tile / kUnit, unit = first_unit + of_warp * warps;
         const int tile = first_tile(of_warp) + kPass * kGroup + column_tile % kUnit;
         const bool there = token < p.m && tile >= unit * kUnit && unit < (rank + 1) * p.units;
-        load_x(x[i], p, token, tile, there, t);
+        load_x(x[i], p, place_of_x(p, token, tile, there, t));
       });
   same_map = __syncthreads_and(same_map);
 #pragma unroll

@@ -64,35 +64,23 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[8], int t) {
   }
 }
 
-/// What lane 4 g + t loads of the 64 k of a tile and a row of x, or zeros; then transpose_quad() is due.
+/// Where in x begins what lane 4 g + t loads of the 64 k of a tile and a row of x; -1: nothing is there.
 template <typename T>
-__device__ __forceinline__ void load_x(uint32_t (&x)[8], const Gemv<T>& p, int token, int tile, bool there,
-                                       int t) {
-  const T* const at = p.x + (static_cast<int64_t>(token) * p.tiles + tile) * kTileK + t * 8;
+__device__ __forceinline__ int place_of_x(const Gemv<T>& p, int token, int tile, bool there, int t) {
+  return there ? (token * p.tiles + tile) * static_cast<int>(kTileK) + t * 8 : -1;
+}
+/// That, or zeros; then transpose_quad() is due.
+template <typename T>
+__device__ __forceinline__ void load_x(uint32_t (&x)[8], const Gemv<T>& p, int place) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint4 piece = make_uint4(0, 0, 0, 0);
-    if (there) piece = *reinterpret_cast<const uint4*>(at + half * 32);
+    if (place >= 0) piece = *reinterpret_cast<const uint4*>(p.x + place + half * 32);
     x[half * 4] = piece.x;
     x[half * 4 + 1] = piece.y;
     x[half * 4 + 2] = piece.z;
     x[half * 4 + 3] = piece.w;
   }
-}
-
-/// Offsets of the nested absmax of all weights. False for a thread that has seen a map unlike the first one.
-template <typename T>
-__device__ __forceinline__ bool read_nested(float (&offset)[kMaxGroup], const Gemv<T>& p) {
-  bool same_map = true;
-#pragma unroll
-  for (int i = 0; i < kMaxGroup; ++i) {
-    if (i >= p.count) break;
-    offset[i] = *p.w[i].absmax.offset;
-    if (i == 0) continue;
-    for (int j = threadIdx.x; j < 256; j += blockDim.x)
-      same_map &= p.w[i].absmax.nested_code[j] == p.w[0].absmax.nested_code[j];
-  }
-  return same_map;
 }
 
 /// body(0), body(1), ... with compile-time numbers: loops whose registers the compiler would else put into
@@ -102,12 +90,18 @@ __device__ __forceinline__ void for_each(std::integer_sequence<int, i...>, const
   (body(std::integral_constant<int, i>{}), ...);
 }
 
-/// One and two rows of x on sm_90, which is faster there unless many rows of the weight are nested.
+/// One and two rows of x on sm_90, which is faster there, and three and four where the weight is small.
 /// gemv4_sm90.cu
 template <typename T>
 bool gemv4_sm90_takes(const Launch& on, const Gemv<T>& gemv);
 template <typename T>
 cudaError_t gemv4_sm90(const Launch& on, const Gemv<T>& gemv);
+
+/// Where a sum of a row tile is: tokens of a row turn, so that rows of one token are in different banks.
+template <int kTokens>
+__device__ __forceinline__ int sum_place(int row, int token) {
+  return row * kTokens + (token + row / (32 / kTokens) * 2) % kTokens;
+}
 
 /// Sums of a warp: rows g and g + 8 of a row tile, tokens 2 t % kTokens and the next, of each column's tile;
 /// `partial` is [warps][16][kTokens].
@@ -120,15 +114,15 @@ __device__ __forceinline__ void put_sums(float (&acc)[4], float* partial, int wa
     for (int between = 2; between >= (kTokens + 1) / 2; between /= 2)
       acc[e] += __shfl_xor_sync(0xffffffffu, acc[e], between);
   }
-  float* const to = partial + (warp * kTileRows + g) * kTokens + 2 * t;
+  float* const to = partial + warp * kTileRows * kTokens;
   if constexpr (kTokens == 1) {
     if (t == 0) {
-      to[0] = acc[0];
-      to[8] = acc[2];
+      to[g] = acc[0];
+      to[g + 8] = acc[2];
     }
   } else if (t < kTokens / 2) {
-    *reinterpret_cast<float2*>(to) = make_float2(acc[0], acc[1]);
-    *reinterpret_cast<float2*>(to + 8 * kTokens) = make_float2(acc[2], acc[3]);
+    *reinterpret_cast<float2*>(to + sum_place<kTokens>(g, 2 * t)) = make_float2(acc[0], acc[1]);
+    *reinterpret_cast<float2*>(to + sum_place<kTokens>(g + 8, 2 * t)) = make_float2(acc[2], acc[3]);
   }
 }
 
@@ -161,10 +155,10 @@ __device__ __forceinline__ void finish_row_tiles(const Gemv<T>& p, float* partia
   for (int i = threadIdx.x + rank * blockDim.x; i < results; i += splits * blockDim.x) {
     const int at = i / kSums * step, row = i % kTileRows, token = i % kSums / kTileRows;
     if (token >= p.m) continue;
-    const float total = total_of(at, row * kTokens + token);
+    const float total = total_of(at, sum_place<kTokens>(row, token));
     if (p.gated) {
       const int64_t column = int64_t{(first + at) / 2} * kTileRows + row;
-      float gate = total, up = total_of(at + 1, row * kTokens + token);
+      float gate = total, up = total_of(at + 1, sum_place<kTokens>(row, token));
       if (p.out[0].bias) gate += p.out[0].bias_at(column);
       if (p.out[1].bias) up += p.out[1].bias_at(column);
       p.out[0].y[token * p.out[0].n + column] = from_float<T>(activate<true>(p.act, gate) * up);
