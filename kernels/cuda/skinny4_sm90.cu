@@ -204,17 +204,21 @@ template <int n>
 struct Piece {
   uint32_t v[n];
 
-  __device__ __forceinline__ void look(const uint32_t* from) {
+  __device__ __forceinline__ void look(const uint32_t* from, bool exists) {
     if constexpr (n == 4)
-      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                   : "l"(from)
-                   : "memory");
+      asm volatile(
+          "{\n.reg .pred exists;\nsetp.ne.b32 exists, %5, 0;\n"
+          "@exists ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}\n"
+          : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])
+          : "l"(from), "r"(static_cast<int>(exists))
+          : "memory");
     else
-      asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
-                   : "=r"(v[0]), "=r"(v[1])
-                   : "l"(from)
-                   : "memory");
+      asm volatile(
+          "{\n.reg .pred exists;\nsetp.ne.b32 exists, %3, 0;\n"
+          "@exists ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];\n}\n"
+          : "+r"(v[0]), "+r"(v[1])
+          : "l"(from), "r"(static_cast<int>(exists))
+          : "memory");
   }
   __device__ __forceinline__ bool is_there() const {
     bool there = true;
@@ -268,9 +272,9 @@ __device__ __forceinline__ bool join(float (&sums)[kCount], uint32_t* all_parts,
   }
   constexpr int kOnce = 8 / kPieces < 4 ? 8 / kPieces : 4;  // parts
   for (int b = 0; b < others.count; b += kOnce) {
-    Piece<kWidth> pieces[kOnce][kPieces];
+    Piece<kWidth> pieces[kOnce][kPieces] = {};
     const auto place = [&](int o, int j) {
-      const int block = others.first + min(b + o, others.count - 1) * others.stride;
+      const int block = others.first + (b + o) * others.stride;
       return parts + block * kPartFloats + j * kPieceStride;
     };
     bool there;
@@ -278,7 +282,7 @@ __device__ __forceinline__ bool join(float (&sums)[kCount], uint32_t* all_parts,
 #pragma unroll
       for (int o = 0; o < kOnce; ++o) {
 #pragma unroll
-        for (int j = 0; j < kPieces; ++j) pieces[o][j].look(place(o, j));
+        for (int j = 0; j < kPieces; ++j) pieces[o][j].look(place(o, j), b + o < others.count);
       }
       there = true;
 #pragma unroll
@@ -433,23 +437,26 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
 
   take_registers<kDepth == 2 ? 104 : 96>();
   const int depth = kDepth == 1 ? 0 : warp / kRowTiles, row_warp = warp % kRowTiles;
-  const uint32_t lane4 = lane * 4;
+  uint32_t lane4 = lane * 4;
+  asm volatile("" : "+r"(lane4));  // not computed again in every step
   fill_compact_table4(table, p.book, kNested ? p.w.absmax.nested_code : nullptr, S::kConsumers);
   const float offset = kNested && !S::kPairs ? *p.w.absmax.offset : 0.0f;
   meet_at_start<S>();
   wait_for_results();
 
-  int stage = 0, awaited = mine - stages;  // place in the ring; stages that will be asked for again
-  uint32_t parity = 0;                     // of the round through it
+  const uint64_t first_x = describe_b(ring + depth * (2 * kTokens * 128), 0);
+  int stage = 0;        // place in the ring
+  uint32_t parity = 0;  // of the round through it
   const auto release = [&](int place) {
-    if (--awaited < 0) return;
     __syncwarp();
-    if (lane == 0) arrive(empty + place * 8);
+    if (lane4 == 0) arrive(empty + place * 8);
   };
   for (int rest = mine, steps; rest > 0; rest -= steps) {
     const Span span = span_of(p, first_step, rest);
     const int item = span.item, begin = span.begin;
     steps = span.steps;
+    // that it is uniform the compiler learns so: then descriptors of x are added up beside the lanes' work
+    const int count = __shfl_sync(0xffffffffu, steps, 0);
     const int64_t first_row = int64_t{item / p.token_blocks} * kRows + row_warp * 16;
     // nested: the four lanes of a row decode one absmax each, of row g + 8 (t / 2) in tile t % 2; `flat` is
     // the number of the row's first one
@@ -497,13 +504,13 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
       } else if (kNested) {
         const uint32_t code = *reinterpret_cast<const uint8_t*>(scales + t % 2 * 16 + 2 * g + t / 2);
         own = nested_value(reinterpret_cast<const float*>(table + kTable)[code], nested, offset);
-        if (i + 1 < steps) nested = nested_of(i + 1);
+        if (i + 1 < count) nested = nested_of(i + 1);
       } else {
 #pragma unroll
         for (int q = 0; q < 2; ++q) absmax[q] = *reinterpret_cast<const float2*>(scales + q * 64 + g * 8);
       }
     };
-    const auto multiply_tile = [&](uint32_t x, auto tile) __attribute__((always_inline)) {
+    const auto multiply_tile = [&](uint64_t x, auto tile) __attribute__((always_inline)) {
       constexpr int q = decltype(tile)::value;
       scale[q] = absmax[q];
       if (kNested && !S::kPairs)
@@ -520,11 +527,10 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
           for (int r = 0; r < 4; ++r) a[q][j][r] = scale_pair(a[q][j][r], r % 2 ? high : low, T{});
         }
       }
-      const uint64_t x_tile = describe_b(x + q * (kTokens * 128), 0);
       begin_group();
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint64_t x_step = x_tile + ((j * 32) >> 4);
+        const uint64_t x_step = x + (q * (kTokens * 128) + j * 32) / 16;
         if constexpr (kExact)
           multiply_group(part[q], a[q][j], x_step, j > 0, T{});
         else
@@ -534,8 +540,8 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
     };
     load_step(0);
     int last = -1;  // place of the step before, whose second product is under way
-    for (int i = 0; i < steps; ++i) {
-      const uint32_t x = ring + stage * S::kStage + depth * (2 * kTokens * 128);
+    for (int i = 0; i < count; ++i) {
+      const uint64_t x = first_x + stage * (S::kStage / 16);
       multiply_tile(x, std::integral_constant<int, 0>{});
       if constexpr (!kExact) {
         wait_group<1>();
@@ -548,7 +554,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
         stage = 0;
         parity ^= 1;
       }
-      if (i + 1 < steps) load_step(i + 1);
+      if (i + 1 < count) load_step(i + 1);
       wait_group<1>();
       finish(std::integral_constant<int, 0>{});
       if constexpr (kExact) {  // sums of their own must not be under way at the end of a step
