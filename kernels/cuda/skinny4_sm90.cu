@@ -4,9 +4,9 @@
 // An item is 128 rows of the weight times up to 64 tokens. A block has warpgroups that multiply, two with 64
 // rows each and, where kDepth is 2, another two at the same rows and other k; a warp that asks the copy
 // engine for what they need; and three warps beside it that decode nested absmax. A step is 2 k tiles of
-// each. The steps of all items follow each other in one line, of which every block takes as many, or nearly
-// where they are dealt, so that every multiprocessor has as much work whatever N is. With kDepth 1 two blocks
-// fit on a multiprocessor and an item is one block's.
+// each. The steps of all items follow each other in one line, of which every block takes as many, so that
+// every multiprocessor has as much work whatever N is. With kDepth 1 two blocks fit on a multiprocessor and
+// an item is one block's.
 //
 //   ring    a stage has a step: x, [tokens][64 k] a tile, swizzled as wgmma wants it, codes, absmax, and
 //           room for absmax as decoded. Some weights are asked for before what ran before has ended; more
@@ -49,13 +49,12 @@ struct Shape {
   static constexpr int kAbsmaxBytes = kNested ? 16 : 64;  // of a tile
   static constexpr int kX = kTiles * kTokens * 128, kCodes = kRowTiles * kTiles * 512;
   static constexpr int kAbsmax = kRowTiles * kTiles * kAbsmaxBytes;
-  // nested and more than 16 tokens: decoded by other warps, each value a pair of equal 16-bit ones
+  // nested and more than 16 tokens: decoded by other warps, 16-bit values of rows g and g + 8 a pair,
+  // [row tile][depth][g][tile of the depth]
   static constexpr bool kPairs = kNested && kTokens > 16;
   static constexpr int kPairsAt = kX + kCodes + (kAbsmax + 127) / 128 * 128;  // in a stage
-  static constexpr int kStage = (kPairsAt + (kPairs ? kRowTiles * kTiles * 64 : 0) + 1023) / 1024 * 1024;
-  // blocks of an item may be dealt (faster where absmax is decoded), or paired
-  static constexpr bool kDealt = kNested && kTokens == 32 && kDepth == 2,
-                        kPaired = kTokens == 64 && kDepth == 2;
+  static constexpr int kStage = (kPairsAt + (kPairs ? kRowTiles * kTiles * 32 : 0) + 1023) / 1024 * 1024;
+  static constexpr bool kPaired = kTokens == 64 && kDepth == 2;  // blocks of an item may be
   static constexpr int kSumsAt = kTable + kMap + kBarriers;
   static constexpr int kRingAt = kSumsAt + (kDepth - 1) * kTokens / 4 * kConsumers * 4;
 };
@@ -71,7 +70,6 @@ struct Skinny {
   int token_blocks;
   int stages;         // of the ring
   bool absmax_apart;  // it lies where the copy engine cannot read it
-  bool dealt;         // an item's blocks are far apart: first ones of all items, second ones, ...
   bool paired;        // blocks are clusters of two of an item, which exchange sums
 };
 
@@ -82,23 +80,6 @@ constexpr int kDecoders = 96;  // threads that decode nested absmax: the rest of
 // whose x, from 32 tokens on, comes late behind more.
 constexpr int kMostEarly = 4, kFewSteps = 16, kFewEarly = 3;
 constexpr uint32_t kAbsent = 0xffffffffu;  // in place of a part: a NaN that no sum is
-
-/// Steps of a block: the first one, and how many. Blocks of the highest numbers start last. Where items are
-/// dealt these are the ones that add the parts of the others, and have a step less.
-struct Line {
-  int first, steps;
-};
-template <bool kDealt, typename T>
-__device__ __forceinline__ Line line_of(const Skinny<T>& p, int block) {
-  if (!kDealt || !p.dealt) {
-    const int first = block * p.share;
-    return {first, min(p.share, p.total - first)};
-  }
-  const int items = p.total / p.steps, item = block % items, place = block / items;
-  const int parts = p.steps / p.share - 1, rest = p.steps - max(p.share - 1, 1);
-  const int begin = place * rest / parts, end = place < parts ? (place + 1) * rest / parts : p.steps;
-  return {item * p.steps + begin, end - begin};
-}
 
 /// Steps of a block that are of one item.
 struct Span {
@@ -136,8 +117,8 @@ __device__ __forceinline__ void copy_absmax(const Tiled4& w, char* to, int row_t
 
 /// Decodes nested absmax of all steps of a block, as they come, by the warps beside the one that asks.
 template <typename T, typename S>
-__device__ __forceinline__ void decode_absmax(const Skinny<T>& p, char* table, uint32_t coded,
-                                              uint32_t decoded, int stages, int first_step, int mine) {
+__device__ __forceinline__ void decode_absmax(const Skinny<T>& p, char* table, uint32_t coded, uint32_t full,
+                                              int stages, int first_step, int mine) {
   constexpr int kWords = kRowTiles * S::kTiles * 4;  // of codes: 4 are rows 2 j, 2 j + 8, 2 j + 1, 2 j + 9
   constexpr int kOwn = (kWords + kDecoders - 1) / kDecoders;
   const int thread = threadIdx.x - S::kConsumers - 32;
@@ -180,17 +161,16 @@ __device__ __forceinline__ void decode_absmax(const Skinny<T>& p, char* table, u
         const int word = thread + o * kDecoders;
         if (word >= kWords) break;
         const uint32_t codes = *reinterpret_cast<const uint32_t*>(here + S::kX + S::kCodes + word * 4);
-        uint32_t pairs[4];
+        float values[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float value = nested_value(map[codes >> (8 * e) & 255], scale[o][e], offset);
-          pairs[e] = pair_of<T>(value, value);
-        }
-        *reinterpret_cast<uint4*>(here + S::kPairsAt + word * 16) =
-            make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        for (int e = 0; e < 4; ++e)
+          values[e] = nested_value(map[codes >> (8 * e) & 255], scale[o][e], offset);
+        char* const to = here + S::kPairsAt + word / 8 * 64 + word % 4 * 16 + word / 4 % 2 * 4;
+        *reinterpret_cast<uint32_t*>(to) = pair_of<T>(values[0], values[1]);
+        *reinterpret_cast<uint32_t*>(to + 8) = pair_of<T>(values[2], values[3]);
       }
       __syncwarp();
-      if (threadIdx.x % 32 == 0) arrive(decoded + stage * 8);
+      if (threadIdx.x % 32 == 0) arrive(full + stage * 8);
       if (++stage == stages) {
         stage = 0;
         parity ^= 1;
@@ -240,15 +220,10 @@ struct Others {
   bool puts;  // this one is one of them
 };
 
-template <bool kDealt, typename T>
+template <typename T>
 __device__ __forceinline__ Others others_of(const Skinny<T>& p, int item) {
-  const int self = static_cast<int>(blockIdx.x);
-  if (kDealt && p.dealt) {
-    const int items = p.total / p.steps, parts = p.steps / p.share - 1;
-    return {item, items, parts, self / items < parts};
-  }
   const int from = item * p.steps / p.share, to = (item * p.steps + p.steps - 1) / p.share;
-  return {from, 1, to - from, to > self};
+  return {from, 1, to - from, to > static_cast<int>(blockIdx.x)};
 }
 
 /// Adds to the sums the parts of other blocks, whose places it leaves absent, or puts them down: then false.
@@ -325,19 +300,18 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const int stages = p.stages;
   const uint32_t ring = shared_address(table) + S::kRingAt;
-  // of each stage: all is there, but nested absmax; all warps that read it have done so; nested absmax is
-  // there; it is decoded
+  // of each stage: all is there, absmax decoded where other warps do that; all warps that read it have done
+  // so; absmax that other warps decode is there
   const uint32_t full = shared_address(table) + kTable + kMap, empty = full + kMostStages * 8;
-  const uint32_t coded = empty + kMostStages * 8, decoded = coded + kMostStages * 8;
+  const uint32_t coded = empty + kMostStages * 8;
   let_next_start();
-  const Line line = line_of<S::kDealt>(p, blockIdx.x);
-  const int first_step = line.first, mine = line.steps;
+  const int first_step = static_cast<int>(blockIdx.x) * p.share, mine = min(p.share, p.total - first_step);
 
   if (warp >= S::kConsumers / 32) {
     give_registers<kDepth == 2 ? 56 : 48>();
     if (warp > S::kConsumers / 32) {
       meet_at_start<S>();
-      if constexpr (S::kPairs) decode_absmax<T, S>(p, table, coded, decoded, stages, first_step, mine);
+      if constexpr (S::kPairs) decode_absmax<T, S>(p, table, coded, full, stages, first_step, mine);
       wait_for_results();
       return;
     }
@@ -405,12 +379,9 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
       prefetch_map(x_tiles);
       if (!p.absmax_apart) prefetch_map(absmax_tiles);
       for (int i = 0; i < stages; ++i) {
-        init_barrier(full + i * 8, 1);
+        init_barrier(full + i * 8, S::kPairs ? 1 + kDecoders / 32 : 1);
         init_barrier(empty + i * 8, S::kConsumers / 32);
-        if (S::kPairs) {
-          init_barrier(coded + i * 8, 1);
-          init_barrier(decoded + i * 8, kDecoders / 32);
-        }
+        if (S::kPairs) init_barrier(coded + i * 8, 1);
       }
       publish_barriers();
     }
@@ -471,6 +442,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
     float acc[kSums], part[2][kExact ? kSums : 1];
     uint32_t a[2][4][4] = {};
     float2 scale[2] = {};
+    uint2 pairs = {};  // of both tiles, where other warps decode absmax
 #pragma unroll
     for (int i = 0; i < kSums; ++i) acc[i] = 0.0f;
     // the product of tile q of a step is done: its registers are ours again
@@ -490,7 +462,6 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
     float own = 0.0f;  // nested: the absmax that this lane has decoded
     const auto load_step = [&](int i) __attribute__((always_inline)) {
       wait_barrier(full + stage * 8, parity);
-      if (S::kPairs) wait_barrier(decoded + stage * 8, parity);
       const char* const here = table + S::kRingAt + stage * S::kStage + S::kX;
       const char* const words = here + depth * (S::kCodes / kDepth) + row_warp * 1024 + lane * 16;
 #pragma unroll
@@ -498,9 +469,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
       const int first_tile = row_warp * S::kTiles + depth * 2;
       const char* const scales = here + S::kCodes + first_tile * S::kAbsmaxBytes;
       if (S::kPairs) {
-        const char* const pairs = here - S::kX + S::kPairsAt + first_tile * 64 + g * 8;
-#pragma unroll
-        for (int q = 0; q < 2; ++q) absmax[q] = *reinterpret_cast<const float2*>(pairs + q * 64);
+        pairs = *reinterpret_cast<const uint2*>(here - S::kX + S::kPairsAt + first_tile * 32 + g * 8);
       } else if (kNested) {
         const uint32_t code = *reinterpret_cast<const uint8_t*>(scales + t % 2 * 16 + 2 * g + t / 2);
         own = nested_value(reinterpret_cast<const float*>(table + kTable)[code], nested, offset);
@@ -519,8 +488,9 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
 #pragma unroll
       for (int j = 0; j < 4; ++j) look_up_compact(a[q][j], table, words[j], lane4);
       if (!kExact) {
-        const uint32_t low = S::kPairs ? __float_as_uint(scale[q].x) : pair_of<T>(scale[q].x, scale[q].x);
-        const uint32_t high = S::kPairs ? __float_as_uint(scale[q].y) : pair_of<T>(scale[q].y, scale[q].y);
+        const uint32_t pair = q ? pairs.y : pairs.x;
+        const uint32_t low = S::kPairs ? __byte_perm(pair, 0, 0x1010) : pair_of<T>(scale[q].x, scale[q].x);
+        const uint32_t high = S::kPairs ? __byte_perm(pair, 0, 0x3232) : pair_of<T>(scale[q].y, scale[q].y);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
 #pragma unroll
@@ -640,7 +610,7 @@ __global__ void __launch_bounds__(Shape<kTokens, kNested, kDepth>::kThreads,
         return;
       }
     }
-    deliver(sums, 0, others_of<S::kDealt>(p, item));
+    deliver(sums, 0, others_of(p, item));
   }
 #endif
 }
@@ -700,7 +670,6 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, float* parts) {
   p.absmax_apart = !is_aligned(absmax_data, 16);
   const int blocks = (p.total + p.share - 1) / p.share;
   const int of_item = p.steps % p.share == 0 ? p.steps / p.share : 0;  // blocks, where they have no other
-  p.dealt = S::kDealt && of_item > 2;
   p.paired = S::kPaired && of_item > 0 && of_item % 2 == 0 && blocks <= 2 * on.clusters_of(2);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(blocks));
