@@ -22,9 +22,9 @@
 // Blocks go from their last item to their first: what others wait for comes first, what a block has to wait
 // for itself comes last. It waits for blocks of lower numbers only, which started before it.
 //
-// Bound by memory, from 32 tokens on by shared memory. More than 64 tokens are several items for the same
-// rows, which decode the weight again: only where absmax or y are not on 16 bytes, as gemm4_sm90.cu needs
-// them.
+// Bound by memory, from 32 tokens on by the instructions of a step and shared memory. More than 64 tokens are
+// several items for the same rows, which decode the weight again: only where absmax or y are not on 16 bytes,
+// as gemm4_sm90.cu needs them.
 #include <algorithm>
 
 #include "launch.cuh"
