@@ -278,6 +278,11 @@ struct Words {
     const uint4 v = __ldg(static_cast<const uint4*>(from));
     return {{v.x, v.y, v.z, v.w}};
   }
+  /// The same of what makes room in the caches for what is still to be read.
+  static __device__ __forceinline__ Words load_once(const void* from) {
+    const uint4 v = __ldcs(static_cast<const uint4*>(from));
+    return {{v.x, v.y, v.z, v.w}};
+  }
 };
 
 /// A block's part of a row: vectors of 16 bytes where global memory has them aligned, so that the first and

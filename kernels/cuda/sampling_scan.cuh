@@ -257,7 +257,7 @@ struct Step {
   /// there are any, at `marks_from`, aligned.
   __device__ __forceinline__ void read_whole(int i, const T* from, const uint8_t* marks_from) {
     constexpr int N = 16 / static_cast<int>(sizeof(T));
-    vectors[i] = Words<T>::load(from + 32 * i * N);
+    vectors[i] = Words<T>::load_once(from + 32 * i * N);
     if constexpr (kSeen) {
       if (marks_from) {
         if constexpr (N == 8)
