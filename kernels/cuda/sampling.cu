@@ -718,9 +718,9 @@ cudaError_t launch_threads(const Launch& launch, cudaStream_t stream, int64_t ro
   using Store = Area<kThreads, T, kSeen>;
   constexpr int64_t kItem = sizeof(typename Store::Item), kOdd = 32 / kItem, kColumns = kThreads / 2;
   const int64_t fixed = Store::kFixed + Store::kSpare;
-  const int64_t room = (launch.shared / kResident<kThreads> - 1024 - 128 - fixed -
-                        static_cast<int64_t>(sizeof(Shared) + sizeof(Problem<T>))) /
-                       (kColumns * kItem);
+  const int64_t share = std::min(launch.shared / kResident<kThreads> - 1024, launch.block_shared);
+  const int64_t room =
+      (share - 128 - fixed - static_cast<int64_t>(sizeof(Shared) + sizeof(Problem<T>))) / (kColumns * kItem);
   const int64_t wanted = p.run * N / 64 + 64, most = std::min(std::min(room, wanted), int64_t{255});
   p.capacity = p.n >= kSampled && room >= wanted / 3
                    ? static_cast<int>((most + kOdd / 2) / kOdd * kOdd - kOdd / 2)
