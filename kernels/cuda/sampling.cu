@@ -328,7 +328,7 @@ __device__ __noinline__ int64_t choose_summed(int round, double of_warp, float m
 /// The same of what is remembered of a row, from `cut` up.
 template <int kThreads, typename T, bool kSeen>
 __device__ __noinline__ int64_t choose_remembered(int round, double of_warp, float most, float floor,
-                                                  float min_p, float cut, const Bounds& bounds, float scale) {
+                                                  float min_p, float cut, const Bounds bounds, float scale) {
   Sampler<kThreads, T, kSeen> sampler(round);
   const typename Sampler<kThreads, T, kSeen>::Kept kept{most, floor, min_p};
   const int64_t token = sampler.draw(of_warp, kept, [&](int warp, int slots) {
@@ -344,6 +344,11 @@ __device__ __noinline__ int64_t choose_remembered(int round, double of_warp, flo
   if (token != kSlowly) return token;
   return choose_slowly<kThreads, T, kSeen>(sampler.cluster.round, most, floor, 0, 1.0f);
 }
+
+/// Chooser::choose_seen().
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_seen(int round, const Seen seen, const Bounds bounds, float scale,
+                                            float top_p, float rest);
 
 /// The passes over a row, each with what is done after it.
 template <int kThreads, typename T, bool kSeen>
@@ -522,8 +527,14 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     }
     const Seen seen = bounds.high == INFINITY ? scan_run<kTail, kThreads, T, kSeen>(scale, bounds)
                                               : scan_run<kSplit, kThreads, T, kSeen>(scale, bounds);
+    return sampling::choose_seen<kThreads, T, kSeen>(cluster.round, seen, bounds, scale, top_p, rest);
+  }
+  /// What comes after its pass.
+  __device__ __forceinline__ int64_t choose_seen(const Seen& seen, const Bounds& bounds, float scale,
+                                                 float top_p, float rest) {
     const int slots = this->slots();
     const Remembered<kThreads, T, kSeen> remembered(bounds, scale, seen.items);
+    if (cluster.blocks == 1) remembered.tally();
     const Sums sums = sums_of_row(seen, this->of_slots(s.sums_of), seen.full ? NAN : remembered.above(slots));
     if (sums.value == -INFINITY) return in_one_thread(0);
     const float most = temperature().warm(sums.value);
@@ -532,24 +543,21 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
     const Weight total = static_cast<Weight>(all);
     // in units of the reference
     const double needed = static_cast<double>(top_p_target(top_p, total)) / unit;
-    float cut;
-    double of_warp = NAN;
+    float cut, low = bounds.low;
     // false too where `above` is NaN, for want of room
-    if (sums.above < needed && (remembered.find_narrowly(cluster, sums.value, sums.above, needed,
-                                                         sums.all - needed, slots, cut, of_warp) ||
-                                remembered.find(cluster, sums.value, sums.above, needed, cut))) {
+    if (sums.above < needed &&
+        ((cluster.blocks == 1 && remembered.find_tallied(sums.value, needed - sums.above, cut, low)) ||
+         remembered.find(cluster, low, sums.value, sums.above, needed, cut))) {
       const Temperature warmth = temperature();
       const typename Base::Kept kept{most, warmth.warm(cut), s.min_p};
       // min-p has to keep what is above the bound
       if (kept.min_p > 0.0f && sums.above > 0.0 && scaled_exp(warmth.warm(bounds.high) - most) < kept.min_p) {
         return slowly(most, kept.floor, 0, 1.0f);
       }
-      if (kept.min_p > 0.0f) {
-        of_warp =
-            remembered.weigh(cut, slots, [&](float x) { return kept.weight(warmth.warm(x), most) > 0; });
-      } else if (isnan(of_warp)) {  // not found on the way
-        of_warp = remembered.weigh(cut, slots, [](float) { return true; });
-      }
+      const double of_warp =
+          kept.min_p > 0.0f
+              ? remembered.weigh(cut, slots, [&](float x) { return kept.weight(warmth.warm(x), most) > 0; })
+              : remembered.weigh(cut, slots, [](float) { return true; });
       return choose_remembered<kThreads, T, kSeen>(cluster.round, of_warp, most, kept.floor, kept.min_p, cut,
                                                    bounds, scale);
     }
@@ -591,7 +599,7 @@ struct Chooser : Sampler<kThreads, T, kSeen> {
       const double weight = sums_of_row(seen, remembered.weigh(cut, slots, all), 0.0).all * unit;
       if (!isfinite(weight)) return slowly(most, -kLargest, wanted, top_p);
       const double needed = static_cast<double>(top_p_target(top_p, static_cast<Weight>(weight))) / unit;
-      remembered.find_from(cluster, cut, sums.value, needed, cut);
+      remembered.find(cluster, cut, sums.value, 0.0, needed, cut);
     }
     const typename Base::Kept kept{most, warmth.warm(cut), s.min_p};
     const double of_warp =
@@ -618,6 +626,11 @@ __device__ __noinline__ int64_t choose_many(float scale, Weight count, float top
 template <int kThreads, typename T, bool kSeen>
 __device__ __noinline__ int64_t choose_sums(int round, float scale, float top_p) {
   return Chooser<kThreads, T, kSeen>(round).choose_sums(scale, top_p);
+}
+template <int kThreads, typename T, bool kSeen>
+__device__ __noinline__ int64_t choose_seen(int round, const Seen seen, const Bounds bounds, float scale,
+                                            float top_p, float rest) {
+  return Chooser<kThreads, T, kSeen>(round).choose_seen(seen, bounds, scale, top_p, rest);
 }
 template <int kThreads, typename T, bool kSeen>
 __device__ __noinline__ int64_t choose_nucleus(int round, float scale, float top_p, float rest) {

@@ -14,6 +14,7 @@ constexpr int kMostBlocks = 8;  // of a cluster
 constexpr int kBucketBits = 9;
 constexpr int kBuckets = 1 << kBucketBits;  // of a histogram of weights
 constexpr int kBins = 512;                  // of the histogram of a sample
+constexpr int kPlaces = 1024;               // of the histogram of what a pass remembers
 constexpr int kSampled = 8192;              // logits of a sample
 constexpr int kAhead = 384;                 // vectors of a warp that L2 is asked for ahead: 6 KiB
 constexpr int kListed = 1024;               // tokens that one block ranks
@@ -78,9 +79,9 @@ struct alignas(16) Shared {
   union {
     uint2 sums[kBuckets];  // a sum each, in two words
     uint32_t counts[kBins];
-    float2 upto[kBins];          // of a sample: sums and sums of squares up to a bin, from the lowest logits
-    uint32_t warp_counts[1024];  // of the values in a window, for every warp
-    int32_t queue[kListed];      // groups that hold tokens for the list
+    uint32_t places[kPlaces];  // of the histogram of what is remembered
+    float gathered[kListed];   // what is in one of them
+    int32_t queue[kListed];    // groups that hold tokens for the list
   };
   Weight slots[2][kMostBlocks][3];  // what the blocks of the cluster tell each other, in turns
   Weight warps[kMostWarps];
@@ -88,14 +89,18 @@ struct alignas(16) Shared {
   double runs[2][kMostWarps];           // what tokens of each warp weigh
   double sums_of[kMostWarps][kSlots];   // and of the slots of its run
   double above_of[kMostWarps][kSlots];  // those above the upper bound
+  double beyond[kMostWarps];            // what a warp remembers that is above the histogram
+  double upto[kMostWarps];              // what the places of the threads of a warp weigh
+  double before;                        // and all those above the place found
   Weight above;                         // what lies above a bucket
   double uniform;                       // the random number
   float divisor, min_p;                 // the temperature; in units of 2^-40, 0 where it is off
-  int bucket;
+  int bucket, in_bucket;                // that is found, and how many are gathered of it
+  uint32_t of_bucket;                   // their sum
+  float cut;
   uint32_t least;
   int queued, listed, counted;  // groups on the queue; tokens on the list (the first block's), of this block
   int low_bin, high_bin;        // of the bounds of a cut, counted from the lowest logits
-  int narrow_low, narrow_high;  // of better ones, when the row's sum is known
   float rest;                   // what the row weighs beyond its top-p, for the second pass
   int round;                    // the cluster's, for the pass after one that chose no token
 };

@@ -67,8 +67,9 @@ __device__ __forceinline__ float count_sample(Cluster<kThreads>& cluster, const 
 #pragma unroll
   for (int q = 0; q < kMost; ++q) top = fmaxf(top, largest_of(sample[q]));
   top = warp_max(top);
-  // what a pass reads first is fetched while the sample is counted, but not before it is there
-  prefetch_run(row, lane == 0 && top > -INFINITY);
+  // What a pass reads first is fetched while the sample is counted, but not before that is there: of many
+  // blocks on a multiprocessor, the last to begin would wait for what the others have asked for.
+  if (cluster.blocks > 1) prefetch_run(row, lane == 0 && top > -INFINITY);
   if (lane == 0) s.pairs[warp].x = top;
   __syncthreads();
 #pragma unroll 1
@@ -81,18 +82,19 @@ __device__ __forceinline__ float count_sample(Cluster<kThreads>& cluster, const 
   }
   if (!(fabsf(top * scale) < kMostExponent)) return NAN;
   const float reference = reference_of(top, scale);
-  // not known to be 1: to count by ones there is another instruction, which is slow where the places differ
-  uint32_t one;
-  asm volatile("mov.u32 %0, 1;" : "=r"(one));
-#pragma unroll
+  // short code, as all of it has to be fetched while nothing else runs
+#pragma unroll 1
   for (int q = 0; q < kMost; ++q) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      // the last bin is also for what is -infinity or NaN, and weighs nothing
-      const float bin = fmaf(sample[q].value(j), -kFine * scale, kFine * reference);
-      if (bin < kBins - 1.0f) atomicAdd(&s.counts[static_cast<int>(fmaxf(0.0f, bin))], one);
+      // the last bin is also for what is -infinity or NaN, and is not looked at
+      const float bin = fmaf(sample[0].value(j), -kFine * scale, kFine * reference);
+      atomicAdd(&s.counts[static_cast<int>(fmaxf(0.0f, fminf(kBins - 1, bin)))], 1u);
     }
+#pragma unroll
+    for (int i = 1; i < kMost; ++i) sample[i - 1] = sample[i];
   }
+  if (cluster.blocks == 1) prefetch_run(row, lane == 0);
   return reference;
 }
 
@@ -109,14 +111,21 @@ __device__ __forceinline__ void find_places(const float2 (&upto)[kBins / kThread
                                             const Estimate& estimate, float least, float most, int& low,
                                             int& high) {
   constexpr int kOwn = kBins / kThreads;
+  int highest = kBins, lowest = -1;
 #pragma unroll
-  for (int i = kOwn - 1; i >= 0; --i) {
+  for (int i = 0; i < kOwn; ++i) {
     const int place = kOwn * static_cast<int>(threadIdx.x) + i;
     // as if four more of a bin's tokens were below it
     const float2 below = {upto[i].x + 4.0f * weight_of_bin(kBins - 1 - place), upto[i].y};
-    if (estimate(upto[i + 1], -kSure) >= most) atomicMin(&high, place);
-    if (estimate(below, kSure) <= least) atomicMax(&low, place);
+    if (estimate(upto[i + 1], -kSure) >= most) highest = min(highest, place);
+    if (estimate(below, kSure) <= least) lowest = place;
   }
+  // of a warp by one lane, as those of all would wait for each other
+  const int lane = threadIdx.x % 32;
+  const unsigned with_high = __ballot_sync(0xffffffffu, highest < kBins),
+                 with_low = __ballot_sync(0xffffffffu, lowest >= 0);
+  if (with_high != 0 && lane == __ffs(static_cast<int>(with_high)) - 1) atomicMin(&high, highest);
+  if (with_low != 0 && lane == 31 - __clz(static_cast<int>(with_low))) atomicMax(&low, lowest);
 }
 
 /// Bounds that hold but for a chance in a few hundred, from a sample of the row before penalties; NaN where
@@ -135,8 +144,8 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   if (isnan(reference)) return {NAN, NAN, NAN};
   cluster.barrier();
   if (thread == 0) {
-    s.low_bin = s.narrow_low = 0;
-    s.high_bin = s.narrow_high = kBins;
+    s.low_bin = 0;
+    s.high_bin = kBins;
   }
   // a thread's bins, the lower logits first
   const int bin = kBins - 1 - kOwn * thread;
@@ -148,6 +157,7 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) counts[i] += there.v[kOwn - 1 - i];
   }
+  if (thread == 0) counts[0] = 0;
   // sums and sums of squares
   float2 upto[kOwn + 1], own = {};
 #pragma unroll
@@ -171,6 +181,11 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   before.x -= own.x;
   before.y -= own.y;
   __syncthreads();
+  // for a histogram of what will be remembered, where the counts were
+  if (cluster.blocks == 1) {
+#pragma unroll
+    for (int i = 0; i < kPlaces; i += kThreads) s.places[i + thread] = 0;
+  }
   float2 total = {};
 #pragma unroll 4
   for (int w = 0; w < kThreads / 32; ++w) {
@@ -185,11 +200,6 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   for (int i = 1; i <= kOwn; ++i) {
     upto[i].x += before.x;
     upto[i].y += before.y;
-  }
-  // for narrow_bounds(), where the counts were
-  if (cluster.blocks == 1) {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) s.upto[kOwn * thread + i] = upto[i + 1];
   }
   // The deviation of what a part of the row weighs is the square root of the sum of the squares, and where
   // the sample has nothing there may still be some. The whole row weighs at least what lies below any value,
@@ -226,27 +236,6 @@ __device__ __noinline__ Bounds find_bounds(int round, float scale, float top_p, 
   const int low = s.low_bin, high = s.high_bin;
   return {edge_of_bin<T>(kBins - low, scale, reference),
           high >= kBins - 1 ? INFINITY : edge_of_bin<T>(kBins - 1 - high, scale, reference), reference};
-}
-
-/// Better ones, once the sum of the row is known and with it the rest. The sums of the sample are still in
-/// shared memory; only where one block has the row. Its last access to them is followed by a barrier.
-template <int kThreads, typename T>
-__device__ __forceinline__ Bounds narrow_bounds(const Bounds& bounds, float scale, float rest) {
-  Shared& s = shared();
-  constexpr int kOwn = kBins / kThreads;
-  const int first = kOwn * static_cast<int>(threadIdx.x);
-  float2 upto[kOwn + 1];
-  upto[0] = first > 0 ? s.upto[first - 1] : float2{};
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) upto[i + 1] = s.upto[first + i];
-  find_places<kThreads>(upto, Estimate::of<kThreads>(problem<T>(), kSamplesOf<kThreads, T>), 0.999f * rest,
-                        1.001f * rest, s.narrow_low, s.narrow_high);
-  __syncthreads();
-  const int low = s.narrow_low, high = s.narrow_high;
-  return {fmaxf(bounds.low, edge_of_bin<T>(kBins - low, scale, bounds.reference)),
-          high >= kBins - 1 ? bounds.high
-                            : fminf(bounds.high, edge_of_bin<T>(kBins - 1 - high, scale, bounds.reference)),
-          bounds.reference};
 }
 
 }  // namespace sampling

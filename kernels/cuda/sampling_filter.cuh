@@ -102,30 +102,33 @@ __device__ __forceinline__ float threshold(const Cluster<kThreads>& cluster, con
 
 /// The smallest of the cluster's items up to `high_value` that has less than `target` above it; none when all
 /// together are less. Weights are 2^(x * scale - reference). A thread has `count` items, of which those from
-/// `low_value` up are looked at, floats whose lowest kZero bits are zero. kAbove: the block's items above
-/// `high_value` count for the target too, and `own` is what the thread has there. The search is
-/// threshold()'s, but a sum is in words of 16 bits, so that no addition waits for another, and the last round
-/// of items that are all the same within a bucket only counts them.
-template <int kZero, bool kAbove, int kThreads, typename Items>
+/// `low_value` up are looked at, floats whose lowest kZero bits are zero. The search is threshold()'s, but a
+/// sum is in words of 16 bits, so that no addition waits for another, and the last round of items that are
+/// all the same within a bucket only counts them.
+template <int kZero, int kThreads, typename Items>
 __device__ __forceinline__ bool find_cut(const Cluster<kThreads>& cluster, const Items& items, int count,
                                          float low_value, float high_value, float scale, float reference,
-                                         double target, float& cut, float& own) {
+                                         double target, float& cut) {
   Shared& s = cluster.s;
   constexpr uint32_t kRest = (1u << kZero) - 1;
   uint32_t low = key_of(low_value) & ~kRest, high = key_of(high_value);
   // an item of the upper bound weighs 2^31 in the units of the histograms
   const auto weigh = [&](float x) { return __float2uint_rn(rough_exp2(fmaf(x - high_value, scale, 31.0f))); };
   const auto value_at = [](uint32_t key) { return value_of(key & 0x80000000u ? key : key | kRest); };
-  Weight above = 0, goal = 0;
-  own = 0.0f;
-  bool first = true, last = false;
+  if (!(target > 0.0)) return false;
+  const double exponent =
+      31.0 + static_cast<double>(reference) - static_cast<double>(high_value) * static_cast<double>(scale);
+  const Weight goal =
+      static_cast<Weight>(ceil(target * static_cast<double>(exp2f(static_cast<float>(exponent)))));
+  Weight above = 0;
+  bool last = false;
 #pragma unroll 1
   while (!last) {
     const int shift = max(kZero, 32 - kBucketBits - __clz(static_cast<int>(high - low | 1)));
     last = shift == kZero;
     const bool counting = kZero > 0 && last;  // all that is in a bucket is the same
     clear_buckets<kThreads>(s);
-    const auto add = [&](float x) {
+    items.each(count, value_of(low), value_of(high), [&](float x) {
       const uint32_t key = key_of(x);
       if (key < low || key > high) return;
       uint2* const sum = &s.sums[(key - low) >> shift];
@@ -136,30 +139,8 @@ __device__ __forceinline__ bool find_cut(const Cluster<kThreads>& cluster, const
         atomicAdd(&sum->x, w & 0xffff);
         atomicAdd(&sum->y, w >> 16);
       }
-    };
-    const float from = value_of(low), to = value_of(high);
-    if (kAbove && first) {
-      items.each(
-          count, from, to,
-          [&](float x) { own += x > high_value ? rough_exp2(fmaf(x, scale, -reference)) : 0.0f; }, add);
-      const float of_warp = warp_total(own);
-      if (threadIdx.x % 32 == 0) s.runs[1][threadIdx.x / 32] = of_warp;
-    } else {
-      items.each(
-          count, from, to, [](float) {}, add);
-    }
+    });
     cluster.barrier();
-    if (first) {
-      if constexpr (kAbove) {
-#pragma unroll 4
-        for (int w = 0; w < kThreads / 32; ++w) target -= s.runs[1][w];
-      }
-      if (!(target > 0.0)) return false;
-      const double exponent = 31.0 + static_cast<double>(reference) -
-                              static_cast<double>(high_value) * static_cast<double>(scale);
-      goal = static_cast<Weight>(ceil(target * static_cast<double>(exp2f(static_cast<float>(exponent)))));
-      first = false;
-    }
     Weight mine[kBuckets / kThreads];
     sum_buckets(cluster, mine, [&](uint2 sum, int bucket) {
       const Weight all = (static_cast<Weight>(sum.y) << 16) + sum.x;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../random.h"
-#include "sampling.cuh"
+#include "sampling_tally.cuh"
 
 namespace halfbyte::cuda {
 namespace sampling {
@@ -24,16 +24,6 @@ struct Seen {
   int items = 0;      // that it remembers
   bool full = false;  // there was no room for an item of its warp
 };
-
-/// Between what the cut of top-p lies, before the temperature.
-struct Bounds {
-  float low, high;
-  float reference;
-};
-
-/// What is remembered of a logit: as it is, or penalised.
-template <typename T, bool kSeen>
-using ItemOf = std::conditional_t<kSeen, float, T>;
 
 /// Dynamic shared memory: the largest values of a thread's groups, in a column; how many items a thread has
 /// up to the end of each slot; then the items. Tokens that are ranked later lie where they were.
@@ -58,83 +48,6 @@ struct Area {
   }
 };
 
-/// The items of a thread of the block. Two lanes share a column, which one fills from its beginning and the
-/// other from its end.
-template <typename Item>
-struct Column {
-  static constexpr int N = 16 / sizeof(Item);
-  Item* first;  // the thread's first item
-  int step;     // 1 or -1
-  __device__ __forceinline__ Column(Item* items, int thread, int capacity)
-      : first(items + (thread / 32 * 16 + thread % 16) * capacity + (thread & 16 ? capacity - 1 : 0)),
-        step(thread & 16 ? -1 : 1) {}
-  __device__ __forceinline__ float item(int i) const { return to_float(first[i * step]); }
-  /// The thread's items from `from` on, of which `left` are still to be seen; -infinity for what is not of
-  /// them.
-  __device__ __forceinline__ Words<Item> read(const uint4* from, int left) const {
-    const uint4 v = *from;
-    Words<Item> words{{v.x, v.y, v.z, v.w}};
-    if (left < N) {
-      const uint32_t valid = step > 0 ? (1u << left) - 1 : 0xffu << (N - left);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t keep =
-            N == 4 ? (valid >> i & 1 ? ~0u : 0u)
-                   : (valid >> (2 * i) & 1 ? 0xffffu : 0u) | (valid >> (2 * i) & 2 ? 0xffff0000u : 0u);
-        words.w[i] = (words.w[i] & keep) | (Words<Item>::nothing().w[i] & ~keep);
-      }
-    }
-    return words;
-  }
-  __device__ __forceinline__ const uint4* vectors() const {
-    return reinterpret_cast<const uint4*>(step > 0 ? first : first - (N - 1));
-  }
-  /// Calls body(words) for 16 bytes of the thread's `count` items after the other.
-  template <typename Body>
-  __device__ __forceinline__ void each_vector(int count, const Body& body) const {
-    const uint4* from = vectors();
-#pragma unroll 1
-    for (int left = count; left > 0; left -= N, from += step) body(read(from, left));
-  }
-  /// Calls see(x) for each item, and body(x) for those from `low` to `high`: they are few, and are found
-  /// again by their bits.
-  template <typename See, typename Body>
-  __device__ __forceinline__ void each(int count, float low, float high, const See& see,
-                                       const Body& body) const {
-    const uint4 *from = vectors(), *hits_from = from;
-    uint32_t hits = 0;
-    int bit = 0;
-#pragma unroll 1
-    for (int left = count; left > 0; left -= N) {
-      const Words<Item> words = read(from, left);
-      uint32_t here = 0;
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const float x = words.value(j);
-        see(x);
-        if (x >= low && x <= high) here |= 1u << j;
-      }
-      hits |= here << bit;
-      bit += N;
-      from += step;
-      if (bit < 32 && left > N) continue;
-#pragma unroll 1
-      while (hits != 0) {
-        const int at = __ffs(static_cast<int>(hits)) - 1;
-        hits &= hits - 1;
-        body(to_float(reinterpret_cast<const Item*>(hits_from + at / N * step)[at % N]));
-      }
-      hits_from = from;
-      bit = 0;
-    }
-  }
-};
-
-/// A reference that weights of logits up to `value` can have: 2^(logit * scale - reference) is 1 at most.
-__device__ __forceinline__ float reference_of(float value, float scale) {
-  return value > -INFINITY ? ceilf(value * scale) : 0.0f;
-}
-
 template <typename T>
 using PairOf = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
 
@@ -158,12 +71,6 @@ __device__ __forceinline__ void add_above(float& sum, float x, float bound, floa
       "@p add.f32 %0, %0, %3;\n}\n"
       : "+f"(sum)
       : "f"(x), "f"(bound), "f"(w));
-}
-/// A value of 16 bits in both halves of a word.
-template <typename T>
-__device__ __forceinline__ uint32_t bits_twice(float x) {
-  const T value = from_float<T>(x);
-  return *reinterpret_cast<const uint16_t*>(&value) * 0x10001u;
 }
 /// Puts x at `to`, which goes on by `step` bytes, where it is from `low` to `high` (kTail: from `low` up).
 /// Written out, so that nothing is a branch.

@@ -1,7 +1,7 @@
 // The search for the cut of top-p, or of a long top-k, in what a pass has remembered of a row: columns of
-// items in shared memory, one for two lanes. With the sum of the row known, better bounds leave a window of
-// the cut. Of 16 bits it has so few values that every warp counts its items of each; of 32 the search is over
-// histograms. Blocks of 256 threads have the former, of 512 the latter.
+// items in shared memory, one for two lanes. Where one block has the row, every thread puts its items into a
+// histogram as soon as its part of the row is read. Of bfloat16 that has a place for every value, and the cut
+// is one of them; else it has buckets, and the items of the bucket with the cut are few and are ranked.
 #pragma once
 
 #include "sampling_bounds.cuh"
@@ -19,8 +19,6 @@ struct Remembered {
   static constexpr int kWarps = kThreads / 32;
   /// The bits of a float that an item has not.
   static constexpr int kZero = sizeof(Item) == 4 ? 0 : std::is_same_v<T, bf16_t> ? 16 : 13;
-  /// Values of a window that a warp can count one by one.
-  static constexpr int kWindow = sizeof(Shared::warp_counts) / sizeof(uint32_t) / kWarps;
 
   Shared& s;
   Bounds bounds;
@@ -44,46 +42,48 @@ struct Remembered {
     return warp_total(lane < slots ? s.above_of[threadIdx.x / 32][lane] : 0.0);
   }
 
-  /// The cut with which `needed` is kept, between all that is remembered: `above` is what the row has above
-  /// it, `value` its largest logit. False when it does not lie there.
-  __device__ __forceinline__ bool find(const Cluster<kThreads>& cluster, float value, double above,
+  /// The cut with which `needed` is kept, between all that is remembered from `low` up: `above` is what the
+  /// row has above it, `value` its largest logit. False when it does not lie there.
+  __device__ __forceinline__ bool find(const Cluster<kThreads>& cluster, float low, float value, double above,
                                        double needed, float& cut) const {
-    float none;
-    return find_cut<kZero, false>(cluster, column(), count, bounds.low, fminf(value, bounds.high), scale,
-                                  bounds.reference, needed - above, cut, none);
+    return find_cut<kZero>(cluster, column(), count, low, fminf(value, bounds.high), scale, bounds.reference,
+                           needed - above, cut);
   }
-  /// The same of what is remembered from `low` up.
-  __device__ __forceinline__ bool find_from(const Cluster<kThreads>& cluster, float low, float value,
-                                            double needed, float& cut) const {
-    float none;
-    return find_cut<kZero, false>(cluster, column(), count, low, value, scale, bounds.reference, needed, cut,
-                                  none);
+  /// What the thread remembers, to a histogram that find_bounds() has cleared, while the sum of the row is
+  /// not known yet. Only where one block has the row; a barrier before find_tallied() follows.
+  __device__ __forceinline__ void tally() const {
+    const Tally<kThreads, Item> tally(bounds, scale);
+    float beyond = 0.0f;
+    column().each_vector(count, [&](const Words<Item>& words) { tally.add(words, beyond); });
+    if constexpr (!tally.kFew) {
+      beyond = warp_total(beyond);
+      if (threadIdx.x % 32 == 0) s.beyond[threadIdx.x / 32] = beyond;
+    }
   }
-  /// The same between better bounds, now that the sum of the row is known, and with it the `rest` beyond what
-  /// is needed: little goes through the histograms. Only where one block has the row: where several have it,
-  /// each has few items. `of_warp` is then what the warp keeps.
-  __device__ __forceinline__ bool find_narrowly(const Cluster<kThreads>& cluster, float value, double above,
-                                                double needed, double rest, int slots, float& cut,
-                                                double& of_warp) const {
-    if (cluster.blocks > 1) return false;
-    const Bounds narrow = narrow_bounds<kThreads, T>(bounds, scale, static_cast<float>(rest));
-    const float low = narrow.low, high = fminf(value, narrow.high);
-    if (!(low <= high)) return false;
-    if constexpr (sizeof(Item) == 2) {
-      if (low > 0.0f || high < 0.0f) {
-        const int from = bits_of(low), size = (bits_of(high) - from) * (low > 0.0f ? 1 : -1) + 1;
-        if (size <= kWindow) return find_in_window(low, high, from, needed, slots, cut, of_warp);
+  /// find() in that histogram, of which nothing is left then. Where the cut turns out to be above all its
+  /// places, `low` is raised to their end.
+  __device__ __forceinline__ bool find_tallied(float value, double goal, float& cut, float& low) const {
+    const Tally<kThreads, Item> tally(bounds, scale);
+    const auto& places = tally.places;
+    if constexpr (tally.kFew) {
+      const int largest = places.bits_of(fminf(value, bounds.high));
+      if (largest <= places.first || largest >= places.first + kPlaces - 1) return false;
+      tally.find(goal);
+      if (s.bucket < 1) return false;
+      cut = places.at(s.bucket);
+      return true;
+    } else {
+      if (!places.is_usable()) return false;
+#pragma unroll 4
+      for (int w = 0; w < kWarps; ++w) goal -= s.beyond[w];
+      if (!(goal > 0.0)) {
+        low = places.top;
+        return false;
       }
+      tally.find(goal);
+      if (s.bucket < 0) return false;
+      return find_in_bucket(tally, s.bucket, goal - s.before, cut);
     }
-    float own;
-    if (!find_cut<kZero, true>(cluster, column(), count, low, high, scale, bounds.reference, needed - above,
-                               cut, own)) {
-      return false;
-    }
-    column().each(
-        count, cut, high, [](float) {}, [&](float x) { own += weight(x); });
-    of_warp = static_cast<double>(warp_total(own)) + this->above(slots);
-    return true;
   }
   /// What threshold() searches, before the temperature.
   struct Items {
@@ -138,103 +138,58 @@ struct Remembered {
       for (int j = 0; j < Column<Item>::N; ++j) body(words.value(j));
     });
   }
-  static __device__ __forceinline__ int bits_of(float x) {
-    const T value = from_float<T>(x);
-    return *reinterpret_cast<const uint16_t*>(&value);
-  }
-  static __device__ __forceinline__ float value_of_bits(int bits) {
-    const uint16_t word = static_cast<uint16_t>(bits);
-    return to_float(*reinterpret_cast<const T*>(&word));
-  }
-  /// Adds the weight w of x to a sum where it is above `high`, and counts it at `at` where it is from `low`
-  /// to `high`. Written out, so that nothing is a branch.
-  static __device__ __forceinline__ void see(float x, float w, float low, float high, uint32_t at,
-                                             uint32_t one, float& sum) {
-    asm volatile(
-        "{\n.reg .pred p, q;\n"
-        "setp.gt.f32 p|q, %1, %4;\n"
-        "setp.ge.and.f32 q, %1, %3, q;\n"
-        "@p add.f32 %0, %0, %2;\n"
-        "@q red.shared.add.u32 [%5], %6;\n}\n"
-        : "+f"(sum)
-        : "f"(x), "f"(w), "f"(low), "f"(high), "r"(at), "r"(one)
-        : "memory");
-  }
-  /// find_narrowly() where the items from `low` to `high`, whose bits begin at `from`, have few values: every
-  /// warp counts its own of each, so that what it keeps is known at once.
-  __device__ __forceinline__ bool find_in_window(float low, float high, int from, double needed, int slots,
-                                                 float& cut, double& of_warp) const {
-    static_assert(kWindow == 128, "a lane has four values");
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, sign = low > 0.0f ? 1 : -1;
-    uint4* const counts = reinterpret_cast<uint4*>(s.warp_counts);
-    // the sums of the sample are not needed any more
-    counts[warp * 32 + lane] = make_uint4(0, 0, 0, 0);
-    __syncwarp();
-    const int step = 4 * sign;
-    const uint32_t base =
-        shared_address(s.warp_counts) + static_cast<uint32_t>(warp * kWindow * 4 - from * step);
-    uint32_t one;  // see count_sample()
-    asm volatile("mov.u32 %0, 1;" : "=r"(one));
-    float sums[2] = {};
-    column().each_vector(count, [&](const Words<Item>& words) {
-#pragma unroll
-      for (int j = 0; j < Column<Item>::N; ++j) {
-        const float x = words.value(j);
-        const int bits = static_cast<int>(j % 2 == 0 ? words.w[j / 2] & 0xffff : words.w[j / 2] >> 16);
-        see(x, weight(x), low, high, base + static_cast<uint32_t>(bits * step), one, sums[j % 2]);
-      }
+  /// The same in one bucket, whose items are few: they are ranked where the histogram was.
+  __device__ __forceinline__ bool find_in_bucket(const Tally<kThreads, Item>& tally, int bucket, double goal,
+                                                 float& cut) const {
+    const Line& line = tally.places;
+    const float place = static_cast<float>(bucket);
+    // what may be there is looked at again
+    const auto each_of_bucket = [&](const auto& body) {
+      column().each(count, fmaf(place - 1.0f, line.width, line.low), fmaf(place + 2.0f, line.width, line.low),
+                    [&](float x) {
+                      if (Line::number_of(line.bucket_of(x)) == bucket && x <= line.top) body(x);
+                    });
+    };
+    each_of_bucket([&](float x) {
+      const int at = atomicAdd(&s.in_bucket, 1);
+      if (at < kListed) s.gathered[at] = x;
     });
-    const double own = static_cast<double>(warp_total(sums[0] + sums[1])) + this->above(slots);
-    if (lane == 0) s.runs[1][warp] = own;
     __syncthreads();
-    // every warp for itself: a lane has four values, the first the largest of all
-    double goal = needed;
-    uint32_t counted[4] = {};
-#pragma unroll 4
-    for (int w = 0; w < kWarps; ++w) {
-      const uint4 there = counts[w * 32 + 31 - lane];
-      goal -= s.runs[1][w];
-      counted[0] += there.w;
-      counted[1] += there.z;
-      counted[2] += there.y;
-      counted[3] += there.x;
+    const int size = s.in_bucket;
+    if (size > kListed) {
+      // many are one value
+      const float first = s.gathered[0];
+      bool differs = false;
+      each_of_bucket([&](float x) { differs = differs || x != first; });
+      cut = first;
+      return __syncthreads_or(differs) == 0;
     }
-    if (!(goal > 0.0)) {
-      __syncthreads();  // the counts are read
-      return false;
-    }
-    float weights[4];
-    double upto = 0.0, parts[4];
+    const float exponent = line.exponent(0x1p23f + place);
+    const double wanted = fmin(fmax(1.0, ceil(goal / static_cast<double>(tally.unit(bucket)))),
+                               static_cast<double>(s.of_bucket));
+    // eight lanes an item
+    const int part = threadIdx.x % 8;
+#pragma unroll 1
+    for (int first = threadIdx.x / 32 * 4; first < size; first += kThreads / 8) {
+      const int i = first + static_cast<int>(threadIdx.x) % 32 / 8;
+      const float x = i < size ? s.gathered[i] : INFINITY;
+      double above = 0.0, with = 0.0;
+#pragma unroll 2
+      for (int j = part; j < size; j += 8) {
+        const float other = s.gathered[j];
+        const double w = line.weigh(other, exponent);
+        if (other > x) above += w;
+        if (other >= x) with += w;
+      }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      weights[i] = counted[i] > 0 ? weight(value_of_bits(from + (127 - 4 * lane - i) * sign)) : 0.0f;
-      parts[i] = static_cast<double>(weights[i]) * counted[i];
-      upto += parts[i];
+      for (int step = 4; step > 0; step /= 2) {
+        above += __shfl_xor_sync(0xffffffffu, above, step);
+        with += __shfl_xor_sync(0xffffffffu, with, step);
+      }
+      if (above < wanted && wanted <= with) s.cut = x;
     }
-    upto = warp_upto(upto);
-    double before = __shfl_up_sync(0xffffffffu, upto, 1);
-    if (lane == 0) before = 0.0;
-    int place = -1;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const double with = i == 3 ? upto : before + parts[i];
-      if (before < goal && goal <= with) place = 4 * lane + i;
-      before = with;
-    }
-    const unsigned found = __ballot_sync(0xffffffffu, place >= 0);
-    if (found == 0) {
-      __syncthreads();
-      return false;
-    }
-    place = __shfl_sync(0xffffffffu, place, __ffs(static_cast<int>(found)) - 1);
-    cut = value_of_bits(from + (127 - place) * sign);
-    const uint4 mine = counts[warp * 32 + 31 - lane];
-    const uint32_t kept[4] = {mine.w, mine.z, mine.y, mine.x};
-    double of_window = 0.0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      of_window += 4 * lane + i <= place ? static_cast<double>(weights[i]) * kept[i] : 0.0;
-    of_warp = own + warp_total(of_window);
+    __syncthreads();
+    cut = s.cut;
     return true;
   }
 };
