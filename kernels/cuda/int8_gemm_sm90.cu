@@ -21,6 +21,9 @@
 // Blocks stay and take items in turn, in bands of token tiles, so that what runs at once shares a and b in
 // L2. Items that do not fill the last round go to a cluster each, whose blocks divide K and exchange sums
 // through shared memory, in a fixed order.
+#include <atomic>
+#include <climits>
+
 #include "int8_gemm_sm90.cuh"
 
 namespace halfbyte::cuda {
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
   }
   const auto fetch_rows = [&](int stage, const CUtensorMap& map, int row, int column) {
     arrive_expecting(full + stage * 8, S::kStage);
-    if (kTokens <= 128)  // few tiles of tokens, at work at once: x, its codes and y may have L2
+    if (kTokens <= 128 || p.once)  // few tiles of tokens, at work at once: x, its codes and y may have L2
       fetch_tile_once(ring + stage * S::kStage, map, row, column, full + stage * 8);
     else
       fetch_tile(ring + stage * S::kStage, map, row, column, full + stage * 8);
@@ -147,6 +150,8 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
     const uint32_t to = ring + stage * S::kStage + kRowBytes + rank * (kHere * kStep);
     if (kPair)
       fetch_tile_for(to, map, token + rank * kHere, column, full + stage * 8, 3);
+    else if (kInRing && p.once)
+      fetch_tile_once(to, map, token, column, full + stage * 8);
     else
       fetch_tile(to, map, token, column, full + stage * 8);
   };
@@ -200,8 +205,8 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
         }
         if (kInRing && outliers && n == 0) {
           wait_barrier(outliers_gathered, 0);
-          publish_memory();
           columns = *columns_gathered;
+          if (columns > 0) publish_memory();
         }
         for (int round = 0; kInRing && round * kRoundColumns<T> < columns; ++round, next()) {
           wait_barrier(empty + stage * 8, parity);
@@ -304,11 +309,20 @@ __global__ void __launch_bounds__(Warps<kTokens>::kThreads, 1)
       } else {
         int gathered = 0, asked = 0;
         if (gathers) {
-          gathered = gatherer.gather_all(set, bits, reader);
-          if (reader == 0 && gathered > 0) {
-            if (lane == 0) wait_for_count(p.gathered, kReaders * gridDim.x);
-            __syncwarp();
+          // The readers of all blocks gather, and the first of each waits for the others. With 256 tokens
+          // blocks need not run at once: it waits a while and then makes all of it itself. All who write a
+          // place write the same.
+          const int own_share = reader * gridDim.x + blockIdx.x, shares = kReaders * gridDim.x;
+          for (bool alone = false;; alone = true) {
+            gathered = gatherer.gather_share(set, bits, alone ? 0 : own_share, alone ? 1 : shares);
+            if (alone) publish_memory();
+            if (alone || gathered == 0) break;
+            count_warp(p.gathered);
+            if (reader > 0) break;
+            const int there = lane == 0 ? wait_for_count(p.gathered, shares, kInRing ? 100 : INT_MAX) : 0;
+            if (!kInRing || __shfl_sync(0xffffffffu, there, 0) == shares) break;
           }
+          __syncwarp();
           if (kInRing && lane == 0) {
             *columns_gathered = gathered;
             arrive(outliers_gathered);
@@ -643,6 +657,8 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
   p.splits = cut.splits;
   p.part = (p.steps + p.splits - 1) / p.splits;
   p.whole_lines = n % 8 == 0 && is_aligned(p.out.y, 16) && is_aligned(p.out.residual, 16);
+  const int64_t x_bytes = product.m * product.k * static_cast<int64_t>(sizeof(T));
+  p.once = x_bytes + product.m * (product.k + n * static_cast<int64_t>(sizeof(T))) <= kKeptBytes;
   p.engine = !std::is_same_v<T, float> && p.whole_lines && !p.out.residual;
   Maps maps = {};
   constexpr int kBoxTokens = kPair ? kTokens / 2 : kTokens;
@@ -663,7 +679,18 @@ cudaError_t launch(const Launch& on, const Product8<T>& product, Cut cut) {
   shape.block = dim3(Warps<kTokens>::kThreads);
   shape.shared = Space<kTokens>::kBytes;
   shape.cluster = kPair ? 2 : static_cast<unsigned>(cut.splits);
-  shape.together = p.rest && p.rounds != 0;  // its blocks wait for each other
+  // blocks that wait for each other run at once, or, where that is refused (a partition of the device, or a
+  // share of it), each reads x for itself; with 256 tokens they need not
+  static std::atomic<bool> refused{false};
+  shape.together = kTokens <= 128 && p.rest && p.rounds != 0;
+  if (shape.together && !refused) {
+    error = launch_kernel(on, shape, int8_gemm_kernel<T, kTokens, kPair>, p, maps);
+    if (error == cudaSuccess) return error;
+    cudaGetLastError();
+    refused = true;
+  }
+  if (shape.together) p.rest = nullptr;
+  shape.together = false;
   return launch_kernel(on, shape, int8_gemm_kernel<T, kTokens, kPair>, p, maps);
 }
 

@@ -17,6 +17,7 @@ namespace halfbyte::cuda::int8_sm90 {
 constexpr int kRows = 128;                // of b, of a block
 constexpr int kStep = 128;                // bytes of a row in a step
 constexpr int kRowBytes = kRows * kStep;  // of b in a step
+constexpr int64_t kKeptBytes = 44 << 20;  // of x, its codes and y that may stay in L2 while b passes
 constexpr int kFewestSteps = 3;           // of an item; steps beyond K are zeros
 
 constexpr int64_t steps_of(int64_t k) { return std::max<int64_t>((k + kStep - 1) / kStep, kFewestSteps); }
@@ -73,6 +74,7 @@ struct Gemm8 {
   int rounds;                         // of whole items before the divided ones
   int splits, part;                   // blocks that divide K of an item, and their steps
   bool whole_lines;                   // see write_sums()
+  bool once;                          // codes of a and b are the first to leave L2
   bool engine;                        // y is written by the copy engine
 };
 
@@ -125,13 +127,14 @@ __device__ __forceinline__ void count_warp(uint32_t* count) {
   if (threadIdx.x % 32 == 0)
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;\n" ::"l"(count) : "memory");
 }
-/// By a thread, until that many have counted. All blocks run at once: there are no more than fit, and the
-/// next launch begins when all of these have.
-__device__ __forceinline__ void wait_for_count(const uint32_t* count, uint32_t most) {
-  [[maybe_unused]] uint32_t now;
-  while (*static_cast<const volatile uint32_t*>(count) != most) __nanosleep(64);
+/// By a thread, until that many have counted, or it has looked `looks` times, each about a microsecond; the
+/// count.
+__device__ __forceinline__ uint32_t wait_for_count(const uint32_t* count, uint32_t most, int looks) {
+  uint32_t now;
+  for (; (now = *static_cast<const volatile uint32_t*>(count)) != most && looks > 0; --looks) __nanosleep(64);
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(now) : "l"(count) : "memory");
   publish_memory();
+  return now;
 }
 
 /// A barrier of the consumers.
@@ -181,9 +184,9 @@ struct Gatherer {
       *reinterpret_cast<uint4*>(piece_at(tokens, unit % kGroups * 32 + lane, unit / kGroups)) =
           make_uint4(0, 0, 0, 0);
   }
-  /// What all columns hold of x, as far as there is room in p.rest, by the readers of all blocks: each takes
-  /// a share. Returns how many columns there are.
-  __device__ __forceinline__ int gather_all(const uint32_t* set, uint4 bits, int reader) {
+  /// Of what all columns hold of x, as far as there is room in p.rest, the share `share` of `shares`. Returns
+  /// how many columns there are.
+  __device__ __forceinline__ int gather_share(const uint32_t* set, uint4 bits, int share, int shares) {
     constexpr int kColumns = kRoundColumns<T>;
     const int lane = threadIdx.x % 32, groups = (p.m + 31) / 32;
     const int end = static_cast<int>((p.k + kStep - 1) / kStep) * kStep;
@@ -195,7 +198,7 @@ struct Gatherer {
       here = min(all - from, kColumns);
       const int parts = filled_slots(here * kPieces) / 8;
 #pragma unroll 1
-      for (int unit = reader * gridDim.x + blockIdx.x; unit < parts * groups; unit += kReaders * gridDim.x) {
+      for (int unit = share; unit < parts * groups; unit += shares) {
         const int64_t token = unit / parts * 32 + lane;
         if (token >= p.m) continue;
         const int first = unit % parts * 8;
@@ -209,7 +212,6 @@ struct Gatherer {
       __syncwarp();
       from += kColumns;
     } while (from < min(all, kRestRounds * kColumns));
-    if (all > 0) count_warp(p.gathered);
     return all;
   }
   /// Of the rows of picker `picker`: what `columns` of a round leave of its slots.

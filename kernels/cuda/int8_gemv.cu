@@ -10,7 +10,9 @@
 //             the order of k is free as long as x has the same. A step has two units: the even pieces of 16
 //             bytes, and the odd ones, so that a warp reads without bank conflicts
 //   x         every block quantises its part of x itself while its first weights are on their way: codes in
-//             shared memory [unit][row of x][64], from where 16 bytes a lane are the B fragments
+//             shared memory [unit][row of x][64], from where 16 bytes a lane are the B fragments. Where that
+//             is much, two blocks of a cluster quantise half of the rows each, for both: all of x in every
+//             block is more than L2 gives beside the weight
 //   outliers  an outlier has code 0. What the codes leave of x in its column is multiplied in 16 bits by the
 //             warp whose unit has the column, while the weights are in its registers: one more mma takes up
 //             to four columns of each lane's 16. A warp makes the B fragments once, and which bytes are the
@@ -33,11 +35,12 @@ namespace {
 
 constexpr int kMaxWarps = 16, kUnit = 64, kTile = 16, kMaxRows = 16;
 constexpr int kStep = 2 * kUnit, kStepBytes = kStep * kTile;
-constexpr int kMostDepth = 4;          // steps of a warp under way
-constexpr int kEarly = 2;              // of them asked for before the wait, and before x
-constexpr int kSumStride = kTile + 4;  // of sums of a row of x: without bank conflicts
-constexpr int kScales = 2048;          // rows of a block whose scb is fetched ahead
-constexpr int kCodeBytes = 128 << 10;  // of codes of x in a block
+constexpr int kMostDepth = 4;           // steps of a warp under way
+constexpr int kEarly = 2;               // of them asked for before the wait, and before x
+constexpr int kSumStride = kTile + 4;   // of sums of a row of x: without bank conflicts
+constexpr int kScales = 2048;           // rows of a block whose scb is fetched ahead
+constexpr int kCodeBytes = 128 << 10;   // of codes of x in a block
+constexpr int kSharedBytes = 48 << 10;  // of them that are worth two blocks that share their making
 
 /// n / d for small numbers: n * d is less than 2^16.
 struct Divisor {
@@ -56,12 +59,12 @@ struct Gemv8 {
   int split_bits;             // 2^ this blocks of a cluster divide K
   int share, rest_of_share;   // steps of a block; the first `rest_of_share` of a cluster have one more
   int warp_share, warp_rest;  // those of a warp, of `share`
-  Divisor rows_of_x, teams;   // m, and teams of warps, of which each takes a row of x
-  int64_t each, rest;         // row tiles of a cluster; the first `rest` have one more
-  int chunk;                  // row tiles between two reductions
-  int fragments;              // for which a warp has room
-  int depth;                  // steps under way
-  CUtensorMap map;            // sm_90: of the weight, in tiles of 16 rows
+  Divisor rows_of_x, own_rows, teams;  // m, rows of x that a block quantises, and teams of warps for each
+  int64_t each, rest;                  // row tiles of a cluster; the first `rest` have one more
+  int chunk;                           // row tiles between two reductions
+  int fragments;                       // for which a warp has room
+  int depth;                           // steps under way
+  CUtensorMap map;                     // sm_90: of the weight, in tiles of 16 rows
 };
 
 /// Bytes of a fragment: which bytes a lane takes, and x of up to 16 columns.
@@ -157,8 +160,22 @@ struct Fragment {
   }
 };
 
+/// Blocks of a cluster on their way to a common barrier: none of them waits, and what it has written to its
+/// own shared memory is there when the others go on.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\n" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;\n" ::: "memory");
+#endif
+}
+
 /// kGroups: of 8 rows of x. kKept: pieces of x in a lane's registers. kThreshold: there may be outliers.
-template <typename T, int kGroups, int kKept, bool kThreshold>
+/// kHelpers: blocks of a cluster that share the rows of x to be quantised, where none divides K.
+template <typename T, int kGroups, int kKept, bool kThreshold, int kHelpers>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_constant__ Gemv8<T> p) {
   extern __shared__ __align__(1024) char shared[];
   let_next_start();
@@ -244,15 +261,19 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
   }
   if (threadIdx.x < kMaxRows) common.part_most[threadIdx.x] = 0;
   __syncthreads();
+  if (kHelpers > 1) cluster_arrive();
   wait_for_results();
 
-  // x: teams of warps take a row each; a warp's pieces of it are 32 lanes wide, `teams` apart
+  // x: teams of warps take a row each, of those of this block; a warp's pieces of it are 32 lanes wide,
+  // `teams` apart
   using Part = Piece<T, 16 / sizeof(T)>;
   constexpr int kWide = 16 / sizeof(T);
   const int first_k = block_step * kStep, columns = block_steps * kStep;
   const int pieces = (columns + 32 * kWide - 1) / (32 * kWide);
-  const int teams = p.teams.d, team = warps >= m ? p.rows_of_x.divide(warp) : 0;
-  const int first_row = warps >= m ? warp - team * m : warp;
+  const int own_rows = kHelpers > 1 ? p.own_rows.d : m, next_row = warps * kHelpers;
+  const int teams = p.teams.d, team = warps >= own_rows ? p.own_rows.divide(warp) : 0;
+  const int first_row =
+      (warps >= own_rows ? warp - team * own_rows : warp) * kHelpers + (kHelpers > 1 ? cluster_rank() : 0);
   const int mine = team < teams && team < pieces ? p.teams.divide(pieces - team + teams - 1) : 0;
   const Threshold<T> threshold(layer.threshold);
   const auto column_of = [&](int i) { return ((team + i * teams) * 32 + lane) * kWide; };
@@ -283,8 +304,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
     Vec<uint32_t, kWide / 4> words;
     part.encode(scale, words.v);
     const int unit = column / kStep * 2 + column / 16 % 2;
-    int8_t* const to = codes + (unit * m + row) * kUnit + column % kStep / 32 * 16 + column % 16;
-    *reinterpret_cast<Vec<uint32_t, kWide / 4>*>(to) = words;
+    auto* const to = reinterpret_cast<Vec<uint32_t, kWide / 4>*>(codes + (unit * m + row) * kUnit +
+                                                                 column % kStep / 32 * 16 + column % 16);
+    if constexpr (kHelpers > 1) {
+#pragma unroll
+      for (int i = 0; i < kHelpers; ++i) *cluster_place(to, i) = words;
+    } else {
+      *to = words;
+    }
   };
   unsigned unclean = 0;  // bits for turns in which this thread has found outliers or NaN
   const auto clean = [&](int at, unsigned turn) {
@@ -299,7 +326,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
     return largest;
   };
   unsigned turn = 1;
-  for (int row = first_row; row < m && mine > 0; row += warps, turn *= 2) {
+  for (int row = first_row; row < m && mine > 0; row += next_row, turn *= 2) {
     float largest = 0.0f;
 #pragma unroll 1
     for (int at = 0; at < mine; at += kKept) {
@@ -313,10 +340,23 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
   for (int i = own_scale + blockDim.x; i < scales_here; i += blockDim.x) scales[i] = scb_at(i);
   __syncthreads();
 
-  const bool outliers = kThreshold && common.found;
+  bool outliers = kThreshold && common.found;
   if (kThreshold && threadIdx.x == 0) common.outlier_part = outliers ? 1.0f : 0.0f;
-  const unsigned* most = common.part_most;
-  if (splits > 1) {
+  const unsigned *own_most = common.part_most, *most = own_most;
+  if constexpr (kHelpers > 1) {  // to each other: the largest of x, and which columns have outliers
+    cluster_wait();
+    most = common.most_of;
+    for (int i = 0; i < kHelpers; ++i) {
+      const int row = threadIdx.x * kHelpers + cluster_rank();
+      if (row < m) *cluster_place(common.most_of + row, i) = common.part_most[row];
+      if (!outliers) continue;
+      *cluster_place(&common.found, i) = 1;
+      uint32_t* const its_bits = cluster_place(bits, i);
+      for (int w = threadIdx.x; w < block_steps * 4; w += blockDim.x) {
+        if (const uint32_t marks = bits[w]) atomicOr(its_bits + w, marks);
+      }
+    }
+  } else if (splits > 1) {
     cluster_barrier();
     if (threadIdx.x < m) {
       unsigned all = 0;
@@ -327,13 +367,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
       common.most_of[threadIdx.x] = all;
     }
     __syncthreads();
-    most = common.most_of;
+    own_most = most = common.most_of;
   }
 
-  const bool all_kept = first_row + warps >= m && mine <= kKept;
+  const bool all_kept = first_row + next_row >= m && mine <= kKept;
   turn = 1;
-  for (int row = first_row; row < m && mine > 0; row += warps, turn *= 2) {
-    const RowScale scale(__uint_as_float(most[row]));
+  for (int row = first_row; row < m && mine > 0; row += next_row, turn *= 2) {
+    const RowScale scale(__uint_as_float(own_most[row]));
 #pragma unroll 1
     for (int at = 0; at < mine; at += kKept) {
       if (!all_kept) {
@@ -347,6 +387,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
         encode(row, column, scale, kept[i]);
       }
     }
+  }
+
+  if constexpr (kHelpers > 1) {
+    cluster_barrier();
+    outliers = kThreshold && common.found;
   }
 
   // units of this warp: two of each of its steps. The step's place in the block, marks of a lane's 16 columns
@@ -432,7 +477,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
     }
     hot &= ~late;
   }
-  __syncthreads();
+  if constexpr (kHelpers > 1)
+    __syncwarp();
+  else
+    __syncthreads();
 
   int64_t tile = 0;
   int step = 0, slot = 0, next_fragment = 0;
@@ -645,13 +693,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
 }
 
 struct Plan {
-  int steps, splits, share, warps, kept;
+  int steps, splits, helpers, share, warps, kept;
 };
 
 /// How K is divided: among blocks where the codes of x would take too much room in one, which costs a few
 /// microseconds.
 Plan plan_for(const Launch& on, int64_t m, int64_t k, size_t element) {
-  Plan plan = {static_cast<int>((k + kStep - 1) / kStep), 1, 0, 0, 0};
+  Plan plan = {static_cast<int>((k + kStep - 1) / kStep), 1, 1, 0, 0, 0};
   const int most = on.arch >= 90 ? 8 : 1;
   const auto code_bytes = [&] { return plan.steps * int64_t{kStep} * m / plan.splits; };
   while (plan.splits < most && code_bytes() > kCodeBytes) plan.splits *= 2;
@@ -660,6 +708,8 @@ Plan plan_for(const Launch& on, int64_t m, int64_t k, size_t element) {
   // pieces of x of a lane: little code runs sooner, many are fetched together
   const int64_t bytes = plan.share * kStep * element, each = std::max<int64_t>(plan.warps / m, 1) * 512;
   plan.kept = bytes <= 2 * each ? 2 : 8;
+  const bool pairs = on.arch >= 90 && on.clusters_of(2) * 2 + 1 >= on.multiprocessors;
+  if (pairs && plan.splits == 1 && m <= 8 && code_bytes() >= kSharedBytes) plan.helpers = 2;
   return plan;
 }
 
@@ -673,7 +723,7 @@ constexpr std::array<Choice, 5> kChoices = {
 struct Budget {
   int room, sums;
 
-  explicit Budget(const Launch& on) : room(on.shared - 1024), sums(12 << 10) {}
+  explicit Budget(const Launch& on) : room(on.block_shared), sums(12 << 10) {}
 };
 
 /// Fragments for which a warp gets room: one for each of its units and a few more, where there is so much.
@@ -682,7 +732,7 @@ int fragments_of(const Plan& plan, int m, int pieces, int bytes) {
   return std::min(units + 3, bytes / (plan.warps * fragment_bytes(m, pieces)));
 }
 
-template <typename T, int kGroups, int kKept>
+template <typename T, int kGroups, int kKept, int kHelpers>
 cudaError_t launch(const Launch& on, const Plan& plan, const Linear8<T>& layer) {
   Gemv8<T> gemv = {};
   gemv.layer = layer;
@@ -694,10 +744,12 @@ cudaError_t launch(const Launch& on, const Plan& plan, const Linear8<T>& layer) 
   gemv.warp_share = gemv.share / plan.warps;
   gemv.warp_rest = gemv.share % plan.warps;
   gemv.rows_of_x = Divisor(gemv.m);
-  gemv.teams = Divisor(std::max(plan.warps / gemv.m, 1));
+  gemv.own_rows = Divisor((gemv.m + kHelpers - 1) / kHelpers);
+  gemv.teams = Divisor(std::max(plan.warps / gemv.own_rows.d, 1));
   const bool threshold = layer.threshold > 0.0f;
   const int64_t tiles = (layer.out.n + kTile - 1) / kTile;
-  const int64_t clusters = std::min<int64_t>(tiles, on.clusters_of(plan.splits));
+  const int64_t clusters =
+      std::min<int64_t>((tiles + kHelpers - 1) / kHelpers, on.clusters_of(plan.splits * kHelpers)) * kHelpers;
   gemv.each = tiles / clusters;
   gemv.rest = tiles % clusters;
   constexpr int kPieces = OutlierType<T>::kPieces;
@@ -724,9 +776,9 @@ cudaError_t launch(const Launch& on, const Plan& plan, const Linear8<T>& layer) 
   shape.grid = dim3(static_cast<unsigned>(clusters * plan.splits));
   shape.block = dim3(plan.warps * 32);
   shape.shared = static_cast<size_t>(room_of(gemv.chunk));
-  shape.cluster = static_cast<unsigned>(plan.splits);
-  return threshold ? launch_kernel(on, shape, gemv8_kernel<T, kGroups, kKept, true>, gemv)
-                   : launch_kernel(on, shape, gemv8_kernel<T, kGroups, kKept, false>, gemv);
+  shape.cluster = static_cast<unsigned>(plan.splits * kHelpers);
+  return threshold ? launch_kernel(on, shape, gemv8_kernel<T, kGroups, kKept, true, kHelpers>, gemv)
+                   : launch_kernel(on, shape, gemv8_kernel<T, kGroups, kKept, false, kHelpers>, gemv);
 }
 
 }  // namespace
@@ -748,8 +800,9 @@ bool int8_gemv_takes(const Launch& on, int64_t m, int64_t k) {
 template <typename T>
 cudaError_t int8_gemv(const Launch& on, const Linear8<T>& layer) {
   const Plan plan = plan_for(on, layer.m, layer.k, sizeof(T));
-  if (layer.m > 8) return launch<T, 2, 8>(on, plan, layer);
-  return plan.kept == 2 ? launch<T, 1, 2>(on, plan, layer) : launch<T, 1, 8>(on, plan, layer);
+  if (layer.m > 8) return launch<T, 2, 8, 1>(on, plan, layer);
+  if (plan.helpers > 1) return launch<T, 1, 8, 2>(on, plan, layer);
+  return plan.kept == 2 ? launch<T, 1, 2, 1>(on, plan, layer) : launch<T, 1, 8, 1>(on, plan, layer);
 }
 
 template cudaError_t int8_gemv(const Launch&, const Linear8<float>&);
