@@ -262,7 +262,6 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
   if (threadIdx.x < kMaxRows) common.part_most[threadIdx.x] = 0;
   __syncthreads();
   if (kHelpers > 1) cluster_arrive();
-  wait_for_results();
 
   // x: teams of warps take a row each, of those of this block; a warp's pieces of it are 32 lanes wide,
   // `teams` apart
@@ -276,18 +275,21 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
       (warps >= own_rows ? warp - team * own_rows : warp) * kHelpers + (kHelpers > 1 ? cluster_rank() : 0);
   const int mine = team < teams && team < pieces ? p.teams.divide(pieces - team + teams - 1) : 0;
   const Threshold<T> threshold(layer.threshold);
-  const auto column_of = [&](int i) { return ((team + i * teams) * 32 + lane) * kWide; };
-  const auto fetch_x = [&](int row, int i) {
-    const int at = column_of(i);
-    return at < columns && first_k + at < p.k ? Part::load(layer.x + row * layer.k + first_k + at)
-                                              : Part::zero();
+  static_assert(32 * kWide % kStep == 0);  // a lane's pieces are at one place of their steps
+  int first_column = (team * 32 + lane) * kWide, wide = teams * 32 * kWide;
+  const auto column_of = [&](int i) { return first_column + i * wide; };
+  const auto pieces_below = [&](int limit) {  // those of this lane
+    return min(mine, p.teams.divide((limit / kWide + 31 - lane) / 32 - team + teams - 1));
   };
+  int in_x = pieces_below(min(columns, p.k - first_k));
+  const int in_codes = pieces_below(columns);
+  asm volatile("" : "+r"(first_column), "+r"(wide), "+r"(in_x));  // known before the wait
+  wait_for_results();
   Part kept[kKept];  // the last that were fetched
   const auto fetch_some = [&](int row, int at) {
+    const T* const from = layer.x + row * layer.k + first_k + column_of(at);
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      if (at + i < mine) kept[i] = fetch_x(row, at + i);
-    }
+    for (int i = 0; i < kKept; ++i) kept[i] = at + i < in_x ? Part::load(from + i * wide) : Part::zero();
   };
   if (first_row < m) fetch_some(first_row, 0);
   // this thread's first of scb is on its way while the largest of x are found
@@ -299,13 +301,14 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
 #pragma unroll 1
   for (int i = early; i < p.depth; ++i) fetch();
 
-  const auto encode = [&](int row, int column, const RowScale& scale, Part part) {
+  int8_t* const first_code = codes + (first_column / kStep * 2 + first_column / 16 % 2) * m * kUnit +
+                             first_column % kStep / 32 * 16 + first_column % 16;
+  const int wide_code = wide / kStep * 2 * m * kUnit;
+  const auto encode = [&](int8_t* code, const RowScale& scale, Part part) {
     part.forget();
     Vec<uint32_t, kWide / 4> words;
     part.encode(scale, words.v);
-    const int unit = column / kStep * 2 + column / 16 % 2;
-    auto* const to = reinterpret_cast<Vec<uint32_t, kWide / 4>*>(codes + (unit * m + row) * kUnit +
-                                                                 column % kStep / 32 * 16 + column % 16);
+    auto* const to = reinterpret_cast<Vec<uint32_t, kWide / 4>*>(code);
     if constexpr (kHelpers > 1) {
 #pragma unroll
       for (int i = 0; i < kHelpers; ++i) *cluster_place(to, i) = words;
@@ -380,11 +383,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
         fetch_some(row, at);
         if (unclean & turn) clean(at, turn);
       }
+      int8_t* const code = first_code + row * kUnit + at * wide_code;
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
-        const int column = column_of(at + i);
-        if (at + i >= mine || column >= columns) continue;
-        encode(row, column, scale, kept[i]);
+        if (at + i < in_codes) encode(code + i * wide_code, scale, kept[i]);
       }
     }
   }
