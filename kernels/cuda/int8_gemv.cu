@@ -27,7 +27,7 @@
 #include <array>
 
 #include "cluster.cuh"
-#include "int8_outliers.cuh"
+#include "int8_fragment.cuh"
 #include "tma_sm90.cuh"
 
 namespace halfbyte::cuda {
@@ -67,14 +67,11 @@ struct Gemv8 {
   CUtensorMap map;                     // sm_90: of the weight, in tiles of 16 rows
 };
 
-/// Bytes of a fragment: which bytes a lane takes, and x of up to 16 columns.
-__host__ __device__ constexpr int fragment_bytes(int m, int pieces) { return 32 + 32 * m * pieces; }
-
 /// What a block's threads tell each other.
 struct Shared {
   unsigned most_of[kMaxRows], part_most[kMaxRows];
-  int found;           // not 0: this block has outlier columns
-  float outlier_part;  // the same, to be read by other blocks
+  int found, found_by_any;  // not 0: this block, or one of those that share x, has found outliers
+  float outlier_part;       // the same, to be read by other blocks
 };
 
 /// Where the parts of a block's shared memory begin.
@@ -82,11 +79,11 @@ struct Room {
   int codes, scales, bits, fragments, sums, barriers, common, total;
 
   __host__ __device__ Room(int depth, int m, int steps, int64_t rows, int chunk, int warps,
-                           int fragment_bytes) {
+                           int fragment_bytes, int helpers) {
     codes = depth * warps * kStepBytes;
     scales = codes + steps * kStep * m;
     bits = scales + static_cast<int>(rows < kScales ? rows : kScales) * 4;
-    fragments = bits + (fragment_bytes > 0 ? steps * (kStep / 8) : 0);
+    fragments = bits + (fragment_bytes > 0 ? steps * (kStep / 8) * (helpers > 1 ? 2 : 1) : 0);
     sums = fragments + fragment_bytes;
     barriers = sums + chunk * warps * m * kSumStride * 4;
     common = barriers + depth * warps * 8;
@@ -112,53 +109,6 @@ __device__ __forceinline__ int largest_of_warp(int x) {  // x >= 0
   return static_cast<int>(warp_max(static_cast<float>(x)));
 #endif
 }
-
-/// Up to 16 outlier columns of a unit as mma m16n8k16 multiplies them: lane (g, t) takes up to four of its 16
-/// bytes of rows g and g + 8, and what the codes leave of rows g (and g + 8) of x there.
-template <typename T, int kGroups>
-struct Fragment {
-  using Half = typename OutlierType<T>::type;
-  static constexpr int kPieces = OutlierType<T>::kPieces;
-  static constexpr uint32_t kMore = 1 << 16;  // in `select`: another one of this unit follows
-  uint32_t select, upper;                     // bytes among the lower and the upper 8; those of the upper
-  uint2 x[kPieces][kGroups];
-
-  /// The four bytes.
-  __device__ __forceinline__ uint32_t pick(const uint4& v) const {
-    const uint32_t low = __byte_perm(v.x, v.y, select), high = __byte_perm(v.z, v.w, select);
-    return (low & ~upper) | (high & upper);
-  }
-  /// Codes 2 i and 2 i + 1 of four, exact.
-  static __device__ __forceinline__ uint32_t pair(uint32_t codes, int i) {
-    const uint32_t at = i ? 0x4342 : 0x4140;
-    if constexpr (std::is_same_v<Half, half_t>) {  // 1024 + 128 + code
-      const uint32_t word = __byte_perm(codes ^ 0x80808080u, 0x64646464u, at), base = 0x64806480u;
-      const __half2 pair =
-          __hsub2(*reinterpret_cast<const __half2*>(&word), *reinterpret_cast<const __half2*>(&base));
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    } else {  // 128 + its lower 7 bits, and 128, or 256 where it is negative
-      const uint32_t word = __byte_perm(codes & 0x7f7f7f7fu, 0x43434343u, at),
-                     base = __byte_perm(codes & 0x80808080u, 0x43434343u, at);
-      const __nv_bfloat162 pair = __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&word),
-                                          *reinterpret_cast<const __nv_bfloat162*>(&base));
-      return *reinterpret_cast<const uint32_t*>(&pair);
-    }
-  }
-  __device__ __forceinline__ void add(float (&sums)[kGroups][4], const uint4& low, const uint4& high) const {
-    const uint32_t first = pick(low), second = pick(high);
-    const uint32_t a[4] = {pair(first, 0), pair(second, 0), pair(first, 1), pair(second, 1)};
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        float more[4];
-        multiply_first(more, a, x[piece][group].x, x[piece][group].y, Half{});
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[group][e] += more[e];
-      }
-    }
-  }
-};
 
 /// Blocks of a cluster on their way to a common barrier: none of them waits, and what it has written to its
 /// own shared memory is there when the others go on.
@@ -194,10 +144,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
   constexpr int kPieces = Outliers::kPieces;
   const int fragment_size = fragment_bytes(m, kPieces);
   const Room room(p.depth, m, p.share + (p.rest_of_share > 0 ? 1 : 0), (p.each + 1) * kTile, p.chunk, warps,
-                  kThreshold ? warps * p.fragments * fragment_size : 0);
+                  kThreshold ? warps * p.fragments * fragment_size : 0, kHelpers);
   int8_t* const codes = reinterpret_cast<int8_t*>(shared + room.codes);
   float* const scales = reinterpret_cast<float*>(shared + room.scales);
   uint32_t* const bits = reinterpret_cast<uint32_t*>(shared + room.bits);
+  uint32_t* const own_bits = kHelpers > 1 ? bits + block_steps * 4 : bits;  // found in the rows of this block
   char* const fragments = shared + room.fragments + warp * p.fragments * fragment_size;
   int* const sums = reinterpret_cast<int*>(shared + room.sums);  // [chunk][warps][m][kSumStride]
   Shared& common = *reinterpret_cast<Shared*>(shared + room.common);
@@ -256,8 +207,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
   for (int i = 0; i < early; ++i) fetch();
 
   if (kThreshold) {
-    for (int i = threadIdx.x; i < block_steps * 4; i += blockDim.x) bits[i] = 0;
-    if (threadIdx.x == 0) common.found = 0;
+    for (int i = threadIdx.x; i < block_steps * (kHelpers > 1 ? 8 : 4); i += blockDim.x) bits[i] = 0;
+    if (threadIdx.x == 0) common.found = common.found_by_any = 0;
   }
   if (threadIdx.x < kMaxRows) common.part_most[threadIdx.x] = 0;
   __syncthreads();
@@ -317,12 +268,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
     }
   };
   unsigned unclean = 0;  // bits for turns in which this thread has found outliers or NaN
-  const auto clean = [&](int at, unsigned turn) {
+  const auto clean = [&](int at, unsigned turn, bool marks) {
     bool cleaned = false;
     const float largest =
         look_at<kThreshold>(kept, mine - at, threshold, &cleaned, [&](int i, unsigned outliers) {
+          if (!marks) return;
           const int column = column_of(at + i);
-          atomicOr(bits + column / 32, outliers << (column % 32));
+          atomicOr(own_bits + column / 32, outliers << (column % 32));
           common.found = 1;
         });
     if (cleaned) unclean |= turn;
@@ -334,7 +286,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
 #pragma unroll 1
     for (int at = 0; at < mine; at += kKept) {
       if (row > first_row || at > 0) fetch_some(row, at);
-      largest = fmaxf(largest, clean(at, turn));
+      largest = fmaxf(largest, clean(at, turn, true));
     }
     largest = most_of_warp(largest);
     if (lane == 0) atomicMax(common.part_most + row, __float_as_uint(largest));
@@ -353,10 +305,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
       const int row = threadIdx.x * kHelpers + cluster_rank();
       if (row < m) *cluster_place(common.most_of + row, i) = common.part_most[row];
       if (!outliers) continue;
-      *cluster_place(&common.found, i) = 1;
+      if (threadIdx.x == 0) *cluster_place(&common.found_by_any, i) = 1;
       uint32_t* const its_bits = cluster_place(bits, i);
       for (int w = threadIdx.x; w < block_steps * 4; w += blockDim.x) {
-        if (const uint32_t marks = bits[w]) atomicOr(its_bits + w, marks);
+        if (const uint32_t marks = own_bits[w]) atomicOr(its_bits + w, marks);
       }
     }
   } else if (splits > 1) {
@@ -381,7 +333,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
     for (int at = 0; at < mine; at += kKept) {
       if (!all_kept) {
         fetch_some(row, at);
-        if (unclean & turn) clean(at, turn);
+        if (unclean & turn) clean(at, turn, false);
       }
       int8_t* const code = first_code + row * kUnit + at * wide_code;
 #pragma unroll
@@ -393,7 +345,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) gemv8_kernel(const __grid_c
 
   if constexpr (kHelpers > 1) {
     cluster_barrier();
-    outliers = kThreshold && common.found;
+    outliers = kThreshold && common.found_by_any;
   }
 
   // units of this warp: two of each of its steps. The step's place in the block, marks of a lane's 16 columns
@@ -759,7 +711,7 @@ cudaError_t launch(const Launch& on, const Plan& plan, const Linear8<T>& layer) 
   const auto room_of = [&](int64_t chunk) {
     const int bytes = threshold ? plan.warps * gemv.fragments * fragment_bytes(gemv.m, kPieces) : 0;
     return Room(gemv.depth, gemv.m, plan.share, (gemv.each + 1) * kTile, static_cast<int>(chunk), plan.warps,
-                bytes)
+                bytes, kHelpers)
         .total;
   };
   const int64_t longest = gemv.each + (gemv.rest > 0), tile_bytes = room_of(1) - room_of(0);
@@ -792,7 +744,7 @@ bool int8_gemv_takes(const Launch& on, int64_t m, int64_t k) {
   const Budget budget(on);
   const auto room_of = [&](int chunk) {
     return Room(kChoices.back().depth, static_cast<int>(m), plan.share, kScales, chunk, plan.warps,
-                kChoices.back().fragments)
+                kChoices.back().fragments, plan.helpers)
         .total;
   };
   const int most = room_of(0) + std::max(budget.sums, room_of(1) - room_of(0));
