@@ -1,6 +1,6 @@
 // y = x w^T + bias + residual with a tiled 4-bit weight and many rows of x (65 and more), on sm_90a: the
 // weight is the A operand of wgmma, decoded on the way from shared memory into registers; x is B. 256 tokens
-// at a time are bound by the tensor cores, 128 by shared memory.
+// at a time are bound by the tensor cores, 128 by the instructions that decode.
 //
 // A block makes 128 rows of the weight times 256 tokens, or 64, 128 or 192 rows times 128: a producer warp
 // and a consumer warpgroup for every 64 rows. One step is 64 k:
@@ -10,7 +10,8 @@
 //             three times as long for one that is not there; what lies in their place makes sums that
 //             nobody stores
 //   decode    a byte permute makes an address, a look-up makes two weights (table4.cuh), one product scales
-//             them by absmax rounded to their type; done while the product of the step before runs
+//             them by absmax rounded to their type; done while the product of the step before runs, of
+//             which 128 tokens issue each half as soon as it is decoded
 //   end       after the steps of an item each warpgroup is lent a stage of the ring: the residual comes into
 //             it, fp32 sums + bias + residual are rounded once and turned round in it, the copy engine writes
 //             it to y while the next item is made. Without the engine (y or the residual not on 16 bytes)
@@ -42,8 +43,12 @@ struct Shape {
       ((227 << 10) - kTable4Bytes - kGroups * kStaging - 256) / (kX + kCodes + kAbsmax);
   static constexpr int kCodesAt = kTable4Bytes + kStages * kX, kAbsmaxAt = kCodesAt + kStages * kCodes;
   static constexpr int kStagingAt = kAbsmaxAt + kStages * kAbsmax;
-  static constexpr int kBarriersAt = kStagingAt + kGroups * kStaging, kArrivedAt = kBarriersAt + kStages * 16;
+  static constexpr int kBarriersAt = kStagingAt + kGroups * kStaging,
+                       kArrivedAt = kBarriersAt + kStages * 16 + 8;
   static constexpr int kBytes = kArrivedAt + 8;
+  /// Whether there are stages to read the codes of a step two steps before its product, not one, while those
+  /// that are lent for y are not free yet.
+  static constexpr bool kAhead = kStages >= kGroups + 3;
   static_assert(kStages >= kGroups + 2 && kBytes <= 227 << 10);
 
   /// Where the ring was when an item is divided: what other blocks send, then results.
@@ -86,24 +91,24 @@ struct Gemm4 {
 template <bool kNested>
 struct Tile {
   uint4 codes;
-  float2 scale;   // nested: x = the nested absmax
-  uint32_t code;  // nested: its byte
+  float2 scale;
+  uint32_t code;        // nested: its byte,
+  float nested = 0.0f;  // and what multiplies its value
 
-  /// `block` is the number of the lane's nested absmax in the flat order, `first` says that the one before it
-  /// was not read.
-  __device__ __forceinline__ void read(const char* code_bytes, const char* absmax_bytes, const float* nested,
-                                       int64_t block, bool first) {
+  __device__ __forceinline__ void read(const char* code_bytes, const char* absmax_bytes) {
     codes = *reinterpret_cast<const uint4*>(code_bytes);
-    if (kNested) {
+    if (kNested)
       code = *reinterpret_cast<const uint8_t*>(absmax_bytes);
-      if (first || block % kNestedBlocksize == 0) scale.x = nested[block / kNestedBlocksize];
-    } else {
+    else
       scale = *reinterpret_cast<const float2*>(absmax_bytes);
-    }
   }
-  __device__ __forceinline__ float2 absmax(const char* table, float offset, uint32_t lane4) const {
+  /// Nested: what its byte stands for.
+  __device__ __forceinline__ float value(const char* table, uint32_t lane4) const {
+    return kNested ? map_value(table, code, lane4) : 0.0f;
+  }
+  __device__ __forceinline__ float2 absmax(float own, float offset) const {
     if (!kNested) return scale;
-    const float own = nested_value(map_value(table, code, lane4), scale.x, offset);
+    own = nested_value(own, nested, offset);
     return make_float2(__shfl_sync(0xffffffffu, own, 0, 2), __shfl_sync(0xffffffffu, own, 1, 2));
   }
 };
@@ -111,6 +116,11 @@ struct Tile {
 /// arrive() for each warp of a warpgroup.
 __device__ __forceinline__ void arrive_for_group(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 4;\n" ::"r"(barrier) : "memory");
+}
+
+/// Has it in L2 when it is read.
+__device__ __forceinline__ void prefetch(const float* at) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(at));
 }
 
 /// An item of a block: which, and its k tiles.
@@ -142,26 +152,31 @@ __device__ __forceinline__ Place place_of(const Gemm4<T>& p, int item) {
   return {in_band / width, band * p.band + in_band % width};
 }
 
-/// fill_table4() by the first kThreads threads of the block, while another one asks for tiles; all of their
-/// reads of the map are under way together.
+/// fill_table4() by kThreads threads, while another one asks for tiles; all of their reads of the map are
+/// under way together, and while the pairs are written.
 template <int kThreads>
-__device__ __forceinline__ void fill_table(char* table, const Book4& book, const float* map) {
+__device__ __forceinline__ void fill_table(char* table, const Book4& book, const float* map, int thread) {
   constexpr int kPieces = 256 * 8, kEach = (kPieces + kThreads - 1) / kThreads;
-  const int own = threadIdx.x;
   float value[kEach] = {};
   if (map) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) value[i] = map[min(own + i * kThreads, kPieces - 1) / 8];
+    for (int i = 0; i < kEach; ++i) value[i] = map[min(thread + i * kThreads, kPieces - 1) / 8];
   }
+  const auto each_piece = [&](const auto& write) __attribute__((always_inline)) {
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int at = own + i * kThreads, byte = at / 8;
-    if (at >= kPieces) break;
+    for (int i = 0; i < kEach; ++i) {
+      const int at = thread + i * kThreads;
+      if (at < kPieces) write(i, at / 8, table + at / 8 * 256 + at % 8 * 16);
+    }
+  };
+  each_piece([&](int, int byte, char* to) {
     const uint32_t pair = book.bits[byte >> 4] | static_cast<uint32_t>(book.bits[byte & 15]) << 16;
-    char* const entry = table + byte * 256 + at % 8 * 16;
-    *reinterpret_cast<uint4*>(entry) = make_uint4(pair, pair, pair, pair);
-    if (map) *reinterpret_cast<float4*>(entry + 128) = make_float4(value[i], value[i], value[i], value[i]);
-  }
+    *reinterpret_cast<uint4*>(to) = make_uint4(pair, pair, pair, pair);
+  });
+  if (!map) return;
+  each_piece([&](int i, int, char* to) {
+    *reinterpret_cast<float4*>(to + 128) = make_float4(value[i], value[i], value[i], value[i]);
+  });
 }
 
 /// Turns a warpgroup's sums of kTokens tokens round into `results` [kTokens][128 bytes], swizzled, for the
@@ -201,23 +216,22 @@ template <int kSplits, typename S, typename T>
 __device__ __forceinline__ void finish_divided(const Gemm4<T>& p, const CUtensorMap& y,
                                                const float (&acc)[S::kTokens / 2], char* table, int group,
                                                int64_t first_row, int64_t first_token) {
-  if constexpr (S::fits(kSplits)) {
-    constexpr int kShare = S::kTokens / kSplits;
-    char* const ring = table + kTable4Bytes;
-    float total[kShare / 2];
-    exchange_sums<kSplits, S::kConsumers>(total, acc, ring, shared_address(table) + S::kArrivedAt);
-    first_token += cluster_rank() * kShare;
-    if (!p.engine || p.out.residual) {
-      write_sums<kShare>(p.out, p.m, p.whole_lines, total, table + S::kStagingAt + group * kStaging, group,
-                         first_row, first_token);
-      return;
-    }
-    const uint32_t results = shared_address(ring) + S::received(kSplits) + group * (kShare * 128);
-    turn_sums<kShare>(p.out, total, results, false, first_row);
-    group_barrier(group);
-    if (threadIdx.x % kGroup == 0)
-      store_tile(y, results, static_cast<int>(first_token), static_cast<int>(first_row));
+  static_assert(S::fits(kSplits));
+  constexpr int kShare = S::kTokens / kSplits;
+  char* const ring = table + kTable4Bytes;
+  float total[kShare / 2];
+  exchange_sums<kSplits, S::kConsumers>(total, acc, ring, shared_address(table) + S::kArrivedAt);
+  first_token += cluster_rank() * kShare;
+  if (!p.engine || p.out.residual) {
+    write_sums<kShare>(p.out, p.m, p.whole_lines, total, table + S::kStagingAt + group * kStaging, group,
+                       first_row, first_token);
+    return;
   }
+  const uint32_t results = shared_address(ring) + S::received(kSplits) + group * (kShare * 128);
+  turn_sums<kShare>(p.out, total, results, false, first_row);
+  group_barrier(group);
+  if (threadIdx.x % kGroup == 0)
+    store_tile(y, results, static_cast<int>(first_token), static_cast<int>(first_row));
 }
 
 #endif  // HALFBYTE_WGMMA
@@ -228,13 +242,17 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #if HALFBYTE_WGMMA
   constexpr int kTokens = S::kTokens, kRows = S::kRows, kConsumers = S::kConsumers, kStages = S::kStages;
   constexpr int kAbsmaxBytes = kNested ? kRows : kRows * 4;
+  // Tiles of x that are asked for at once when a block begins: few, so that they come in their order, but for
+  // the kernel that x limits from then on.
+  constexpr int kFirst = S::kGroups == 1 && !kNested ? kStages : 2;
   extern __shared__ __align__(1024) char table[];
   const uint32_t shared = shared_address(table);
   const uint32_t ring = shared + kTable4Bytes, full = shared + S::kBarriersAt, empty = full + kStages * 8;
   const int lane = threadIdx.x % 32, g = lane / 4;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);  // known to be uniform
   const bool consumes = warp < kConsumers / 32;
-  const uint32_t lane4 = lane * 4;
+  uint32_t lane4 = lane * 4;
+  asm volatile("" : "+r"(lane4));  // kept, not made again in every step
   let_next_start();
 
   if (threadIdx.x == kConsumers) {
@@ -242,6 +260,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       init_barrier(full + i * 8, 1);
       init_barrier(empty + i * 8, kConsumers / 32);
     }
+    init_barrier(empty + kStages * 8, 1);  // nobody waits for it
     init_barrier(shared + S::kArrivedAt, 1);
     arrive_expecting(shared + S::kArrivedAt, S::received(p.splits));
     publish_barriers();
@@ -259,14 +278,24 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     fetch_tile(ring + stage * S::kX, place.tokens == p.token_tiles - 1 ? maps.last_x : maps.x,
                place.tokens * kTokens, kt * kTileK, full + stage * 8);
   };
+  const auto first_block_of = [&](const Place& place) {  // of nested absmax, of this lane
+    const int64_t row = static_cast<int64_t>(place.rows) * kRows + warp * kTileRows;
+    return (min(row, p.w.n - kTileRows) + g + lane % 2 * 8) * p.tiles;
+  };
+  if (Work work; kNested && consumes && find_work(p, 0, &work)) {
+    const int64_t block = first_block_of(place_of(p, work.item)) + min(work.first_tile, p.tiles - 1);
+    prefetch(p.w.absmax.nested + block / kNestedBlocksize), prefetch(p.w.absmax.offset);
+  }
   int early = 0;  // steps that are asked for before the table is there
   if (Work work; threadIdx.x == kConsumers && find_work(p, 0, &work)) {
     const Place place = place_of(p, work.item);
     for (; early < min(kStages, work.steps); ++early) fetch_weight(early, place, work.first_tile + early);
     wait_for_results();
-    for (int i = 0; i < early; ++i) fetch_x(i, place, work.first_tile + i);
+    for (int i = 0; i < min(early, kFirst); ++i) fetch_x(i, place, work.first_tile + i);
   }
-  if (consumes) fill_table<kConsumers>(table, p.book, kNested ? p.w.absmax.nested_code : nullptr);
+  if (warp != kConsumers / 32)
+    fill_table<S::kThreads - 32>(table, p.book, kNested ? p.w.absmax.nested_code : nullptr,
+                                 consumes ? threadIdx.x : threadIdx.x - 32);
   wait_for_results();
   __syncthreads();
 
@@ -283,6 +312,10 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           const int kt = work.first_tile + i;
           if (early > 0) {  // without a look at `empty`, which consumers may have brought to its next phase
             --early;
+            if (i >= kFirst) {
+              wait_barrier(full + (i - kFirst) * 8, 0);
+              fetch_x(stage, place, kt);
+            }
           } else {
             wait_barrier(empty + stage * 8, parity);
             fetch_weight(stage, place, kt);
@@ -313,72 +346,123 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     const char* const my_codes = table + S::kCodesAt + warp * 512 + lane * 16;
     const char* const my_absmax =
         table + S::kAbsmaxAt + (kNested ? warp * 16 + g * 2 + lane % 2 : warp * 64 + g * 8);
-    int stage = 0, lent = -1;  // the stage from which the copy engine writes y
-    uint32_t parity = 0;
+    const uint64_t x_ring = describe_b(ring, 0);
+    int stage = 0, lent = -1;  // of the product; the one from which the copy engine writes y
+    uint32_t parity = 0;       // with which the stage is there that is read next
     Work work;
     for (int n = 0; find_work(p, n, &work); ++n) {
       const Place place = place_of(p, work.item);
       const int64_t first_row = static_cast<int64_t>(place.rows) * kRows;
       const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
-      int kt = work.first_tile;
-      const int64_t first_block =  // of a nested absmax
-          (min(first_row + warp * kTileRows, p.w.n - kTileRows) + g + lane % 2 * 8) * p.tiles;
+      int ahead = stage;                     // to be read next
+      int kt = work.first_tile, renew = kt;  // its tile, and that at which nested absmax are read
+      const int64_t first_block = first_block_of(place);
       Tile<kNested> tile;
-      const auto read = [&] {  // the step at `stage`
-        wait_barrier(full + stage * 8, parity);
-        tile.read(my_codes + stage * S::kCodes, my_absmax + stage * S::kAbsmax, p.w.absmax.nested,
-                  first_block + min(kt, p.tiles - 1), kt == work.first_tile);
+      const auto read = [&]() __attribute__((always_inline)) {
+        if (kNested && kt == renew) {
+          const int64_t block = first_block + min(kt, p.tiles - 1);
+          tile.nested = p.w.absmax.nested[block / kNestedBlocksize];
+          const int left = kNestedBlocksize - static_cast<int>(block % kNestedBlocksize);
+          renew += __reduce_min_sync(0xffffffffu, left);
+        }
+        wait_barrier(full + ahead * 8, parity);
+        tile.read(my_codes + ahead * S::kCodes, my_absmax + ahead * S::kAbsmax);
+        ++kt;
+        if (++ahead == kStages) ahead = 0, parity ^= 1;
       };
       const auto release = [&](int of) __attribute__((always_inline)) {
         if (lane == 0) arrive(empty + of * 8);
       };
+      const auto give_back = [&]() __attribute__((always_inline)) {  // the stage of y of the item before
+        if (lent < 0) return;
+        if (threadIdx.x % kGroup == 0) {
+          wait_stores<0>();
+          arrive_for_group(empty + lent * 8);
+        }
+        lent = -1;
+        __syncwarp();
+      };
+      const auto scale_fragment = [&](uint32_t(&to)[4], const uint32_t(&pairs)[4], uint32_t low,
+                                      uint32_t high) __attribute__((always_inline)) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) to[r] = scale_pair(pairs[r], r % 2 ? high : low, T{});
+      };
       float acc[kTokens / 2];
       uint32_t a[2][4][4] = {};
+      int before = kStages;  // the step whose product runs, here none
+      // to the next stage
+      const auto pass = [&]() __attribute__((always_inline)) {
+        release(before);
+        before = stage;
+        if (++stage == kStages) stage = 0;
+      };
+      // The product of the step in `now`, and the next one decoded into `next` meanwhile; `more`: there are
+      // codes to be read, `second`: of a pair of steps. 128 tokens keep the tensor cores at work for so
+      // short a time that it goes in halves, and each starts as soon as half is decoded.
+      const auto step = [&](const uint32_t(&now)[4][4], uint32_t(&next)[4][4], bool more, auto second)
+          __attribute__((always_inline)) {
+        constexpr int kParts = S::kAhead ? 2 : 1, kEach = 4 / kParts;
+        // a sum of 32 bits costs half as much: the upper half is the same for every stage
+        const uint32_t x_low = static_cast<uint32_t>(x_ring) + stage * (S::kX >> 4);
+        uint32_t low, high;
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
-      int before = stage;  // the step whose product runs
-      read();
-      for (int i = 0; i < work.steps; i += 2) {
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          uint32_t(&now)[4][4] = a[u];
-          const uint32_t words[4] = {tile.codes.x, tile.codes.y, tile.codes.z, tile.codes.w};
-          const float2 scale = tile.absmax(table, offset, lane4);
-          const uint32_t low = pair_of<T>(scale.x, scale.x), high = pair_of<T>(scale.y, scale.y);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) look_up(now[j], table, words[j], lane4);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) now[j][r] = scale_pair(now[j][r], r % 2 ? high : low, T{});
-          }
-          const uint64_t x_tile = describe_b(ring + stage * S::kX, 0);
+        for (int part = 0; part < kParts; ++part) {
+          const int first = part * kEach;
           begin_group();
 #pragma unroll
-          for (int j = 0; j < 4; ++j) multiply_group(acc, now[j], x_tile + ((j * 32) >> 4), true, T{});
+          for (int j = first; j < first + kEach; ++j)
+            multiply_group(acc, now[j], x_ring >> 32 << 32 | (x_low + j * 2), true, T{});
           commit_group();
-          if (u == 1 && lent >= 0) {
-            if (threadIdx.x % kGroup == 0) {
-              wait_stores<0>();
-              arrive_for_group(empty + lent * 8);
-            }
-            lent = -1;
-            __syncwarp();
+          if (!S::kAhead) {
+            if (second.value) give_back();
+            if (more) read();
+            wait_group<1>();
+            pass();
           }
-          const int running = stage;
-          if (++stage == kStages) stage = 0, parity ^= 1;
-          if (i + u + 1 < work.steps) {
-            ++kt;
-            read();
+          const float own = part == 0 ? tile.value(table, lane4) : 0.0f;
+          const uint32_t words[4] = {tile.codes.x, tile.codes.y, tile.codes.z, tile.codes.w};
+          uint32_t pairs[kEach][4];
+#pragma unroll
+          for (int j = 0; j < kEach; ++j) look_up(pairs[j], table, words[first + j], lane4);
+          if (S::kAhead) wait_group<2>();  // the products that read what is written now are over
+          if (part == 0) {
+            const float2 scale = tile.absmax(own, offset);
+            low = pair_of<T>(scale.x, scale.x), high = pair_of<T>(scale.y, scale.y);
           }
-          wait_group<1>();
-          hold_registers(a[1 - u]);
-          if (i + u > 0) release(before);
-          before = running;
+          if (S::kAhead && part == 1) {
+            pass();
+            if (more) read();
+          }
+#pragma unroll
+          for (int j = 0; j < kEach; ++j) {
+            hold_registers(next[first + j]);
+            scale_fragment(next[first + j], pairs[j], low, high);
+          }
+        }
+      };
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
+      read();
+      {
+        const float2 scale = tile.absmax(tile.value(table, lane4), offset);
+        const uint32_t low = pair_of<T>(scale.x, scale.x), high = pair_of<T>(scale.y, scale.y);
+        const uint32_t words[4] = {tile.codes.x, tile.codes.y, tile.codes.z, tile.codes.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          look_up(a[0][j], table, words[j], lane4);
+          scale_fragment(a[0][j], a[0][j], low, high);
         }
       }
+      if (S::kAhead) read();
+      int i = 0;
+      do {  // what is decoded beside the last product is not used
+        const bool more = i + 2 < work.steps;
+        step(a[0], a[1], more || !S::kAhead, std::false_type{});
+        if (S::kAhead) give_back();
+        step(a[1], a[0], more, std::true_type{});
+        i += 2;
+      } while (i < work.steps);
       wait_group<0>();
-      hold_registers(a[1]);
       hold_registers(acc);
       release(before);
 
@@ -479,12 +563,12 @@ cudaError_t launch(const Launch& on, const Product4<T>& product, Cut cut) {
 }
 
 /// Clocks of a step, and of the end of an item, as measured: the product of 256 tokens is bound by the tensor
-/// cores, those of 128 by shared memory, and a warpgroup alone waits for itself.
+/// cores, those of 128 by what else their warps issue, a warpgroup alone by the arrival of x.
 struct Cost {
   int tokens, groups;
   double step, end;
 };
-constexpr Cost kCosts[] = {{256, 2, 1033, 1100}, {128, 3, 866, 900}, {128, 2, 622, 900}, {128, 1, 425, 900}};
+constexpr Cost kCosts[] = {{256, 2, 1033, 1100}, {128, 3, 842, 900}, {128, 2, 582, 900}, {128, 1, 420, 900}};
 constexpr double kSent = 11.0;  // bytes a clock between blocks of a cluster
 
 /// The cut that should end first.

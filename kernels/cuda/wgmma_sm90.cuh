@@ -41,9 +41,13 @@ __device__ __forceinline__ void hold_registers(int32_t (&c)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+r"(c[i])::"memory");
 }
+__device__ __forceinline__ void hold_registers(uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[i])::"memory");
+}
 __device__ __forceinline__ void hold_registers(uint32_t (&a)[4][4]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+  for (int j = 0; j < 4; ++j) hold_registers(a[j]);
 }
 /// B at `shared`, for 16 k that begin `k` elements into the rows; A of int8 likewise, where a row has 128.
 __device__ __forceinline__ uint64_t describe_b(uint32_t shared, int k) {
