@@ -46,9 +46,6 @@ struct Shape {
   static constexpr int kBarriersAt = kStagingAt + kGroups * kStaging,
                        kArrivedAt = kBarriersAt + kStages * 16 + 8;
   static constexpr int kBytes = kArrivedAt + 8;
-  /// Whether there are stages to read the codes of a step two steps before its product, not one, while those
-  /// that are lent for y are not free yet.
-  static constexpr bool kAhead = kStages >= kGroups + 3;
   static_assert(kStages >= kGroups + 2 && kBytes <= 227 << 10);
 
   /// Where the ring was when an item is divided: what other blocks send, then results.
@@ -116,11 +113,6 @@ struct Tile {
 /// arrive() for each warp of a warpgroup.
 __device__ __forceinline__ void arrive_for_group(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], 4;\n" ::"r"(barrier) : "memory");
-}
-
-/// Has it in L2 when it is read.
-__device__ __forceinline__ void prefetch(const float* at) {
-  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(at));
 }
 
 /// An item of a block: which, and its k tiles.
@@ -242,8 +234,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #if HALFBYTE_WGMMA
   constexpr int kTokens = S::kTokens, kRows = S::kRows, kConsumers = S::kConsumers, kStages = S::kStages;
   constexpr int kAbsmaxBytes = kNested ? kRows : kRows * 4;
+  // Whether the codes of a step are read two steps before its product, not one; needs stages for that while
+  // those that are lent for y are not free yet.
+  constexpr bool kAhead = kStages >= S::kGroups + 3;
   // Tiles of x that are asked for at once when a block begins: few, so that they come in their order, but for
-  // the kernel that x limits from then on.
+  // one warpgroup and plain absmax, which the arrival of x limits later, too.
   constexpr int kFirst = S::kGroups == 1 && !kNested ? kStages : 2;
   extern __shared__ __align__(1024) char table[];
   const uint32_t shared = shared_address(table);
@@ -278,14 +273,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     fetch_tile(ring + stage * S::kX, place.tokens == p.token_tiles - 1 ? maps.last_x : maps.x,
                place.tokens * kTokens, kt * kTileK, full + stage * 8);
   };
-  const auto first_block_of = [&](const Place& place) {  // of nested absmax, of this lane
-    const int64_t row = static_cast<int64_t>(place.rows) * kRows + warp * kTileRows;
-    return (min(row, p.w.n - kTileRows) + g + lane % 2 * 8) * p.tiles;
-  };
-  if (Work work; kNested && consumes && find_work(p, 0, &work)) {
-    const int64_t block = first_block_of(place_of(p, work.item)) + min(work.first_tile, p.tiles - 1);
-    prefetch(p.w.absmax.nested + block / kNestedBlocksize), prefetch(p.w.absmax.offset);
-  }
   int early = 0;  // steps that are asked for before the table is there
   if (Work work; threadIdx.x == kConsumers && find_work(p, 0, &work)) {
     const Place place = place_of(p, work.item);
@@ -356,7 +343,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       const int64_t first_token = static_cast<int64_t>(place.tokens) * kTokens;
       int ahead = stage;                     // to be read next
       int kt = work.first_tile, renew = kt;  // its tile, and that at which nested absmax are read
-      const int64_t first_block = first_block_of(place);
+      const int64_t first_block =            // of a nested absmax
+          (min(first_row + warp * kTileRows, p.w.n - kTileRows) + g + lane % 2 * 8) * p.tiles;
       Tile<kNested> tile;
       const auto read = [&]() __attribute__((always_inline)) {
         if (kNested && kt == renew) {
@@ -401,7 +389,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       // short a time that it goes in halves, and each starts as soon as half is decoded.
       const auto step = [&](const uint32_t(&now)[4][4], uint32_t(&next)[4][4], bool more, auto second)
           __attribute__((always_inline)) {
-        constexpr int kParts = S::kAhead ? 2 : 1, kEach = 4 / kParts;
+        constexpr int kParts = kAhead ? 2 : 1, kEach = 4 / kParts;
         // a sum of 32 bits costs half as much: the upper half is the same for every stage
         const uint32_t x_low = static_cast<uint32_t>(x_ring) + stage * (S::kX >> 4);
         uint32_t low, high;
@@ -413,7 +401,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           for (int j = first; j < first + kEach; ++j)
             multiply_group(acc, now[j], x_ring >> 32 << 32 | (x_low + j * 2), true, T{});
           commit_group();
-          if (!S::kAhead) {
+          if (!kAhead) {
             if (second.value) give_back();
             if (more) read();
             wait_group<1>();
@@ -424,12 +412,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           uint32_t pairs[kEach][4];
 #pragma unroll
           for (int j = 0; j < kEach; ++j) look_up(pairs[j], table, words[first + j], lane4);
-          if (S::kAhead) wait_group<2>();  // the products that read what is written now are over
+          if (kAhead) wait_group<2>();  // the products that read what is written now are over
           if (part == 0) {
             const float2 scale = tile.absmax(own, offset);
             low = pair_of<T>(scale.x, scale.x), high = pair_of<T>(scale.y, scale.y);
           }
-          if (S::kAhead && part == 1) {
+          if (kAhead && part == 1) {
             pass();
             if (more) read();
           }
@@ -453,12 +441,12 @@ __global__ void __launch_bounds__(S::kThreads, 1)
           scale_fragment(a[0][j], a[0][j], low, high);
         }
       }
-      if (S::kAhead) read();
+      if (kAhead) read();
       int i = 0;
       do {  // what is decoded beside the last product is not used
         const bool more = i + 2 < work.steps;
-        step(a[0], a[1], more || !S::kAhead, std::false_type{});
-        if (S::kAhead) give_back();
+        step(a[0], a[1], more || !kAhead, std::false_type{});
+        if (kAhead) give_back();
         step(a[1], a[0], more, std::true_type{});
         i += 2;
       } while (i < work.steps);
